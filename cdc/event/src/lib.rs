@@ -2,10 +2,28 @@
 //!
 //! Pure: no I/O, no clock, no client of any server. `FORMAT.md` beside this crate says what each byte means.
 
+mod control;
+mod decode;
+mod encode;
+mod fnv;
+pub mod header;
 mod lsn;
+mod op;
+mod schema;
+pub mod subject;
 mod table;
+mod value;
 mod version;
 
+pub use control::{Control, ControlKind, StreamOrigin};
+pub use decode::{ChangeEvent, Columns, DecodeError, Source, decode, decode_line};
+pub use encode::{
+    Before, Change, Column, EncodeError, LineEnd, Relation, Transaction, write_change,
+    write_line_end,
+};
 pub use lsn::{Lsn, ParseLsnError};
+pub use op::Op;
+pub use schema::{ColumnSchema, ColumnShape, TableSchema, TypeSchema, fingerprint};
 pub use table::{TableName, quote_identifier, quote_literal};
+pub use value::{Datum, Element, Kind, NotUtf8, Value};
 pub use version::{ParseVersionError, Position, Version};

@@ -30,7 +30,9 @@ impl FromStr for Lsn {
         let half = |digits: &str| {
             let valid = (1..=8).contains(&digits.len())
                 && digits.bytes().all(|byte| byte.is_ascii_hexdigit());
-            valid.then(|| u64::from_str_radix(digits, 16).ok()).flatten()
+            valid
+                .then(|| u64::from_str_radix(digits, 16).ok())
+                .flatten()
         };
         text.split_once('/')
             .and_then(|(high, low)| Some(Self(half(high)? << 32 | half(low)?)))
@@ -44,6 +46,21 @@ impl fmt::Display for Lsn {
     }
 }
 
+/// Serde for an LSN as a JSON number, as Debezium writes it.
+pub(crate) mod as_number {
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    use super::Lsn;
+
+    pub(crate) fn serialize<S: Serializer>(lsn: &Lsn, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_u64(lsn.0)
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Lsn, D::Error> {
+        u64::deserialize(from).map(Lsn)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -54,7 +71,18 @@ mod tests {
             assert_eq!(lsn.to_string().parse(), Ok(lsn));
         }
         assert_eq!("16/B374D848".parse(), Ok(Lsn(0x16_B374_D848)));
-        for text in ["", "/", "1", "1/", "/1", "g/0", "+1/0", "123456789/0", "0/0/0", " 0/0"] {
+        for text in [
+            "",
+            "/",
+            "1",
+            "1/",
+            "/1",
+            "g/0",
+            "+1/0",
+            "123456789/0",
+            "0/0/0",
+            " 0/0",
+        ] {
             assert!(text.parse::<Lsn>().is_err(), "{text:?}");
         }
     }

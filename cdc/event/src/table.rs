@@ -16,13 +16,20 @@ pub struct TableName {
 impl TableName {
     /// Assembles a name from its parts.
     pub fn new(schema: impl Into<String>, table: impl Into<String>) -> Self {
-        Self { schema: schema.into(), table: table.into() }
+        Self {
+            schema: schema.into(),
+            table: table.into(),
+        }
     }
 
     /// The name as SQL, both parts quoted: `"public"."orders"`.
     #[must_use]
     pub fn quoted(&self) -> String {
-        format!("{}.{}", quote_identifier(&self.schema), quote_identifier(&self.table))
+        format!(
+            "{}.{}",
+            quote_identifier(&self.schema),
+            quote_identifier(&self.table)
+        )
     }
 }
 

@@ -25,12 +25,20 @@ pub struct Version {
 
 impl Version {
     /// Below every version that a change can have.
-    pub const ZERO: Self = Self { epoch: 0, commit_lsn: Lsn::ZERO, seq: 0 };
+    pub const ZERO: Self = Self {
+        epoch: 0,
+        commit_lsn: Lsn::ZERO,
+        seq: 0,
+    };
 
     /// Assembles a version from its parts.
     #[must_use]
     pub const fn new(epoch: u32, commit_lsn: Lsn, seq: u32) -> Self {
-        Self { epoch, commit_lsn, seq }
+        Self {
+            epoch,
+            commit_lsn,
+            seq,
+        }
     }
 
     /// The version as 16 bytes whose order under `memcmp` is the versions' order.
@@ -75,7 +83,11 @@ impl FromStr for Version {
 
 impl fmt::Display for Version {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:08x}{:016x}{:08x}", self.epoch, self.commit_lsn.0, self.seq)
+        write!(
+            f,
+            "{:08x}{:016x}{:08x}",
+            self.epoch, self.commit_lsn.0, self.seq
+        )
     }
 }
 
@@ -102,7 +114,11 @@ impl Position {
     /// part of this message.
     #[must_use]
     pub fn just_below(self) -> Self {
-        let Version { epoch, commit_lsn, seq } = self.0;
+        let Version {
+            epoch,
+            commit_lsn,
+            seq,
+        } = self.0;
         Self::new(epoch, commit_lsn, seq.saturating_sub(1))
     }
 
@@ -185,7 +201,13 @@ mod tests {
 
     #[test]
     fn a_text_that_is_not_32_hexadecimal_digits_is_refused() {
-        for text in ["", "0", "+0000000000000000000000000000001", &"g".repeat(32), &"0".repeat(33)] {
+        for text in [
+            "",
+            "0",
+            "+0000000000000000000000000000001",
+            &"g".repeat(32),
+            &"0".repeat(33),
+        ] {
             assert!(text.parse::<Version>().is_err(), "{text:?}");
         }
     }

@@ -1,0 +1,13 @@
+//! Names of the headers that a message may carry.
+
+/// The position of a chunked message (32 hexadecimal digits): its payload alone does not tell.
+pub const POSITION: &str = "Millrace-Position";
+
+/// Which part of a chunked message this is: `<i>/<n>/<publisher>`, `i` from 1.
+pub const CHUNK: &str = "Millrace-Chunk";
+
+/// On a copy stream: which request the rows belong to, `<request>/<attempt>`.
+pub const COPY: &str = "Millrace-Copy";
+
+/// On a copy stream: the message's number in its attempt, from 1 and without gaps.
+pub const COPY_NUMBER: &str = "Millrace-Copy-Number";
