@@ -1,1 +1,30 @@
-//! placeholder
+//! Capture: from a Postgres source's write-ahead log to a JetStream stream.
+//!
+//! A frame of the replication connection is read as a [`pgoutput`] message, becomes a change with a version
+//! ([`capture`]), a message with a subject ([`assemble`]), and is published ([`publish`]). Acknowledgements
+//! move the [`frontier`], and that is what the slot may forget. [`capture::Capture`] is the machine in the
+//! middle; [`run`] carries bytes to it and away from it.
+
+mod birth;
+mod copy;
+mod error;
+mod heartbeat;
+mod life;
+mod relation;
+mod retention;
+mod run;
+mod status;
+
+pub mod assemble;
+pub mod capture;
+pub mod frontier;
+pub mod pgoutput;
+pub mod publish;
+pub mod replication;
+pub mod source;
+pub mod stream;
+
+pub use error::Error;
+pub use relation::{RelationError, SubjectId};
+pub use run::run;
+pub use status::Status;

@@ -18,6 +18,8 @@ pub struct Relation {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Column {
     name: String,
+    type_oid: u32,
+    typmod: i32,
     kind: Kind,
     /// The name as a JSON member: `"id":`.
     member_json: Vec<u8>,
@@ -28,6 +30,16 @@ impl Column {
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The column as the relation message told it.
+    #[must_use]
+    pub fn shape(&self) -> ColumnShape<'_> {
+        ColumnShape {
+            name: &self.name,
+            type_oid: self.type_oid,
+            typmod: self.typmod,
+        }
     }
 }
 
@@ -77,6 +89,8 @@ impl Relation {
                 member_json.push(b':');
                 Column {
                     name: column.name.to_owned(),
+                    type_oid: column.type_oid,
+                    typmod: column.typmod,
                     kind: Kind::of_type(column.type_oid),
                     member_json,
                 }

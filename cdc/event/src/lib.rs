@@ -14,6 +14,7 @@ pub mod subject;
 mod table;
 mod value;
 mod version;
+pub mod work;
 
 pub use control::{Control, ControlKind, StreamOrigin};
 pub use decode::{ChangeEvent, Columns, DecodeError, Source, decode, decode_line};

@@ -1,0 +1,32 @@
+# Every target does its own set-up: on a bare Debian machine only Rust and make are needed.
+.POSIX:
+CARGO = cargo
+DEMO_ARGS =
+BENCH_ARGS =
+
+.PHONY: help setup demo test bench lint
+
+help:
+	@echo 'make demo   throwaway servers, live traffic, a kill in the middle, a full comparison'
+	@echo 'make test   the whole test suite, on real servers'
+	@echo 'make bench  the measurements of the README (release build)'
+	@echo 'make lint   formatting and clippy, as CI runs them'
+	@echo 'make setup  only install what the others need: Postgres and nats-server'
+
+setup:
+	@sh tests/lab/setup.sh
+
+demo: setup
+	$(CARGO) build --release --locked
+	target/release/millrace demo $(DEMO_ARGS)
+
+test: setup
+	$(CARGO) test --locked
+
+bench: setup
+	$(CARGO) build --release --locked
+	target/release/millrace bench $(BENCH_ARGS)
+
+lint:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings

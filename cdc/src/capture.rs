@@ -1,0 +1,597 @@
+//! The capture machine: from WAL frames to messages, and from their acknowledgements to what the slot may
+//! forget. It knows no network and no clock.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use millrace_event::{
+    Before, Change, Control, ControlKind, Datum, EncodeError, Lsn, Op, Position, Relation,
+    TableName, Transaction, subject, write_change,
+};
+
+use crate::assemble::{Assembler, MessageLimits, Outgoing, RowTooLarge};
+use crate::frontier::{Boundary, ConfirmPolicy, Frontier};
+use crate::pgoutput::{self, Message, OldKind, OldTuple, PgoutputError, Tuple};
+use crate::relation::{Published, RelationError, Relations, SubjectId};
+
+/// The prefix of the logical messages that are heartbeats.
+pub const HEARTBEAT_PREFIX: &str = "millrace.heartbeat";
+
+/// How often the WAL's progress is published while nothing else is.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(10);
+
+/// What the machine is made for.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The source's name.
+    pub source: String,
+    /// The source's database.
+    pub db: String,
+    /// The epoch of every position it publishes.
+    pub epoch: u32,
+    /// The tables it publishes, with their key columns.
+    pub tables: HashMap<TableName, Vec<String>>,
+    /// How messages are packed.
+    pub limits: MessageLimits,
+    /// When the slot may forget.
+    pub confirm: ConfirmPolicy,
+}
+
+/// Where the stream ends and the slot stands when the machine begins.
+#[derive(Clone, Copy, Debug)]
+pub struct Resume {
+    /// The stream's last sequence.
+    pub last_seq: u64,
+    /// Everything at or below this position is in the stream.
+    pub tail: Position,
+    /// The newest boundary in the stream, and how long ago it was stored.
+    pub boundary: Option<(Boundary, Duration)>,
+    /// What the slot has already forgotten.
+    pub confirmed: Lsn,
+}
+
+/// What happens to the machine.
+#[derive(Clone, Copy, Debug)]
+pub enum Input<'a> {
+    /// A pgoutput message came at `start` of the WAL; the source sent it at `sent_at_us` of its clock.
+    Data {
+        /// Where the change stands in the WAL.
+        start: Lsn,
+        /// Microseconds since 1970.
+        sent_at_us: i64,
+        /// The message.
+        payload: &'a [u8],
+    },
+    /// Everything below `wal_end` was decoded and sent.
+    Keepalive {
+        /// The end of the decoded WAL.
+        wal_end: Lsn,
+        /// Microseconds since 1970.
+        sent_at_us: i64,
+    },
+    /// Nothing more is waiting: publish what is complete.
+    EndOfBatch,
+    /// JetStream stored the first `count` messages of this life.
+    Acked {
+        /// Cumulative.
+        count: u64,
+    },
+    /// The boundary that was asked for is still in the stream.
+    Verified(Boundary),
+    /// Time passed.
+    Tick,
+}
+
+/// What the machine wants done, in this order.
+#[derive(Clone, Debug)]
+pub enum Output {
+    /// Keep the table's schema before anything after this is published.
+    Describe(Arc<Relation>),
+    /// Publish this.
+    Publish(Outgoing),
+    /// Look whether the stream still holds this, and answer with [`Input::Verified`].
+    Verify(Boundary),
+    /// The slot may forget everything up to here.
+    Confirm(Lsn),
+}
+
+/// The machine cannot go on: the WAL says what it must not, or what cannot be published.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    /// Bytes that are not pgoutput.
+    #[error("replication message cannot be read")]
+    Pgoutput(#[from] PgoutputError),
+    /// A table that cannot be published as configured.
+    #[error(transparent)]
+    Relation(#[from] RelationError),
+    /// A value that cannot be written.
+    #[error("row cannot be published")]
+    Encode(#[from] EncodeError),
+    /// A row that is too large.
+    #[error(transparent)]
+    RowTooLarge(#[from] RowTooLarge),
+    /// Messages in an order that the protocol rules out.
+    #[error("replication protocol violated: {0}")]
+    Protocol(&'static str),
+}
+
+/// The transaction that is being read.
+#[derive(Debug)]
+enum State {
+    /// Between transactions: at the start, and after each commit. After a crash the source begins here again.
+    Idle,
+    /// From `Begin` to `Commit`. Lost in a crash; the source sends the whole transaction again.
+    InTransaction(Open),
+}
+
+#[derive(Debug)]
+struct Open {
+    transaction: Transaction,
+    commit_lsn: Lsn,
+    committed_at_us: i64,
+    seq: u32,
+    heartbeat: Heartbeat,
+}
+
+/// Whether the transaction that is being read wrote a heartbeat.
+#[derive(Debug, PartialEq, Eq)]
+enum Heartbeat {
+    Absent,
+    Written,
+}
+
+/// Decodes WAL into messages.
+///
+/// After every [`Capture::handle`], drain [`Capture::poll`] until it returns `None`; only then wait.
+#[derive(Debug)]
+pub struct Capture {
+    settings: Settings,
+    relations: Relations,
+    state: State,
+    assembler: Assembler,
+    frontier: Frontier,
+    outputs: VecDeque<Output>,
+    /// Everything at or below is in the stream already.
+    skip_to: Position,
+    last_commit_lsn: Lsn,
+    /// How far the messages published so far represent the WAL.
+    represented: Lsn,
+    published_at: Duration,
+    reported: Lsn,
+    changes: u64,
+}
+
+impl Capture {
+    /// Begins behind what the stream already holds.
+    #[must_use]
+    pub fn new(settings: Settings, resume: Resume, now: Duration) -> Self {
+        assert!(
+            settings.epoch >= resume.tail.epoch(),
+            "an epoch never falls"
+        );
+        let relations = Relations::new(
+            settings.source.clone(),
+            settings.db.clone(),
+            settings.tables.clone(),
+        );
+        let mut frontier = Frontier::new(settings.confirm, resume.last_seq, resume.confirmed);
+        let mut represented = resume.confirmed;
+        if let Some((boundary, age)) = resume.boundary {
+            represented = represented.max(boundary.end_lsn);
+            frontier.found(boundary, now.saturating_sub(age));
+        }
+        Self {
+            assembler: Assembler::new(settings.limits),
+            settings,
+            relations,
+            state: State::Idle,
+            reported: frontier.confirmed(),
+            frontier,
+            outputs: VecDeque::new(),
+            skip_to: resume.tail,
+            last_commit_lsn: Lsn::ZERO,
+            represented,
+            published_at: now,
+            changes: 0,
+        }
+    }
+
+    /// Takes one input.
+    ///
+    /// # Errors
+    /// The WAL cannot be published; the machine must not be used any more.
+    pub fn handle(&mut self, input: Input<'_>, now: Duration) -> Result<(), CaptureError> {
+        match input {
+            Input::Data {
+                start,
+                sent_at_us,
+                payload,
+            } => {
+                self.on_message(pgoutput::parse(payload)?, start, sent_at_us)?;
+            }
+            Input::Keepalive {
+                wal_end,
+                sent_at_us,
+            } => self.on_keepalive(wal_end, sent_at_us, now),
+            Input::EndOfBatch => self.release(now)?,
+            Input::Acked { count } => self.frontier.on_acked(count, now),
+            Input::Verified(boundary) => self.frontier.on_verified(boundary),
+            Input::Tick => {}
+        }
+        if matches!(
+            input,
+            Input::Acked { .. } | Input::Verified(_) | Input::Tick
+        ) {
+            self.report(now);
+        }
+        Ok(())
+    }
+
+    /// The next thing to do, if there is one.
+    pub fn poll(&mut self) -> Option<Output> {
+        self.outputs.pop_front()
+    }
+
+    /// The subject that an [`Outgoing`] names.
+    #[must_use]
+    pub fn subjects(&self) -> &[String] {
+        self.relations.subjects()
+    }
+
+    /// What the slot may forget so far.
+    #[must_use]
+    pub fn confirmed(&self) -> Lsn {
+        self.frontier.confirmed()
+    }
+
+    /// How many messages were published and not acknowledged.
+    #[must_use]
+    pub fn in_flight(&self) -> u64 {
+        self.frontier.in_flight()
+    }
+
+    /// How many changes were read, skipped ones included.
+    #[must_use]
+    pub fn changes(&self) -> u64 {
+        self.changes
+    }
+
+    fn report(&mut self, now: Duration) {
+        if let Some(boundary) = self.frontier.due(now) {
+            let asked = |output: &Output| matches!(output, Output::Verify(_));
+            if !self.outputs.iter().any(asked) {
+                self.outputs.push_back(Output::Verify(boundary));
+            }
+        }
+        let confirmed = self.frontier.confirmed();
+        assert!(
+            confirmed >= self.reported,
+            "what was confirmed stays confirmed"
+        );
+        if confirmed > self.reported {
+            self.reported = confirmed;
+            self.outputs.push_back(Output::Confirm(confirmed));
+        }
+    }
+
+    fn release(&mut self, now: Duration) -> Result<(), CaptureError> {
+        let (outputs, frontier) = (&mut self.outputs, &mut self.frontier);
+        let (represented, published_at) = (&mut self.represented, &mut self.published_at);
+        self.assembler.take(|outgoing| {
+            frontier.on_published(outgoing.position, outgoing.boundary);
+            *represented = outgoing.boundary.unwrap_or(*represented).max(*represented);
+            *published_at = now;
+            outputs.push_back(Output::Publish(outgoing));
+        })?;
+        Ok(())
+    }
+
+    fn on_message(
+        &mut self,
+        message: Message<'_>,
+        start: Lsn,
+        sent_at_us: i64,
+    ) -> Result<(), CaptureError> {
+        match message {
+            Message::Begin(begin) => self.on_begin(&begin),
+            Message::Commit(commit) => self.on_commit(&commit),
+            Message::Relation(relation) => {
+                if let Some(new) = self.relations.announce(&relation)? {
+                    self.outputs.push_back(Output::Describe(new));
+                }
+                Ok(())
+            }
+            Message::Insert(insert) => {
+                let row = (None, Some(insert.new));
+                self.on_row(Op::Create, insert.relid, row, start, sent_at_us)
+            }
+            Message::Update(update) => {
+                let row = (update.old, Some(update.new));
+                self.on_row(Op::Update, update.relid, row, start, sent_at_us)
+            }
+            Message::Delete(delete) => {
+                let row = (Some(delete.old), None);
+                self.on_row(Op::Delete, delete.relid, row, start, sent_at_us)
+            }
+            Message::Truncate(truncate) => self.on_truncate(&truncate, start, sent_at_us),
+            Message::Message(message) => {
+                if let (true, HEARTBEAT_PREFIX, State::InTransaction(open)) =
+                    (message.transactional, message.prefix, &mut self.state)
+                {
+                    open.heartbeat = Heartbeat::Written;
+                }
+                Ok(())
+            }
+            Message::Type(_) | Message::Origin(_) => Ok(()),
+        }
+    }
+
+    fn on_begin(&mut self, begin: &pgoutput::Begin) -> Result<(), CaptureError> {
+        if matches!(self.state, State::InTransaction(_)) {
+            return Err(CaptureError::Protocol(
+                "a transaction begins inside another",
+            ));
+        }
+        if begin.final_lsn <= self.last_commit_lsn {
+            return Err(CaptureError::Protocol(
+                "transactions come out of commit order",
+            ));
+        }
+        self.last_commit_lsn = begin.final_lsn;
+        let Settings { epoch, .. } = self.settings;
+        self.state = State::InTransaction(Open {
+            transaction: Transaction::new(epoch, begin.final_lsn, begin.xid, begin.commit_ts_us),
+            commit_lsn: begin.final_lsn,
+            committed_at_us: begin.commit_ts_us,
+            seq: 0,
+            heartbeat: Heartbeat::Absent,
+        });
+        Ok(())
+    }
+
+    fn on_commit(&mut self, commit: &pgoutput::Commit) -> Result<(), CaptureError> {
+        let State::InTransaction(open) = std::mem::replace(&mut self.state, State::Idle) else {
+            return Err(CaptureError::Protocol("a commit without its begin"));
+        };
+        if open.commit_lsn != commit.commit_lsn || commit.end_lsn <= commit.commit_lsn {
+            return Err(CaptureError::Protocol("a commit does not match its begin"));
+        }
+        self.assembler.commit(commit.end_lsn);
+        if open.heartbeat == Heartbeat::Written {
+            // Above every change of its transaction, whatever the application wrote beside it.
+            let position = Position::new(self.settings.epoch, open.commit_lsn, u32::MAX);
+            self.control(
+                ControlKind::Heartbeat,
+                position,
+                commit.end_lsn,
+                open.committed_at_us,
+            );
+        }
+        Ok(())
+    }
+
+    /// Publishes the WAL's progress, so that what is confirmed is always represented in the stream.
+    fn on_keepalive(&mut self, wal_end: Lsn, sent_at_us: i64, now: Duration) {
+        let quiet = now.saturating_sub(self.published_at) >= PROGRESS_INTERVAL;
+        if quiet && wal_end > self.represented && matches!(self.state, State::Idle) {
+            let position = Position::new(self.settings.epoch, wal_end, 0);
+            self.control(ControlKind::Progress, position, wal_end, sent_at_us);
+        }
+    }
+
+    fn control(&mut self, kind: ControlKind, position: Position, end_lsn: Lsn, ts_us: i64) {
+        if position <= self.skip_to {
+            return;
+        }
+        let subject = self
+            .relations
+            .subject(subject::control(&self.settings.source, kind));
+        let control = Control {
+            kind,
+            position,
+            end_lsn,
+            ts_us,
+            origin: None,
+        };
+        let payload = serde_json::to_vec(&control).expect("a control message is plain JSON");
+        self.assembler.message(subject, position, end_lsn, &payload);
+    }
+
+    fn on_row(
+        &mut self,
+        op: Op,
+        relid: u32,
+        (old, new): (Option<OldTuple<'_>>, Option<Tuple<'_>>),
+        lsn: Lsn,
+        sent_at_us: i64,
+    ) -> Result<(), CaptureError> {
+        let State::InTransaction(open) = &mut self.state else {
+            return Err(CaptureError::Protocol("a change outside of a transaction"));
+        };
+        self.changes += 1;
+        // An update that carries an old row may be a key change, which is two changes. Whether it is depends
+        // on the configured key, and the numbers must not: it takes two in any case.
+        let first = open.seq + 1;
+        open.seq += if old.is_some() && new.is_some() { 2 } else { 1 };
+        let Some(published) = published(&self.relations, relid)? else {
+            return Ok(());
+        };
+        if Position::from(open.transaction.version(open.seq)) <= self.skip_to {
+            return Ok(());
+        }
+        let row = RowChange::new(&published.relation, old, new)?;
+        let mut writer = Writer {
+            assembler: &mut self.assembler,
+            published,
+            transaction: &open.transaction,
+            skip_to: self.skip_to,
+            lsn,
+            sent_at_us,
+        };
+        row.write(op, first, &mut writer)
+    }
+
+    fn on_truncate(
+        &mut self,
+        truncate: &pgoutput::Truncate<'_>,
+        lsn: Lsn,
+        sent_at_us: i64,
+    ) -> Result<(), CaptureError> {
+        let State::InTransaction(open) = &mut self.state else {
+            return Err(CaptureError::Protocol(
+                "a truncate outside of a transaction",
+            ));
+        };
+        for relid in truncate.relids.iter() {
+            self.changes += 1;
+            open.seq += 1;
+            let Some(published) = published(&self.relations, relid)? else {
+                continue;
+            };
+            let mut writer = Writer {
+                assembler: &mut self.assembler,
+                published,
+                transaction: &open.transaction,
+                skip_to: self.skip_to,
+                lsn,
+                sent_at_us,
+            };
+            writer.write(Op::Truncate, Before::None, None, None, open.seq)?;
+        }
+        Ok(())
+    }
+}
+
+fn published(relations: &Relations, relid: u32) -> Result<Option<&Published>, CaptureError> {
+    relations.get(relid).ok_or(CaptureError::Protocol(
+        "a change of a relation that was not announced",
+    ))
+}
+
+/// Writes the events of one change, those that the stream already holds excepted.
+struct Writer<'c> {
+    assembler: &'c mut Assembler,
+    published: &'c Published,
+    transaction: &'c Transaction,
+    skip_to: Position,
+    lsn: Lsn,
+    sent_at_us: i64,
+}
+
+impl Writer<'_> {
+    fn write(
+        &mut self,
+        op: Op,
+        before: Before<'_>,
+        after: Option<&[Datum<'_>]>,
+        key: Option<&[Datum<'_>]>,
+        seq: u32,
+    ) -> Result<(), CaptureError> {
+        let position = Position::from(self.transaction.version(seq));
+        if position <= self.skip_to {
+            return Ok(());
+        }
+        let subject: SubjectId = self.published.subject(op);
+        let out = self.assembler.begin_line(subject, position);
+        let change = Change {
+            op,
+            before,
+            after,
+            key,
+            seq,
+            lsn: self.lsn,
+            sent_at_us: self.sent_at_us,
+        };
+        write_change(out, &self.published.relation, self.transaction, &change)?;
+        Ok(())
+    }
+}
+
+/// A row change with its tuples laid out, the new row completed from the old one where that has more.
+struct RowChange<'a> {
+    old: Option<(OldKind, Vec<Datum<'a>>)>,
+    new: Option<Vec<Datum<'a>>>,
+    key_changed: bool,
+}
+
+impl<'a> RowChange<'a> {
+    fn new(
+        relation: &Relation,
+        old: Option<OldTuple<'a>>,
+        new: Option<Tuple<'a>>,
+    ) -> Result<Self, CaptureError> {
+        let old = match old {
+            Some(OldTuple { kind, tuple }) => Some((kind, row(relation, tuple)?)),
+            None => None,
+        };
+        let mut new = new.map(|tuple| row(relation, tuple)).transpose()?;
+        let mut key_changed = false;
+        if let (Some((kind, old)), Some(new)) = (&old, &mut new) {
+            // A key tuple says NULL for every other column: only its key columns are values.
+            for (index, (datum, known)) in new.iter_mut().zip(old).enumerate() {
+                let has_value = *kind == OldKind::Full || relation.key().contains(&index);
+                if *datum == Datum::Unchanged && has_value {
+                    *datum = *known;
+                }
+            }
+            key_changed = relation
+                .key()
+                .iter()
+                .any(|index| old.get(*index) != new.get(*index));
+        }
+        let keyed = |row: &Vec<Datum<'_>>| {
+            let value = |index: &usize| matches!(row.get(*index), Some(Datum::Text(_)));
+            relation.key().iter().all(value)
+        };
+        let complete =
+            new.as_ref().is_none_or(keyed) && old.as_ref().is_none_or(|(_, row)| keyed(row));
+        if !complete {
+            return Err(CaptureError::Protocol("a key column has no value"));
+        }
+        Ok(Self {
+            old,
+            new,
+            key_changed,
+        })
+    }
+
+    fn write(&self, op: Op, first: u32, writer: &mut Writer<'_>) -> Result<(), CaptureError> {
+        let before = match &self.old {
+            None => Before::None,
+            Some((OldKind::Key, row)) => Before::Key(row),
+            Some((OldKind::Full, row)) => Before::Row(row),
+        };
+        let old = self.old.as_ref().map(|(_, row)| row.as_slice());
+        let new = self.new.as_deref();
+        if self.key_changed {
+            writer.write(Op::Delete, before, None, old, first)?;
+            return writer.write(Op::Create, before, new, new, first + 1);
+        }
+        // An update whose key stayed has no use for a key tuple that says so.
+        let before = match before {
+            Before::Key(_) if op == Op::Update => Before::None,
+            before => before,
+        };
+        writer.write(op, before, new, new.or(old), first)
+    }
+}
+
+fn row<'a>(relation: &Relation, tuple: Tuple<'a>) -> Result<Vec<Datum<'a>>, CaptureError> {
+    if tuple.len() != relation.columns().len() {
+        return Err(CaptureError::Protocol(
+            "a row does not have its relation's columns",
+        ));
+    }
+    tuple
+        .iter()
+        .map(|datum| match datum {
+            pgoutput::Datum::Null => Ok(Datum::Null),
+            pgoutput::Datum::Unchanged => Ok(Datum::Unchanged),
+            pgoutput::Datum::Text(text) => Ok(Datum::Text(text)),
+            pgoutput::Datum::Binary(_) => Err(CaptureError::Protocol(
+                "a binary value, which was not asked for",
+            )),
+        })
+        .collect()
+}

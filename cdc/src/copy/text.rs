@@ -1,0 +1,142 @@
+//! Rows of `COPY .. TO STDOUT` in text format.
+//!
+//! Pure. A field's text is the value's own, as the stream carries it, once COPY's escapes are undone.
+
+use millrace_event::Datum;
+
+/// A row that is not in COPY's text format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("row is not in COPY's text format")]
+pub(crate) struct CopyTextError;
+
+#[derive(Clone, Copy, Debug)]
+enum Field {
+    Null,
+    Text { start: usize, end: usize },
+}
+
+/// Splits rows into values, in a buffer that is used again for each row.
+#[derive(Debug, Default)]
+pub(crate) struct CopyRow {
+    text: Vec<u8>,
+    fields: Vec<Field>,
+}
+
+impl CopyRow {
+    /// Reads one row, with its newline or without.
+    ///
+    /// # Errors
+    /// The bytes are not a row.
+    pub(crate) fn read(&mut self, line: &[u8]) -> Result<(), CopyTextError> {
+        self.text.clear();
+        self.fields.clear();
+        let line = line.strip_suffix(b"\n").unwrap_or(line);
+        for field in line.split(|byte| *byte == b'\t') {
+            if field == b"\\N" {
+                self.fields.push(Field::Null);
+                continue;
+            }
+            let start = self.text.len();
+            self.unescape(field)?;
+            self.fields.push(Field::Text {
+                start,
+                end: self.text.len(),
+            });
+        }
+        Ok(())
+    }
+
+    /// The row's values.
+    pub(crate) fn data(&self) -> impl Iterator<Item = Datum<'_>> {
+        self.fields.iter().map(|field| match *field {
+            Field::Null => Datum::Null,
+            Field::Text { start, end } => {
+                Datum::Text(self.text.get(start..end).unwrap_or_default())
+            }
+        })
+    }
+
+    fn unescape(&mut self, field: &[u8]) -> Result<(), CopyTextError> {
+        let mut rest = field;
+        while let Some(at) = memchr::memchr(b'\\', rest) {
+            let (plain, escaped) = rest.split_at(at);
+            self.text.extend_from_slice(plain);
+            let [_, code, after @ ..] = escaped else {
+                return Err(CopyTextError);
+            };
+            self.text.push(match code {
+                b'b' => 8,
+                b't' => b'\t',
+                b'n' => b'\n',
+                b'v' => 11,
+                b'f' => 12,
+                b'r' => b'\r',
+                b'\\' => b'\\',
+                _ => return Err(CopyTextError),
+            });
+            rest = after;
+        }
+        self.text.extend_from_slice(rest);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn escape(text: &[u8]) -> Vec<u8> {
+        let mut out = Vec::new();
+        for byte in text {
+            match byte {
+                8 => out.extend_from_slice(b"\\b"),
+                b'\t' => out.extend_from_slice(b"\\t"),
+                b'\n' => out.extend_from_slice(b"\\n"),
+                11 => out.extend_from_slice(b"\\v"),
+                12 => out.extend_from_slice(b"\\f"),
+                b'\r' => out.extend_from_slice(b"\\r"),
+                b'\\' => out.extend_from_slice(b"\\\\"),
+                other => out.push(*other),
+            }
+        }
+        out
+    }
+
+    #[test]
+    fn null_and_empty_and_the_text_backslash_n_are_three_values() {
+        let mut row = CopyRow::default();
+        row.read(b"\\N\t\t\\\\N\n").unwrap();
+        let values: Vec<_> = row.data().collect();
+        assert_eq!(values, [Datum::Null, Datum::Text(b""), Datum::Text(b"\\N")]);
+    }
+
+    #[test]
+    fn what_copy_does_not_write_is_refused() {
+        for line in [&b"a\\"[..], b"\\x41", b"\\q"] {
+            assert_eq!(
+                CopyRow::default().read(line),
+                Err(CopyTextError),
+                "{line:?}"
+            );
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_row_survives(row in prop::collection::vec(prop::option::of(".*"), 1..6)) {
+            let fields: Vec<Vec<u8>> = row
+                .iter()
+                .map(|field| field.as_ref().map_or(b"\\N".to_vec(), |text| escape(text.as_bytes())))
+                .collect();
+            let mut read = CopyRow::default();
+            read.read(&[fields.join(&b'\t'), b"\n".to_vec()].concat()).unwrap();
+            let values: Vec<_> = read.data().collect();
+            let expected: Vec<_> = row
+                .iter()
+                .map(|field| field.as_ref().map_or(Datum::Null, |text| Datum::Text(text.as_bytes())))
+                .collect();
+            prop_assert_eq!(values, expected);
+        }
+    }
+}

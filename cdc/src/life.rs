@@ -1,0 +1,552 @@
+//! One life of a capture: from nothing to streaming. What it finds decides how it begins.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use async_nats::jetstream::{self, kv};
+use millrace_config::{
+    Code, Condition, Config, Confirm, Create, Origin as OriginFilter, SyncInterval, limits,
+};
+use millrace_connect::nats::{self, Reconnect};
+use millrace_connect::postgres::{Dsn, Session, connect};
+use millrace_event::work::{self, Origin};
+use millrace_event::{
+    Control, ControlKind, Position, StreamOrigin, TableName, TableSchema, subject,
+};
+use tokio_postgres::Client;
+
+use crate::Error;
+use crate::assemble::MessageLimits;
+use crate::birth::{self, Found, Plan, SlotFound, SlotPlan, StreamFound, TailFound};
+use crate::capture::{Capture, Resume, Settings};
+use crate::frontier::{Boundary, ConfirmPolicy};
+use crate::publish::{self, Acks, Sender};
+use crate::replication::{
+    ReplicationConnection, SlotKind, Snapshot, StartOptions, SystemIdentity, WalReader,
+};
+use crate::source::{self, SourceFacts, SourceTable};
+use crate::stream::{self, StreamShape, StreamState, Tail};
+
+/// Replies to capture arrive below this subject, so that permissions can name it.
+const INBOX: &str = "_INBOX_millrace_capture";
+
+/// What stays free of a message below the server's limit: subject, headers and protocol around the payload.
+const MESSAGE_OVERHEAD_BYTES: usize = 16 * 1024;
+
+/// The oldest server whose `origin` option can be set: 16.
+const ORIGIN_VERSION_MIN: i32 = 160_000;
+
+/// The key, in the bucket [`work::STATE`], of what the source was.
+const ORIGIN_KEY: &str = "origin";
+
+/// How long creating the slot may wait for transactions that are open at the source.
+const SLOT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Everything that one life works with.
+pub(crate) struct Life {
+    pub(crate) capture: Capture,
+    pub(crate) wal: WalReader,
+    pub(crate) sender: Sender,
+    pub(crate) acks: Acks,
+    pub(crate) source: Source,
+    pub(crate) stream: Stream,
+}
+
+/// The source as a life uses it.
+pub(crate) struct Source {
+    pub(crate) dsn: Dsn,
+    pub(crate) client: Client,
+    pub(crate) facts: SourceFacts,
+    pub(crate) tables: Arc<Vec<SourceTable>>,
+    pub(crate) epoch: u32,
+}
+
+/// The stream as a life uses it.
+pub(crate) struct Stream {
+    pub(crate) jetstream: jetstream::Context,
+    pub(crate) name: String,
+    pub(crate) schemas: kv::Store,
+    pub(crate) sinks: kv::Store,
+    pub(crate) copies: kv::Store,
+    state: kv::Store,
+}
+
+/// Connects, checks, begins or resumes, and starts replication.
+pub(crate) async fn open(config: &Config, now: Duration) -> Result<Life, Error> {
+    let dsn = Dsn::parse(config.source.url.read()?.expose())
+        .map_err(millrace_connect::postgres::ConnectError::from)?;
+    let session = Session {
+        application_name: "millrace".to_owned(),
+        options: Vec::new(),
+    };
+    let client = connect(&dsn, session).await?;
+    let facts = source::inspect(&client).await?;
+    let tables = Arc::new(source::inspect_tables(&client, &config.tables).await?);
+
+    let admin = nats::connect(&config.stream, "millrace capture", INBOX, Reconnect::Always).await?;
+    let max_payload = admin.server_info().max_payload;
+    let jetstream = jetstream::new(admin);
+    stream::require_level(&jetstream).await?;
+    let stream = open_buckets(config, jetstream).await?;
+
+    let plan = decide(config, &client, &facts, &stream).await?;
+    let mut replication = ReplicationConnection::connect(&dsn, "millrace").await?;
+    let identity = replication.identify_system().await?;
+    let known = stream_tail(&stream).await?.map(|(_, tail)| tail);
+    let epoch = check_identity(&stream, &mut replication, &identity, known.as_ref()).await?;
+    prepare(config, &client, &mut replication, plan, &tables, &stream).await?;
+    describe_tables(&client, &stream.schemas, &tables).await?;
+
+    let slot = source::slot_name(&config.source.name);
+    let publication = source::publication_name(&config.source.name);
+    let origin_none =
+        config.source.origin == OriginFilter::None && facts.version >= ORIGIN_VERSION_MIN;
+    let options = StartOptions {
+        slot: &slot,
+        start: millrace_event::Lsn::ZERO,
+        publications: &[&publication],
+        messages: true,
+        origin_none,
+    };
+    let wal = replication.start(&options).await?;
+
+    // Only now nobody else can move the slot or the stream's tail.
+    let confirmed = source::find_slot(&client, &slot)
+        .await?
+        .ok_or_else(|| Error::retry_because("the slot vanished while it was read"))?
+        .confirmed;
+    if matches!(plan, Plan::Begin { .. }) && stream_tail(&stream).await?.is_none() {
+        publish_start(config, &stream, &identity, epoch, confirmed).await?;
+    }
+    let (state, tail) = stream_tail(&stream)
+        .await?
+        .ok_or_else(|| Error::retry_because("the stream's start is gone again"))?;
+    let found = TailFound {
+        position: tail.position,
+        end_lsn: tail.end_lsn,
+    };
+    birth::check_tail(&slot, found, confirmed).map_err(Error::halt)?;
+    remember_origin(&stream, &identity, epoch).await?;
+
+    let publisher = nats::connect(
+        &config.stream,
+        "millrace publisher",
+        INBOX,
+        Reconnect::Never,
+    )
+    .await?;
+    let (sender, acks) = publish::open(publisher, state.last_seq)
+        .await
+        .map_err(|error| Error::retry(error.to_string(), error))?;
+    let settings = settings(config, &facts, &tables, epoch, max_payload);
+    let capture = Capture::new(settings, resume(&state, &tail, confirmed), now);
+    let source = Source {
+        dsn,
+        client,
+        facts,
+        tables,
+        epoch,
+    };
+    Ok(Life {
+        capture,
+        wal,
+        sender,
+        acks,
+        source,
+        stream,
+    })
+}
+
+async fn open_buckets(config: &Config, jetstream: jetstream::Context) -> Result<Stream, Error> {
+    let source = &config.source.name;
+    let replicas = usize::from(config.stream.replicas);
+    let bucket = async |kind: &str| {
+        stream::bucket(&jetstream, source, kind, replicas)
+            .await
+            .map_err(|error| Error::retry("a KV bucket cannot be opened", error))
+    };
+    let (schemas, sinks) = (bucket(work::SCHEMAS).await?, bucket(work::SINKS).await?);
+    let (copies, state) = (bucket(work::COPIES).await?, bucket(work::STATE).await?);
+    let name = subject::stream_name(source);
+    Ok(Stream {
+        jetstream,
+        name,
+        schemas,
+        sinks,
+        copies,
+        state,
+    })
+}
+
+async fn stream_tail(stream: &Stream) -> Result<Option<(StreamState, Tail)>, Error> {
+    let Some(state) = stream::find_stream(&stream.jetstream, &stream.name).await? else {
+        return Ok(None);
+    };
+    let tail = stream::tail(&stream.jetstream, &stream.name).await?;
+    Ok(tail.map(|tail| (state, tail)))
+}
+
+async fn decide(
+    config: &Config,
+    client: &Client,
+    facts: &SourceFacts,
+    stream: &Stream,
+) -> Result<Plan, Error> {
+    let name = source::slot_name(&config.source.name);
+    let slot = match source::find_slot(client, &name).await? {
+        None => SlotFound::Missing,
+        Some(slot) => {
+            source::slot_precondition(&name, &facts.database, &slot)?;
+            match slot.active_pid {
+                Some(pid) => SlotFound::Active { pid },
+                None => SlotFound::Inactive {
+                    confirmed: slot.confirmed,
+                },
+            }
+        }
+    };
+    let found = match stream::find_stream(&stream.jetstream, &stream.name).await? {
+        None => StreamFound::Missing,
+        Some(state) if state.last_seq == 0 => StreamFound::Empty,
+        Some(_) => match stream::tail(&stream.jetstream, &stream.name).await? {
+            None => StreamFound::Emptied,
+            Some(tail) => StreamFound::Tail(TailFound {
+                position: tail.position,
+                end_lsn: tail.end_lsn,
+            }),
+        },
+    };
+    let sink_position = has_sink_position(&stream.sinks).await?;
+    let found = Found {
+        name: &name,
+        stream: found,
+        slot,
+        sink_position,
+        create: config.source.create,
+    };
+    match birth::plan(&found).map_err(Error::halt)? {
+        Plan::Standby { pid } => Err(Error::Standby(Condition::new(
+            Code::SlotActive,
+            format!("slot \"{name}\" is read by process {pid}"),
+            "nothing to do: this process takes over when that one ends",
+        ))),
+        plan => Ok(plan),
+    }
+}
+
+async fn has_sink_position(sinks: &kv::Store) -> Result<bool, Error> {
+    use futures_util::StreamExt;
+    let failed = |error| Error::retry("sink reports cannot be read", error);
+    let mut keys = sinks.keys().await.map_err(failed)?;
+    Ok(keys.next().await.is_some())
+}
+
+/// The epoch of this life: the one that the stream has, if the source is still the same.
+async fn check_identity(
+    stream: &Stream,
+    replication: &mut ReplicationConnection,
+    identity: &SystemIdentity,
+    tail: Option<&Tail>,
+) -> Result<u32, Error> {
+    let stored = read_origin(stream).await?;
+    let newest = tail.map_or(1, |tail| tail.position.epoch());
+    let Some(origin) = stored else {
+        return Ok(newest);
+    };
+    let remedy = "if this server is to be captured from now on: run `millrace drop`, then `millrace run`: \
+                  the tables are copied again";
+    if origin.system_id != identity.system_id {
+        return Err(Error::halt(Condition::new(
+            Code::SourceChanged,
+            format!(
+                "the source is another cluster (system identifier {}, was {})",
+                identity.system_id, origin.system_id
+            ),
+            remedy,
+        )));
+    }
+    if origin.epoch < newest {
+        return Err(Error::halt(Condition::new(
+            Code::EpochLower,
+            format!(
+                "the stream has epoch {newest}, but {} was stored last",
+                origin.epoch
+            ),
+            remedy,
+        )));
+    }
+    if identity.timeline < origin.timeline {
+        return Err(Error::halt(Condition::new(
+            Code::SourceWentBack,
+            format!(
+                "the source is on timeline {}, was {}",
+                identity.timeline, origin.timeline
+            ),
+            remedy,
+        )));
+    }
+    if identity.timeline > origin.timeline {
+        // The history names where each timeline was left: nothing of ours may lie beyond.
+        let history = replication.timeline_history(identity.timeline).await?;
+        let left = history
+            .iter()
+            .find(|(timeline, _)| *timeline == origin.timeline);
+        let reached = tail.map(|tail| {
+            TailFound {
+                position: tail.position,
+                end_lsn: tail.end_lsn,
+            }
+            .represented()
+        });
+        let safe = match (left, reached) {
+            (Some((_, switch)), Some(reached)) => reached <= *switch,
+            (_, None) => true,
+            (None, Some(_)) => false,
+        };
+        if !safe {
+            return Err(Error::halt(Condition::new(
+                Code::SourceChanged,
+                format!(
+                    "the source was promoted (timeline {}, was {}) and lost commits that were already published",
+                    identity.timeline, origin.timeline
+                ),
+                remedy,
+            )));
+        }
+    }
+    if tail.is_some_and(|tail| tail.position.commit_lsn() > identity.flushed) {
+        return Err(Error::halt(Condition::new(
+            Code::SourceWentBack,
+            format!(
+                "the source's WAL ends at {}, below what was published",
+                identity.flushed
+            ),
+            remedy,
+        )));
+    }
+    Ok(origin.epoch)
+}
+
+async fn read_origin(stream: &Stream) -> Result<Option<Origin>, Error> {
+    let failed = |error| Error::retry("the stored origin cannot be read", error);
+    let Some(entry) = stream.state.get(ORIGIN_KEY).await.map_err(failed)? else {
+        return Ok(None);
+    };
+    serde_json::from_slice(&entry)
+        .map(Some)
+        .map_err(|error| Error::retry("the stored origin cannot be understood", error))
+}
+
+async fn remember_origin(
+    stream: &Stream,
+    identity: &SystemIdentity,
+    epoch: u32,
+) -> Result<(), Error> {
+    let (system_id, timeline) = (identity.system_id.clone(), identity.timeline);
+    let origin = Origin {
+        epoch,
+        system_id,
+        timeline,
+    };
+    let value = serde_json::to_vec(&origin).expect("plain JSON");
+    stream
+        .state
+        .put(ORIGIN_KEY, value.into())
+        .await
+        .map(|_| ())
+        .map_err(|error| Error::retry("the origin cannot be stored", error))
+}
+
+/// Makes what is missing: stream, then publication, then slot.
+async fn prepare(
+    config: &Config,
+    client: &Client,
+    replication: &mut ReplicationConnection,
+    plan: Plan,
+    tables: &[SourceTable],
+    stream: &Stream,
+) -> Result<(), Error> {
+    let shape = StreamShape {
+        source: config.source.name.clone(),
+        max_bytes: config.stream.retention.max_bytes,
+        replicas: usize::from(config.stream.replicas),
+        partitions: config.stream.partitions,
+    };
+    stream::ensure_stream(&stream.jetstream, &shape).await?;
+    let names: Vec<TableName> = tables.iter().map(|table| table.name.clone()).collect();
+    let publication = source::publication_name(&config.source.name);
+    source::ensure_publication(client, &publication, &names, config.source.create).await?;
+    let slot = source::slot_name(&config.source.name);
+    let Plan::Begin { slot: slot_plan } = plan else {
+        return Ok(());
+    };
+    match slot_plan {
+        SlotPlan::Take => return Ok(()),
+        SlotPlan::Recreate => {
+            tracing::info!(%slot, "dropping a slot that a crash left before its stream began");
+            source::drop_slot(client, &slot).await?;
+        }
+        SlotPlan::Create => {}
+    }
+    assert_eq!(
+        config.source.create,
+        Create::Auto,
+        "only what may be created is"
+    );
+    let created = replication.create_slot(&slot, SlotKind::Permanent, Snapshot::None);
+    match tokio::time::timeout(SLOT_TIMEOUT, created).await {
+        Ok(created) => {
+            let consistent_point = created?.consistent_point;
+            tracing::info!(%slot, %consistent_point, "slot created");
+            Ok(())
+        }
+        Err(_) => Err(Error::retry_because(slot_blocked(client).await)),
+    }
+}
+
+/// Which transactions keep a slot from being created.
+pub(crate) async fn slot_blocked(client: &Client) -> String {
+    let blockers = client
+        .query(
+            "SELECT pid, coalesce(application_name, '') FROM pg_stat_activity \
+             WHERE backend_xid IS NOT NULL AND pid <> pg_backend_pid() ORDER BY xact_start LIMIT 3",
+            &[],
+        )
+        .await
+        .unwrap_or_default();
+    let pids: Vec<String> = blockers
+        .iter()
+        .map(|row| format!("{} ({})", row.get::<_, i32>(0), row.get::<_, String>(1)))
+        .collect();
+    format!(
+        "{}: a slot waits for every open transaction to end; open: {}",
+        Code::SlotBlocked,
+        if pids.is_empty() {
+            "unknown".to_owned()
+        } else {
+            pids.join(", ")
+        }
+    )
+}
+
+async fn publish_start(
+    config: &Config,
+    stream: &Stream,
+    identity: &SystemIdentity,
+    epoch: u32,
+    confirmed: millrace_event::Lsn,
+) -> Result<(), Error> {
+    let ts_us = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0, |age| i64::try_from(age.as_micros()).unwrap_or(i64::MAX));
+    let control = Control {
+        kind: ControlKind::Start,
+        position: Position::new(epoch, confirmed, 0),
+        end_lsn: confirmed,
+        ts_us,
+        origin: Some(StreamOrigin {
+            system_id: identity.system_id.clone(),
+            timeline: identity.timeline,
+            slot: source::slot_name(&config.source.name),
+        }),
+    };
+    let payload = serde_json::to_vec(&control).expect("plain JSON");
+    let subject = subject::control(&config.source.name, ControlKind::Start);
+    let failed = |error| Error::retry("the stream's start cannot be published", error);
+    let message = jetstream::message::PublishMessage::build()
+        .payload(payload.into())
+        .expected_last_sequence(0);
+    stream
+        .jetstream
+        .send_publish(subject, message)
+        .await
+        .map_err(failed)?
+        .await
+        .map_err(failed)?;
+    tracing::info!(position = %control.position, "stream begun");
+    Ok(())
+}
+
+/// Keeps every table's schema beside the stream: as the latest, and under its version.
+async fn describe_tables(
+    client: &Client,
+    schemas: &kv::Store,
+    tables: &[SourceTable],
+) -> Result<(), Error> {
+    for table in tables {
+        let schema = source::describe(client, &table.name, &table.shapes(), &table.key).await?;
+        store_schema(schemas, &schema).await?;
+    }
+    Ok(())
+}
+
+pub(crate) async fn store_schema(schemas: &kv::Store, schema: &TableSchema) -> Result<(), Error> {
+    let value: bytes::Bytes = serde_json::to_vec(schema).expect("plain JSON").into();
+    let failed = |error| Error::retry("a table's schema cannot be stored", error);
+    for key in [
+        work::schema_version_key(&schema.name, &schema.version),
+        work::schema_key(&schema.name),
+    ] {
+        let known = schemas
+            .get(&key)
+            .await
+            .map_err(|error| Error::retry("a table's schema cannot be read", error))?;
+        if known.as_ref() != Some(&value) {
+            schemas.put(&key, value.clone()).await.map_err(failed)?;
+        }
+    }
+    Ok(())
+}
+
+fn settings(
+    config: &Config,
+    facts: &SourceFacts,
+    tables: &[SourceTable],
+    epoch: u32,
+    max_payload: usize,
+) -> Settings {
+    let confirm = match (config.stream.confirm, config.stream.sync_interval) {
+        (Confirm::Synced, SyncInterval::Every(interval)) => {
+            ConfirmPolicy::Synced(interval + limits::CONFIRM_MARGIN)
+        }
+        _ => ConfirmPolicy::Acked,
+    };
+    let keys: HashMap<_, _> = tables
+        .iter()
+        .map(|table| (table.name.clone(), table.key.clone()))
+        .collect();
+    Settings {
+        source: config.source.name.clone(),
+        db: facts.database.clone(),
+        epoch,
+        tables: keys,
+        limits: MessageLimits {
+            events: config.stream.events_per_message,
+            bytes: max_payload.saturating_sub(MESSAGE_OVERHEAD_BYTES).max(1024),
+            row_bytes: limits::ROW_BYTES_MAX,
+        },
+        confirm,
+    }
+}
+
+fn resume(state: &StreamState, tail: &Tail, confirmed: millrace_event::Lsn) -> Resume {
+    let age = state.now.duration_since(tail.stored_at).unwrap_or_default();
+    let boundary = tail.end_lsn.map(|end_lsn| {
+        (
+            Boundary {
+                stream_seq: tail.stream_seq,
+                position: tail.position,
+                end_lsn,
+            },
+            age,
+        )
+    });
+    let last_seq = state.last_seq.max(tail.stream_seq);
+    Resume {
+        last_seq,
+        tail: tail.position,
+        boundary,
+        confirmed,
+    }
+}

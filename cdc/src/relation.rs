@@ -1,0 +1,224 @@
+//! What each relation id means: which table, which columns, which key, which subjects.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use millrace_event::{ColumnShape, Op, Relation, TableName, subject};
+
+use crate::pgoutput::{self, ReplicaIdentity};
+
+/// A subject that messages are published on, by its place in [`Relations::subjects`]: a name that is
+/// built once and referred to per message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SubjectId(pub u32);
+
+/// A table that is published.
+#[derive(Clone, Debug)]
+pub(crate) struct Published {
+    /// What its events look like.
+    pub relation: Arc<Relation>,
+    subjects: [SubjectId; Op::ALL.len()],
+}
+
+impl Published {
+    /// The subject of the table's events of this kind.
+    #[must_use]
+    pub(crate) fn subject(&self, op: Op) -> SubjectId {
+        self.subjects[op as usize]
+    }
+}
+
+/// A relation that cannot be published as configured.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RelationError {
+    /// A key column is not among the published columns any more.
+    #[error("table {table} no longer publishes its key column {column:?}")]
+    KeyMissing {
+        /// The table.
+        table: TableName,
+        /// The column.
+        column: String,
+    },
+    /// Old rows would not carry the key: updates and deletes could not be told apart.
+    #[error("replica identity of table {table} does not cover its key column {column:?}")]
+    KeyNotInIdentity {
+        /// The table.
+        table: TableName,
+        /// The column.
+        column: String,
+    },
+}
+
+/// The relations that the WAL has announced.
+#[derive(Debug)]
+pub(crate) struct Relations {
+    source: String,
+    db: String,
+    /// The configured tables with their key columns.
+    keys: HashMap<TableName, Vec<String>>,
+    /// `None` for a relation that is not configured.
+    by_oid: HashMap<u32, Option<Published>>,
+    subjects: Vec<String>,
+    subject_ids: HashMap<String, SubjectId>,
+}
+
+impl Relations {
+    /// Begins with no relation announced.
+    #[must_use]
+    pub(crate) fn new(source: String, db: String, keys: HashMap<TableName, Vec<String>>) -> Self {
+        let (by_oid, subjects, subject_ids) = (HashMap::new(), Vec::new(), HashMap::new());
+        Self {
+            source,
+            db,
+            keys,
+            by_oid,
+            subjects,
+            subject_ids,
+        }
+    }
+
+    /// Every subject that a [`SubjectId`] refers to.
+    #[must_use]
+    pub(crate) fn subjects(&self) -> &[String] {
+        &self.subjects
+    }
+
+    /// The id of a subject.
+    pub(crate) fn subject(&mut self, name: String) -> SubjectId {
+        let next = SubjectId(u32::try_from(self.subjects.len()).expect("five subjects a table"));
+        *self.subject_ids.entry(name).or_insert_with_key(|name| {
+            self.subjects.push(name.clone());
+            next
+        })
+    }
+
+    /// Takes an announcement. Returns the table's shape where the table is published and the shape is new.
+    ///
+    /// # Errors
+    /// The announced shape does not have the configured key, or does not log it for old rows.
+    pub(crate) fn announce(
+        &mut self,
+        announced: &pgoutput::Relation<'_>,
+    ) -> Result<Option<Arc<Relation>>, RelationError> {
+        // An empty schema stands for pg_catalog, which no publication can contain.
+        let name = TableName::new(announced.schema, announced.table);
+        let Some(key_names) = self.keys.get(&name) else {
+            self.by_oid.insert(announced.relid, None);
+            return Ok(None);
+        };
+        let mut key = Vec::with_capacity(key_names.len());
+        for column in key_names {
+            let found = announced
+                .columns
+                .iter()
+                .position(|known| known.name == column);
+            let Some(index) = found else {
+                return Err(RelationError::KeyMissing {
+                    table: name,
+                    column: column.clone(),
+                });
+            };
+            let logged = announced.identity == ReplicaIdentity::Full
+                || announced.columns.get(index).is_some_and(|known| known.key);
+            if !logged {
+                return Err(RelationError::KeyNotInIdentity {
+                    table: name,
+                    column: column.clone(),
+                });
+            }
+            key.push(index);
+        }
+        let columns: Vec<_> = announced
+            .columns
+            .iter()
+            .map(|column| ColumnShape {
+                name: column.name,
+                type_oid: column.type_oid,
+                typmod: column.typmod,
+            })
+            .collect();
+        let relation = Arc::new(Relation::new(&self.source, &self.db, name, &columns, key));
+        let known = self.by_oid.get(&announced.relid).and_then(Option::as_ref);
+        if known.is_some_and(|known| known.relation == relation) {
+            return Ok(None);
+        }
+        let subjects = Op::ALL.map(|op| {
+            let name = subject::change(&self.source, relation.name(), op);
+            self.subject(name)
+        });
+        let published = Published {
+            relation: Arc::clone(&relation),
+            subjects,
+        };
+        self.by_oid.insert(announced.relid, Some(published));
+        Ok(Some(relation))
+    }
+
+    /// A relation that was announced: `Some(None)` if it is not configured, `None` if it was not announced.
+    #[must_use]
+    pub(crate) fn get(&self, relid: u32) -> Option<Option<&Published>> {
+        self.by_oid.get(&relid).map(Option::as_ref)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn announced(identity: ReplicaIdentity, key: &'static [bool]) -> pgoutput::Relation<'static> {
+        let columns = ["id", "name"]
+            .into_iter()
+            .zip(key)
+            .map(|(name, key)| pgoutput::RelationColumn {
+                key: *key,
+                name,
+                type_oid: 23,
+                typmod: -1,
+            })
+            .collect();
+        pgoutput::Relation {
+            relid: 7,
+            schema: "public",
+            table: "t",
+            identity,
+            columns,
+        }
+    }
+
+    fn relations(key: &str) -> Relations {
+        let keys = HashMap::from([(TableName::new("public", "t"), vec![key.to_owned()])]);
+        Relations::new("shop".to_owned(), "db".to_owned(), keys)
+    }
+
+    #[test]
+    fn a_shape_is_new_once() {
+        let mut relations = relations("id");
+        let message = announced(ReplicaIdentity::Default, &[true, false]);
+        assert!(relations.announce(&message).unwrap().is_some());
+        assert!(relations.announce(&message).unwrap().is_none());
+        assert!(relations.get(7).unwrap().is_some());
+        assert!(relations.get(8).is_none());
+    }
+
+    #[test]
+    fn an_identity_that_does_not_log_the_key_is_refused() {
+        let message = announced(ReplicaIdentity::Default, &[true, false]);
+        let error = relations("name").announce(&message).unwrap_err();
+        assert!(
+            matches!(error, RelationError::KeyNotInIdentity { .. }),
+            "{error}"
+        );
+        let error = relations("gone").announce(&message).unwrap_err();
+        assert!(matches!(error, RelationError::KeyMissing { .. }), "{error}");
+        let message = announced(ReplicaIdentity::Full, &[true, true]);
+        assert!(relations("name").announce(&message).unwrap().is_some());
+    }
+
+    #[test]
+    fn a_table_that_is_not_configured_is_known_and_not_published() {
+        let mut relations = Relations::new("shop".to_owned(), "db".to_owned(), HashMap::new());
+        let message = announced(ReplicaIdentity::Nothing, &[false, false]);
+        assert!(relations.announce(&message).unwrap().is_none());
+        assert!(relations.get(7).unwrap().is_none());
+    }
+}

@@ -1,0 +1,505 @@
+//! The capture's loop: it carries inputs to the machine and outputs to the world. Nothing is decided here but
+//! what a failure means.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use async_nats::{HeaderMap, Subject};
+use millrace_config::{Backoff, Code, Condition, Config, State, limits};
+use millrace_event::{Control, ControlKind, Position, Relation, TableSchema, header};
+use tokio::time::MissedTickBehavior;
+use tokio_util::sync::CancellationToken;
+
+use crate::assemble::Outgoing;
+use crate::capture::{Capture, CaptureError, Input, Output};
+use crate::copy::Copier;
+use crate::frontier::Boundary;
+use crate::life::{self, Life, Source, Stream};
+use crate::publish::{self, Acks, Sender};
+use crate::replication::{Frame, WalBatch, WalHandle, WalReader};
+use crate::retention::{Fullness, Retention};
+use crate::status::Status;
+use crate::{Error, heartbeat, source, stream};
+
+/// How often what has aged is confirmed and the counters are shown.
+const TICK: Duration = Duration::from_millis(200);
+
+/// How often the publication and the slot are looked at.
+const WATCH_INTERVAL: Duration = Duration::from_secs(5);
+
+/// How often a standby tries to take over.
+const STANDBY_INTERVAL: Duration = Duration::from_secs(2);
+
+/// What a graceful stop may take of the process's deadline.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Captures until `stop`, through every failure that passes.
+///
+/// # Errors
+/// A failure that needs an operator: [`Error::Halt`], or before streaming began [`Error::Refused`].
+pub async fn run(config: &Config, status: &Status, stop: &CancellationToken) -> Result<(), Error> {
+    let backoff = Backoff::default();
+    let mut failures = 0_u32;
+    loop {
+        let began = Instant::now();
+        let Err(error) = live(config, status, stop).await else {
+            return Ok(());
+        };
+        // A life that streamed for a while starts the backoff anew.
+        failures = if began.elapsed() > limits::BACKOFF_MAX {
+            1
+        } else {
+            failures + 1
+        };
+        let wait = match error {
+            Error::Halt(condition) => {
+                status.set_state(State::Halted(condition.code), Some(condition.clone()));
+                return Err(Error::Halt(condition));
+            }
+            Error::Refused(_) if !status.begun() => return Err(error),
+            Error::Standby(condition) => {
+                status.set_state(State::Standby, Some(condition));
+                STANDBY_INTERVAL
+            }
+            Error::Refused(_) | Error::Retry { .. } => {
+                let reason = error.chain();
+                tracing::warn!(part = "capture", %reason, "trying again");
+                status.set_state(State::Retrying(reason), None);
+                backoff.delay(failures, rand::random())
+            }
+        };
+        tokio::select! {
+            () = stop.cancelled() => return Ok(()),
+            () = tokio::time::sleep(wait) => {}
+        }
+    }
+}
+
+/// One life: connects, streams, and returns at `stop` or with what ended it.
+async fn live(config: &Config, status: &Status, stop: &CancellationToken) -> Result<(), Error> {
+    let began = Instant::now();
+    // Boxed: it is the largest future here, and done when the loop begins.
+    let life = tokio::select! {
+        biased;
+        // Before streaming there is nothing to drain.
+        () = stop.cancelled() => return Ok(()),
+        life = Box::pin(life::open(config, began.elapsed())) => life?,
+    };
+    let Life {
+        capture,
+        wal,
+        sender,
+        acks,
+        source,
+        stream,
+    } = life;
+    status.set_state(State::Streaming, None);
+    status.set_confirmed(capture.confirmed());
+    let copier = Copier::new(config, &source, &stream);
+    let fullness = Fullness::default();
+    let retention = Retention::new(config, &stream, &fullness, status);
+    let line = Line {
+        handle: wal.handle(),
+        capture,
+        sender: Some(sender),
+        source: &source,
+        stream: &stream,
+        status,
+        fullness: &fullness,
+        subjects: Vec::new(),
+        pending: VecDeque::new(),
+        heartbeats: VecDeque::new(),
+        published: 0,
+        changes_seen: 0,
+        publisher: nuid(),
+        began,
+    };
+    tokio::select! {
+        biased;
+        ended = line.run(wal, acks, stop) => ended,
+        // The line itself ends first at `stop`; these only end with a failure.
+        Err(error) = heartbeat::beat(&source.dsn, config.source.heartbeat_interval) => Err(error),
+        Err(error) = watch(config, &source) => Err(error),
+        Err(error) = copier.serve() => Err(error),
+        Err(error) = retention.keep() => Err(error),
+    }
+}
+
+/// Looks at the publication and the slot every few seconds. Returns only with an error.
+async fn watch(config: &Config, source: &Source) -> Result<std::convert::Infallible, Error> {
+    let tables: Vec<_> = source
+        .tables
+        .iter()
+        .map(|table| table.name.clone())
+        .collect();
+    let publication = source::publication_name(&config.source.name);
+    let slot = source::slot_name(&config.source.name);
+    let slot_lag = metrics::gauge!("millrace_slot_lag_bytes");
+    let mut ticks = tokio::time::interval(WATCH_INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let missing = source::missing_tables(&source.client, &publication, &tables).await?;
+        if !missing.is_empty() {
+            let names: Vec<_> = missing.iter().map(ToString::to_string).collect();
+            return Err(Error::halt(Condition::new(
+                Code::PublicationDrift,
+                format!(
+                    "publication \"{publication}\" no longer has {}",
+                    names.join(", ")
+                ),
+                "changes made meanwhile are lost: run `millrace drop`, then `millrace run`, \
+                 which copies the tables again",
+            )));
+        }
+        if let Some(slot) = source::find_slot(&source.client, &slot).await? {
+            // Beyond 2^53 bytes precision does not matter.
+            slot_lag.set(slot.retained_bytes as f64);
+        }
+    }
+}
+
+/// A name for this life's chunk sets.
+fn nuid() -> String {
+    format!("{:016x}", rand::random::<u64>())
+}
+
+struct Line<'l> {
+    handle: WalHandle,
+    capture: Capture,
+    /// `None` once it was handed over to be finished.
+    sender: Option<Sender>,
+    source: &'l Source,
+    stream: &'l Stream,
+    status: &'l Status,
+    fullness: &'l Fullness,
+    /// What the machine's subject ids stand for.
+    subjects: Vec<Subject>,
+    pending: VecDeque<Output>,
+    /// Heartbeats on their way: the number of the message, and what to show once it is acknowledged.
+    heartbeats: VecDeque<(u64, Mark)>,
+    published: u64,
+    changes_seen: u64,
+    publisher: String,
+    began: Instant,
+}
+
+/// What an acknowledged boundary says about progress.
+struct Mark {
+    covered: millrace_event::Lsn,
+    heartbeat: Option<(Position, i64)>,
+}
+
+/// What one turn of the loop brought.
+enum Turn {
+    Stop,
+    Acked(publish::Acked),
+    Sent,
+    Batch(Option<WalBatch>),
+    Tick,
+}
+
+impl Line<'_> {
+    async fn run(
+        mut self,
+        mut wal: WalReader,
+        mut acks: Acks,
+        stop: &CancellationToken,
+    ) -> Result<(), Error> {
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            self.perform().await?;
+            let outgoing = self.next_outgoing();
+            let waiting = outgoing.is_some();
+            let sender = self.sender.as_mut().expect("only taken below");
+            let turn = tokio::select! {
+                biased;
+                () = stop.cancelled() => Turn::Stop,
+                acked = acks.next() => Turn::Acked(acked.map_err(publish_failed)?),
+                sent = send(sender, outgoing), if waiting => {
+                    sent.map_err(publish_failed)?;
+                    Turn::Sent
+                }
+                _ = ticks.tick() => Turn::Tick,
+                batch = wal.next(), if !waiting && !self.fullness.is_full() => Turn::Batch(batch?),
+            };
+            match turn {
+                Turn::Stop => return self.drain(acks).await,
+                Turn::Acked(acked) => self.acked(acked)?,
+                Turn::Sent => self.sent(),
+                Turn::Tick => self.input(Input::Tick)?,
+                Turn::Batch(None) => return Err(Error::retry_because("the WAL stream ended")),
+                Turn::Batch(Some(batch)) => self.batch(&batch)?,
+            }
+        }
+    }
+
+    /// Feeds a batch of WAL to the machine.
+    fn batch(&mut self, batch: &WalBatch) -> Result<(), Error> {
+        for frame in batch {
+            match frame {
+                Frame::Data {
+                    start,
+                    sent_at_us,
+                    payload,
+                    ..
+                } => {
+                    self.input(Input::Data {
+                        start,
+                        sent_at_us,
+                        payload,
+                    })?;
+                }
+                Frame::Keepalive {
+                    wal_end,
+                    sent_at_us,
+                    ..
+                } => {
+                    self.input(Input::Keepalive {
+                        wal_end,
+                        sent_at_us,
+                    })?;
+                }
+            }
+        }
+        self.input(Input::EndOfBatch)
+    }
+
+    fn input(&mut self, input: Input<'_>) -> Result<(), Error> {
+        self.capture
+            .handle(input, self.began.elapsed())
+            .map_err(capture_failed)
+    }
+
+    /// Does everything that is due before the next message may be published.
+    async fn perform(&mut self) -> Result<(), Error> {
+        while let Some(output) = self.capture.poll() {
+            self.pending.push_back(output);
+        }
+        while let Some(output) = self.pending.pop_front() {
+            match output {
+                Output::Publish(_) => {
+                    self.pending.push_front(output);
+                    return Ok(());
+                }
+                Output::Describe(relation) => self.describe(&relation).await?,
+                Output::Confirm(lsn) => {
+                    self.handle.confirm(lsn);
+                    self.status.set_confirmed(lsn);
+                }
+                Output::Verify(boundary) => {
+                    self.verify(boundary).await?;
+                    self.input(Input::Verified(boundary))?;
+                    while let Some(output) = self.capture.poll() {
+                        self.pending.push_back(output);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn next_outgoing(&mut self) -> Option<publish::Outgoing> {
+        let Some(Output::Publish(outgoing)) = self.pending.front() else {
+            return None;
+        };
+        let known = self.subjects.len();
+        let new = self.capture.subjects().iter().skip(known);
+        self.subjects
+            .extend(new.map(|subject| Subject::from(subject.as_str())));
+        let subject = self
+            .subjects
+            .get(outgoing.subject.0 as usize)
+            .expect("just brought up to date");
+        let headers = outgoing.chunk.map(|chunk| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::POSITION, outgoing.position.to_string());
+            let Self { publisher, .. } = self;
+            headers.insert(
+                header::CHUNK,
+                format!("{}/{}/{publisher}", chunk.index, chunk.count),
+            );
+            headers
+        });
+        let payload = outgoing.payload.clone();
+        Some(publish::Outgoing {
+            subject: subject.clone(),
+            payload,
+            headers,
+        })
+    }
+
+    /// Takes note that the front of what is pending was sent.
+    fn sent(&mut self) {
+        let Some(Output::Publish(outgoing)) = self.pending.pop_front() else {
+            unreachable!("only a publish is sent")
+        };
+        self.published += 1;
+        if let Some(mark) = mark_of(&outgoing) {
+            self.heartbeats.push_back((self.published, mark));
+        }
+    }
+
+    fn acked(&mut self, acked: publish::Acked) -> Result<(), Error> {
+        let changes = self.capture.changes();
+        let before = self.published - self.capture.in_flight().min(self.published);
+        self.status.add(
+            changes - self.changes_seen,
+            acked.count.saturating_sub(before),
+        );
+        self.changes_seen = changes;
+        while let Some((number, mark)) = self.heartbeats.front() {
+            if *number > acked.count {
+                break;
+            }
+            self.status.set_covered(mark.covered);
+            if let Some((position, ts_us)) = mark.heartbeat {
+                self.status.set_heartbeat(position, ts_us);
+            }
+            self.heartbeats.pop_front();
+        }
+        self.input(Input::Acked { count: acked.count })
+    }
+
+    /// Keeps the schema that events are about to name.
+    async fn describe(&mut self, relation: &Arc<Relation>) -> Result<(), Error> {
+        let shapes: Vec<_> = relation
+            .columns()
+            .iter()
+            .map(|column| column.shape())
+            .collect();
+        let columns = relation.columns();
+        let key: Vec<String> = relation
+            .key()
+            .iter()
+            .map(|index| columns[*index].name().to_owned())
+            .collect();
+        let schema: TableSchema =
+            source::describe(&self.source.client, relation.name(), &shapes, &key).await?;
+        assert_eq!(
+            schema.version,
+            relation.version(),
+            "one shape has one fingerprint"
+        );
+        life::store_schema(&self.stream.schemas, &schema).await
+    }
+
+    /// Looks whether the stream still holds what is about to be forgotten by the slot.
+    async fn verify(&self, boundary: Boundary) -> Result<(), Error> {
+        let Stream {
+            jetstream, name, ..
+        } = self.stream;
+        let stored = stream::position_at(jetstream, name, boundary.stream_seq).await?;
+        if stored == Some(boundary.position) {
+            return Ok(());
+        }
+        tracing::warn!(
+            code = Code::StreamTailLost.as_str(),
+            stream_seq = boundary.stream_seq,
+            expected = %boundary.position,
+            "the stream lost its unsynced tail; reading it from the slot again"
+        );
+        Err(Error::retry_because("the stream lost its unsynced tail"))
+    }
+
+    /// Publishes what is complete, waits for its acknowledgements, and confirms it. What the machine still
+    /// holds of an open transaction is read again by the next life.
+    async fn drain(mut self, mut acks: Acks) -> Result<(), Error> {
+        let deadline = tokio::time::Instant::now() + DRAIN_DEADLINE;
+        let drained = tokio::time::timeout_at(deadline, async {
+            loop {
+                self.perform().await?;
+                let outgoing = self.next_outgoing();
+                let waiting = outgoing.is_some();
+                if !waiting && self.capture.in_flight() == 0 {
+                    break;
+                }
+                let sender = self.sender.as_mut().expect("taken once, below");
+                tokio::select! {
+                    biased;
+                    acked = acks.next() => {
+                        let acked = acked.map_err(publish_failed)?;
+                        self.acked(acked)?;
+                    }
+                    sent = send(sender, outgoing), if waiting => {
+                        sent.map_err(publish_failed)?;
+                        self.sent();
+                    }
+                }
+            }
+            if let Some(sender) = self.sender.take() {
+                acks.finish(sender).await.map_err(publish_failed)?;
+            }
+            Ok(())
+        })
+        .await;
+        let stopped = self
+            .handle
+            .stop(limits::SHUTDOWN_DEADLINE - DRAIN_DEADLINE)
+            .await;
+        if let Err(error) = stopped {
+            tracing::warn!(%error, "the replication connection did not end in order");
+        }
+        drained.unwrap_or_else(|_| Err(Error::retry_because("draining took too long")))
+    }
+}
+
+/// Sends a message; never completes where there is none.
+async fn send(
+    sender: &mut Sender,
+    outgoing: Option<publish::Outgoing>,
+) -> Result<(), publish::PublishError> {
+    match outgoing {
+        Some(outgoing) => sender.send(outgoing).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn mark_of(outgoing: &Outgoing) -> Option<Mark> {
+    let covered = outgoing.boundary?;
+    // Control messages stand apart from rows by their number in the transaction.
+    let seq = outgoing.position.0.seq;
+    let control = matches!(seq, 0 | u32::MAX)
+        .then(|| serde_json::from_slice::<Control>(&outgoing.payload).ok())
+        .flatten();
+    let heartbeat = control
+        .filter(|control| control.kind == ControlKind::Heartbeat)
+        .map(|control| (control.position, control.ts_us));
+    Some(Mark { covered, heartbeat })
+}
+
+fn publish_failed(error: publish::PublishError) -> Error {
+    Error::retry(error.to_string(), error)
+}
+
+fn capture_failed(error: CaptureError) -> Error {
+    let text = error.to_string();
+    let halt = |code, remedy: &str| {
+        let mut message = text.clone();
+        let mut cause = std::error::Error::source(&error);
+        while let Some(inner) = cause {
+            message = format!("{message}: {inner}");
+            cause = inner.source();
+        }
+        Error::halt(Condition::new(code, message, remedy))
+    };
+    match &error {
+        CaptureError::Relation(_) => halt(
+            Code::NoReplicaIdentity,
+            "give the table its key and replica identity back; for another key run `millrace drop`, \
+             then `millrace run`, which copies the table again",
+        ),
+        CaptureError::Encode(_) => halt(
+            Code::SourceEncoding,
+            "correct the value at the source's client encoding",
+        ),
+        CaptureError::RowTooLarge(_) => halt(
+            Code::RowTooLarge,
+            "remove the table from the configuration, run `millrace drop`, then `millrace run`",
+        ),
+        // Damaged on the way: a new connection brings it again.
+        CaptureError::Pgoutput(_) | CaptureError::Protocol(_) => Error::retry(text, error),
+    }
+}

@@ -1,0 +1,177 @@
+//! Messages read one by one, and the position at which a stream ends.
+
+use std::time::{Duration, SystemTime};
+
+use async_nats::HeaderMap;
+use async_nats::jetstream::Context;
+use async_nats::jetstream::stream::RawMessageErrorKind;
+use millrace_event::{Control, Lsn, Position, decode_line, header};
+
+use super::{StoredMessage, StreamError};
+
+/// Messages without a position that are stepped over at the end of a stream before it counts as empty.
+const FOREIGN_MAX: u64 = 1_000;
+
+/// How a stream ends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tail {
+    /// The newest message's sequence that has a position. Foreign messages may follow.
+    pub stream_seq: u64,
+    /// Everything up to here is in the stream: an unfinished set of chunks counts as just below its row.
+    pub position: Position,
+    /// When the server stored the message, by the server's clock.
+    pub stored_at: SystemTime,
+    /// Everything whose commit ends at or below this LSN is in the stream, where the message says so.
+    pub end_lsn: Option<Lsn>,
+    /// Whether the message is a control message of kind `start`.
+    pub is_start: bool,
+}
+
+pub(super) async fn message(
+    jetstream: &Context,
+    name: &str,
+    stream_seq: u64,
+) -> Result<Option<StoredMessage>, StreamError> {
+    let what = || format!("STREAM.MSG.GET.{name}");
+    let other =
+        |source: async_nats::jetstream::context::RequestErrorKind| StreamError::Unanswered {
+            what: what(),
+            source: source.into(),
+        };
+    let stream = jetstream
+        .get_stream_no_info(name)
+        .await
+        .map_err(|_| other(async_nats::jetstream::context::RequestErrorKind::Other))?;
+    match stream.get_raw_message(stream_seq).await {
+        Ok(raw) => Ok(Some(StoredMessage {
+            stream_seq: raw.sequence,
+            subject: raw.subject.to_string(),
+            headers: raw.headers,
+            payload: raw.payload,
+            stored_at: raw.time.into(),
+        })),
+        Err(error) => match error.kind() {
+            RawMessageErrorKind::NoMessageFound => Ok(None),
+            RawMessageErrorKind::JetStream(source) => Err(StreamError::Refused {
+                what: what(),
+                source,
+            }),
+            _ => Err(other(
+                async_nats::jetstream::context::RequestErrorKind::Other,
+            )),
+        },
+    }
+}
+
+pub(super) async fn tail(jetstream: &Context, name: &str) -> Result<Option<Tail>, StreamError> {
+    let Some(state) = super::find_stream(jetstream, name).await? else {
+        return Ok(None);
+    };
+    let oldest = state
+        .first_seq
+        .max(state.last_seq.saturating_sub(FOREIGN_MAX));
+    for stream_seq in (oldest..=state.last_seq).rev() {
+        let Some(message) = message(jetstream, name, stream_seq).await? else {
+            continue;
+        };
+        if let Some(tail) = end(&message) {
+            return Ok(Some(tail));
+        }
+    }
+    Ok(None)
+}
+
+/// What a message says about the stream up to itself; `None` for one that is not ours.
+pub(super) fn end(message: &StoredMessage) -> Option<Tail> {
+    let at = |position, end_lsn, is_start| Tail {
+        stream_seq: message.stream_seq,
+        position,
+        stored_at: message.stored_at,
+        end_lsn,
+        is_start,
+    };
+    if let Some(position) = chunk_position(&message.headers) {
+        return Some(at(position, None, false));
+    }
+    if message.subject.split('.').nth(2) == Some("_ctl") {
+        let control: Control = serde_json::from_slice(&message.payload).ok()?;
+        let is_start = control.kind == millrace_event::ControlKind::Start;
+        return Some(at(control.position, Some(control.end_lsn), is_start));
+    }
+    let line = message
+        .payload
+        .rsplit(|byte| *byte == b'\n')
+        .find(|line| !line.is_empty())?;
+    let source = decode_line(line).ok()?.source;
+    Some(at(source.version.into(), source.end_lsn, false))
+}
+
+/// A chunk's position: its row's where it is the last of its set, else just below.
+fn chunk_position(headers: &HeaderMap) -> Option<Position> {
+    let position: Position = headers.get(header::POSITION)?.as_str().parse().ok()?;
+    let mut place = headers.get(header::CHUNK)?.as_str().splitn(3, '/');
+    let (index, count) = (place.next()?, place.next()?);
+    // A last chunk need not close a whole set, but whoever wrote it had written the others before.
+    Some(if index == count {
+        position
+    } else {
+        position.just_below()
+    })
+}
+
+/// Reads the time of an answer, RFC 3339 in UTC with up to nine digits of a second's fraction.
+pub(super) fn time(text: &str) -> Option<SystemTime> {
+    let (date, clock) = text.strip_suffix('Z')?.split_once('T')?;
+    let mut date = date.splitn(3, '-').map(|part| part.parse::<u64>().ok());
+    let (year, month, day) = (date.next()??, date.next()??, date.next()??);
+    let (clock, fraction) = clock.split_once('.').unwrap_or((clock, "0"));
+    let mut clock = clock.splitn(3, ':').map(|part| part.parse::<u64>().ok());
+    let (hour, minute, second) = (clock.next()??, clock.next()??, clock.next()??);
+    let valid = (1970..10_000).contains(&year)
+        && (1..=12).contains(&month)
+        && (1..=31).contains(&day)
+        && fraction.len() <= 9;
+    if !valid {
+        return None;
+    }
+    // Days since 1970 with the year starting in March, so that the leap day is its last.
+    let (y, m) = if month > 2 {
+        (year, month - 3)
+    } else {
+        (year - 1, month + 9)
+    };
+    let days = 365 * y + y / 4 - y / 100 + y / 400 + (153 * m + 2) / 5 + day - 1 - 719_468;
+    let nanos: u32 = format!("{fraction:0<9}").parse().ok()?;
+    let seconds = days * 86_400 + hour * 3_600 + minute * 60 + second;
+    Some(SystemTime::UNIX_EPOCH + Duration::new(seconds, nanos))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_read_to_the_nanosecond() {
+        let at = |seconds, nanos| Some(SystemTime::UNIX_EPOCH + Duration::new(seconds, nanos));
+        assert_eq!(time("1970-01-01T00:00:00Z"), at(0, 0));
+        assert_eq!(time("2000-02-29T23:59:59.5Z"), at(951_868_799, 500_000_000));
+        assert_eq!(
+            time("2026-11-21T04:06:53.123456789Z"),
+            at(1_795_234_013, 123_456_789)
+        );
+        assert_eq!(time("2026-11-21 04:06:53"), None);
+    }
+
+    #[test]
+    fn an_unfinished_set_of_chunks_counts_as_just_below_its_row() {
+        let chunk = |place: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::POSITION, Position::new(1, Lsn(2), 3).to_string());
+            headers.insert(header::CHUNK, place);
+            chunk_position(&headers)
+        };
+        assert_eq!(chunk("1/2/p"), Some(Position::new(1, Lsn(2), 2)));
+        assert_eq!(chunk("2/2/p"), Some(Position::new(1, Lsn(2), 3)));
+        assert_eq!(chunk("nonsense"), None);
+    }
+}

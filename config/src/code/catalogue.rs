@@ -1,0 +1,227 @@
+//! The table of codes. A code is never given a second meaning; one that is no longer used stays reserved.
+
+/// Declares [`Code`] from rows of `Name = "number", "title", "explanation"`.
+macro_rules! codes {
+    ($($name:ident = $text:literal, $title:literal, $explanation:literal;)+) => {
+        /// A condition that an operator may meet. `E10xx`: settings and process; `E11xx`: the source;
+        /// `E12xx`: the stream; `E13xx`: the sinks.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub enum Code {
+            $(#[doc = concat!($text, ": ", $title, ".")] $name,)+
+        }
+
+        impl Code {
+            /// Every code, by number.
+            pub const ALL: &'static [Self] = &[$(Self::$name,)+];
+
+            /// The code as it is printed: `E1104`.
+            #[must_use]
+            pub const fn as_str(self) -> &'static str {
+                match self {
+                    $(Self::$name => $text,)+
+                }
+            }
+
+            /// The condition in a few words.
+            #[must_use]
+            pub const fn title(self) -> &'static str {
+                match self {
+                    $(Self::$name => $title,)+
+                }
+            }
+
+            /// What the condition means and what to do about it, in a few sentences.
+            #[must_use]
+            pub const fn explain(self) -> &'static str {
+                match self {
+                    $(Self::$name => $explanation,)+
+                }
+            }
+        }
+    };
+}
+
+codes! {
+    ConfigInvalid = "E1001", "the configuration is invalid",
+        "A file of the configuration directory is missing, is not TOML, or holds a key or value that is not \
+        known. Every mistake is listed with its file, line and column. Correct them and run `millrace \
+        validate`, which checks the files without connecting to anything.";
+    SecretUnreadable = "E1002", "a secret cannot be read",
+        "A setting refers to an environment variable or a file that does not exist, is empty, or may not be \
+        read by this user. Secrets are read again at each connect, so no restart is needed once it is there. \
+        The paths of secret files are relative to the configuration directory.";
+    AdminPortInUse = "E1003", "the admin address is in use",
+        "Another process listens on `admin.listen`, often a second Millrace. A process that is only standing \
+        by goes on without its endpoint and warns. Choose another port, or port 0 for any free one.";
+
+    SourceUnreachable = "E1101", "the source cannot be reached",
+        "No connection to the source database could be made, or it broke. Millrace tries again for ever with \
+        growing pauses; the slot keeps every change meanwhile. Check the address, the network and whether the \
+        server runs. The reason of the last attempt is shown beside this code.";
+    SlotMissing = "E1102", "the replication slot is missing",
+        "The stream exists but the slot that fed it does not, so the changes since the last one in the stream \
+        may be gone. Millrace never makes a new slot over a gap by itself. If the replicas may be built anew, \
+        remove the rest with `millrace drop` and start again, which copies every table.";
+    SlotAhead = "E1103", "the replication slot is ahead of the stream",
+        "The slot was told to forget changes that the stream does not hold: the slot was dropped and made \
+        again or advanced by hand, or the broker lost more than the confirm policy covers. The changes between \
+        the two positions cannot be read any more. Rebuild the replicas: `millrace drop`, then start again.";
+    SlotLost = "E1104", "the replication slot was invalidated",
+        "The source removed WAL that the slot still needed, usually because the slot lagged by more than \
+        `max_slot_wal_keep_size`. The changes in that WAL are lost to every logical consumer. Rebuild the \
+        replicas: `millrace drop`, then start again. Raise `max_slot_wal_keep_size`, and alert on the slot's \
+        lag before it reaches the limit.";
+    PublicationMissing = "E1105", "the publication is missing",
+        "The publication that selects the tables does not exist. With `source.create = \"auto\"` it is created \
+        at the first start only. A publication that was dropped while the slot was in use is not mended by \
+        creating it again: decoding looks it up as it was at each change's time, and fails there. In that case \
+        rebuild with `millrace drop` and start again.";
+    PublicationDrift = "E1106", "the publication no longer matches the configuration",
+        "A configured table left the publication, or its column list, row filter or operations were changed \
+        outside Millrace. Changes made meanwhile were never decoded, without any error. The table is parked, \
+        because its replica may lack rows. Put the publication right, then copy the table again.";
+    NoReplicaIdentity = "E1107", "a table has no replica identity",
+        "The table has neither a primary key nor another replica identity. Publishing it would make the \
+        application's own UPDATE and DELETE statements fail, so Millrace does not touch the publication. Add a \
+        primary key, or set `REPLICA IDENTITY USING INDEX` to a unique index over columns that are not null. \
+        Or remove the table's file.";
+    SourceChanged = "E1108", "the source is another server or timeline",
+        "The source's system identifier or timeline differs from the one the stream was fed from: a standby \
+        was promoted, or the address leads to another server. Commits may have been dropped in between, and \
+        positions of the new history can be lower than those already applied. Verify what the new server \
+        holds. Then rebuild the replicas: `millrace drop`, and start again.";
+    SourceWentBack = "E1109", "the source went back in time",
+        "The source's WAL ends before a position that the stream already holds: it was restored from a backup \
+        or is a copy. New changes would look older than those already applied and be rejected. Point \
+        `source.url` at the right server, or rebuild the replicas: `millrace drop`, and start again.";
+    WalLevel = "E1110", "wal_level is not logical",
+        "Logical decoding needs `wal_level = logical`. Run `ALTER SYSTEM SET wal_level = logical` as a \
+        superuser and restart the server. Managed services have a parameter of their own for it.";
+    NoFreeSlot = "E1111", "no replication slot is free",
+        "All `max_replication_slots` slots, or all `max_wal_senders` connections, are in use. Look at \
+        `pg_replication_slots` for slots that nobody reads and drop those. Or raise the limit and restart the \
+        server.";
+    SourceAuth = "E1112", "the source refused the login",
+        "The user or the password is wrong, or `pg_hba.conf` has no line that admits this user, database, \
+        address and kind of encryption; replication needs `LOGIN` and `REPLICATION`. At start this ends the \
+        process. Later it is tried again with the secret read anew, so a rotated password is picked up.";
+    SlotActive = "E1113", "another process reads the replication slot",
+        "One process can read a slot at a time. This one stands by and takes over when the other one ends; \
+        nothing needs to be done. If no other Millrace should be running, the process id at the source is in \
+        `pg_replication_slots.active_pid`.";
+    TableMissing = "E1114", "a configured table does not exist",
+        "The source has no table of the name that a file under `tables/` has. File names are \
+        `<schema>.<table>.toml`, spelt as in the catalog: unquoted SQL names are lower case there. Views and \
+        foreign tables have no changes of their own and cannot be captured. Correct or remove the file.";
+    NoKey = "E1115", "a table has no key",
+        "The table has no primary key and its file names no `key`, so its rows cannot be told apart in a \
+        target. Add a primary key. Or set `key` to the columns of a unique index without nulls that is also \
+        the table's replica identity.";
+    SourcePrivilege = "E1116", "the source user lacks a privilege",
+        "The user of `source.url` may not do what is needed: reading a table, creating the publication, or \
+        using replication. `millrace init-sql` prints the least-privilege roles and grants. The missing \
+        privilege is named beside this code.";
+    EpochLower = "E1117", "the source's epoch is lower than one already known",
+        "A sink or the stream has already seen a later epoch of this source than the one this start would \
+        use: state was restored from an old copy, or two installations share a name. Going on would write \
+        rows that every guard rejects. Restore the newer state, or rebuild: `millrace drop`, and start again.";
+    SourceEncoding = "E1118", "the source's encoding is not UTF-8",
+        "Millrace carries text as UTF-8. A database in another encoding, SQL_ASCII above all, can hold bytes \
+        that have no UTF-8 form. Move the data to a database that was created with `ENCODING 'UTF8'`.";
+    SlotBlocked = "E1119", "the replication slot cannot be created yet",
+        "A new slot waits until every transaction that was open before has ended. Long transactions, \
+        sessions that are idle in a transaction and prepared transactions hold it up. Find them in \
+        `pg_stat_activity` by `xact_start` and in `pg_prepared_xacts`, and end them. Millrace keeps trying.";
+    SourceVersion = "E1120", "the source's version is not supported",
+        "Postgres 14 to 18 are supported. Older servers lack what the heartbeat and the replication protocol \
+        need; a newer major has not been tested. Upgrade the source, or use a release of Millrace that knows \
+        its version.";
+
+    StreamUnreachable = "E1201", "NATS cannot be reached",
+        "No server of `stream.servers` answered, or the connection broke. Millrace tries again for ever; the \
+        slot keeps the changes meanwhile. Check addresses, network, TLS settings and whether the servers run. \
+        The reason of the last attempt is shown beside this code.";
+    StreamMissing = "E1202", "the stream is missing",
+        "The slot or a sink's position exists, but the stream does not: it was deleted, or \
+        `stream.servers` leads to another NATS. Changes that were confirmed to the slot and not yet applied \
+        are gone with it. If the address is right, rebuild the replicas: `millrace drop`, and start again.";
+    NatsTooOld = "E1203", "the NATS server is too old",
+        "Fenced publishing needs JetStream API level 4, which NATS 2.14 brought. Upgrade every server of the \
+        cluster; in a mixed one the stream's leader decides. The version found is shown beside this code.";
+    JetStreamOff = "E1204", "JetStream is not available",
+        "The server or the account has no JetStream, or it was switched off because the disk was full. Start \
+        `nats-server` with `-js` or a `jetstream {}` block, and enable it for the account. After a full disk \
+        free space and restart that server.";
+    StreamShape = "E1205", "the stream exists with another shape",
+        "A stream of our name has subjects or settings that Millrace would not give it, so it may belong to \
+        somebody else. The difference is shown beside this code. Change the stream, remove it if it holds \
+        nothing of value, or choose another `source.name`.";
+    StreamTailLost = "E1206", "the stream lost its end beyond repair",
+        "The broker lost messages that it had acknowledged, and the slot has already let go of them. JetStream \
+        acknowledges before it writes to disk, so a power failure can do this. `confirm = \"synced\"` with the \
+        broker's true `sync_interval` makes such a loss repairable. Now rebuild the replicas: `millrace drop`, \
+        and start again.";
+    StreamAuth = "E1207", "NATS refused the login or an operation",
+        "The credentials are wrong, expired, or lack a permission. `millrace init-sql` prints the permissions \
+        that capture and sinks need. Secrets are read again at each connect, so a rotated one is picked up.";
+    StreamFull = "E1208", "the stream is nearly full",
+        "The stream holds 90 % of `retention.max_bytes`, so capture has stopped reading and the slot holds \
+        the backlog on the source's disk. Nothing is lost. A required sink is usually behind or stopped: look \
+        at `millrace status`. Raise `max_bytes`, repair the sink, or set `required = false` for it.";
+    RowTooLarge = "E1209", "a row is larger than the limit",
+        "One change is larger than Millrace carries. Rows above the server's `max_payload` travel in parts, \
+        but the whole must fit in memory on both sides. Make the value smaller in the source; the row's table \
+        and key are shown beside this code.";
+    StreamStorage = "E1210", "NATS has not enough storage for the stream",
+        "The server or account may not store as much as `retention.max_bytes` asks for. Raise `max_file_store` \
+        or the account's limit, or lower `max_bytes`. With replicas each server needs the room.";
+
+    SinkUnreachable = "E1301", "the target cannot be reached",
+        "No connection to the sink's database could be made, or it broke. Millrace tries again for ever, and \
+        the stream keeps the changes for a required sink. Check the address, the network and whether the \
+        server runs. The reason of the last attempt is shown beside this code.";
+    TargetColumnMissing = "E1302", "the target table lacks a column",
+        "The source has a column that the target table does not, and Millrace may not add it. The table is \
+        parked; the others flow on, and its changes wait in the stream. Run the ALTER TABLE statement beside \
+        this code. The table continues by itself.";
+    TargetAuth = "E1303", "the target refused the login",
+        "The user or the password is wrong, or the target does not admit this user, database and address. At \
+        start this ends the process. Later it is tried again with the secret read anew, so a rotated password \
+        is picked up.";
+    TargetTableMissing = "E1304", "the target table does not exist",
+        "`create = \"never\"` forbids Millrace to create target tables, and this one is missing. Run the CREATE \
+        TABLE statement beside this code, or set `create = \"auto\"`.";
+    TargetType = "E1305", "a target column has another type",
+        "A column of the target table cannot take the source column's values exactly. Change its type with \
+        the statement beside this code. The table is parked until then; the others flow on.";
+    TargetOccupied = "E1306", "the target table already holds rows",
+        "The target table holds rows that Millrace did not write, and copying into it would mix the two. Empty \
+        the table, choose another `target`, or set `adopt = true` in the table's file: rows of the same key \
+        are then overwritten.";
+    TargetKey = "E1307", "the target table has no matching key",
+        "The upsert needs a primary key or a unique constraint over exactly the key columns. Add it with the \
+        statement beside this code. Without it two versions of a row could stand side by side.";
+    TargetPrivilege = "E1308", "the target user lacks a privilege",
+        "The user of the sink may not write a table, or not create what `create = \"auto\"` asks for. `millrace \
+        init-sql` prints the least-privilege roles and grants. The missing privilege is named beside this code.";
+    SinkFenced = "E1309", "another worker holds the sink",
+        "Another process has taken over this sink and its position. This one stands by and takes over when \
+        that one ends; nothing needs to be done. Each commit compares the fence, so the two never mix.";
+    SinkAhead = "E1310", "the sink is ahead of the stream",
+        "The target has applied changes that the stream does not hold: the broker lost its tail, or the sink \
+        was pointed at another stream. The sink waits for capture to publish them again from the slot. If it \
+        stays so, check `stream.servers` and `source.name`, and that capture runs.";
+    RowRefused = "E1311", "the target refuses a row",
+        "A constraint or a type of the target does not admit one row. The row was set aside with its reason in \
+        `millrace.dead_letter` of the target; all others flow on. Mend the constraint or the row: a later \
+        complete version of the same row takes its place.";
+    StreamGap = "E1312", "the stream no longer holds what the sink needs",
+        "The sink's next change was removed from the stream before it was applied: the sink was away for \
+        longer than the stream keeps changes and is not `required`, or somebody purged the stream. Its \
+        replicas must be copied anew: drop the sink's tables and its `millrace` schema in the target, then \
+        start again.";
+    TargetWentBack = "E1313", "the target went back in time",
+        "The position in the target is lower than one this process has already committed there: the target \
+        was restored from a backup or failed over. Millrace continues from the older position where the \
+        stream still holds what follows. Otherwise the replicas must be copied anew.";
+}

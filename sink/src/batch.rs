@@ -1,0 +1,274 @@
+//! What a sink is given to apply, and where it stands.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use millrace_event::{Lsn, Position, TableName, Version};
+use serde::{Deserialize, Serialize};
+
+use crate::row::{Key, Row, TableLayout};
+
+/// How far a sink has applied its stream.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Checkpoint {
+    /// The stream sequence of the last message applied. Never trusted without `position`.
+    pub stream_seq: u64,
+    /// That message's position.
+    pub position: Position,
+    /// When the source committed or wrote it, microseconds since 1970.
+    pub source_ts_us: i64,
+}
+
+/// Everything that a sink's position row holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PositionRow {
+    /// How far the stream was applied.
+    pub checkpoint: Checkpoint,
+    /// The highest epoch applied.
+    pub epoch: u32,
+    /// Rises with every election: a worker whose fence is no longer stored writes nothing more.
+    pub fence: i64,
+    /// How far each table's initial copy is.
+    pub copy: CopyProgress,
+}
+
+/// How far each table's initial copy is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "Vec<CopyEntry>", into = "Vec<CopyEntry>")]
+pub struct CopyProgress(pub BTreeMap<TableName, CopyState>);
+
+impl CopyProgress {
+    /// Whether every table's copy was applied.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        self.0
+            .values()
+            .all(|state| matches!(state, CopyState::Copied { .. }))
+    }
+
+    /// Whether a streamed change of this table is already part of its copy: its transaction committed below
+    /// the consistent point of the snapshot that the copy read.
+    #[must_use]
+    pub fn covers(&self, table: &TableName, version: Version) -> bool {
+        match self.0.get(table) {
+            Some(CopyState::Copied { lsn }) => version.commit_lsn < *lsn,
+            _ => false,
+        }
+    }
+}
+
+/// The state of one table's initial copy.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "lowercase")]
+pub enum CopyState {
+    /// Not begun: entered when the sink first sees the table.
+    Pending,
+    /// Chunks are being applied: entered with the first of them. A crash resumes after `number`.
+    Copying {
+        /// The copy's request.
+        request: String,
+        /// Which attempt of the request the rows belong to; another attempt starts over.
+        attempt: u32,
+        /// The number of the last message applied, from 1.
+        number: u64,
+        /// The consistent point of the snapshot that is being read.
+        #[serde(with = "lsn_text")]
+        lsn: Lsn,
+    },
+    /// All rows applied: entered with the sweep at the copy's end. Final.
+    Copied {
+        /// The consistent point: changes committed below it are part of the copy.
+        #[serde(with = "lsn_text")]
+        lsn: Lsn,
+    },
+}
+
+#[derive(Clone, Serialize, Deserialize)]
+struct CopyEntry {
+    #[serde(flatten)]
+    table: TableName,
+    #[serde(flatten)]
+    state: CopyState,
+}
+
+impl From<Vec<CopyEntry>> for CopyProgress {
+    fn from(entries: Vec<CopyEntry>) -> Self {
+        Self(
+            entries
+                .into_iter()
+                .map(|entry| (entry.table, entry.state))
+                .collect(),
+        )
+    }
+}
+
+impl From<CopyProgress> for Vec<CopyEntry> {
+    fn from(progress: CopyProgress) -> Self {
+        progress
+            .0
+            .into_iter()
+            .map(|(table, state)| CopyEntry { table, state })
+            .collect()
+    }
+}
+
+mod lsn_text {
+    use millrace_event::Lsn;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(lsn: &Lsn, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(lsn)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Lsn, D::Error> {
+        String::deserialize(from)?
+            .parse()
+            .map_err(serde::de::Error::custom)
+    }
+}
+
+/// Changes that a sink applies in one go.
+///
+/// A target transaction is one batch, or several of which only the last has `commit`: a source transaction
+/// larger than a batch keeps the target's open, so that memory stays flat and no reader sees half of it.
+#[derive(Clone, Debug, Default)]
+pub struct Batch {
+    /// Where the sink must stand: the checkpoint of the batch before, committed or not.
+    pub from: Checkpoint,
+    /// Where it stands afterwards. The same as `from` for the rows of a copy.
+    pub to: Checkpoint,
+    /// The copies' progress to store with it; `None` leaves it as it is.
+    pub copy: Option<CopyProgress>,
+    /// What to do, in this order.
+    pub steps: Vec<Step>,
+    /// Whether the target transaction ends with this batch.
+    pub commit: bool,
+}
+
+/// One step of a batch.
+#[derive(Clone, Debug)]
+pub enum Step {
+    /// Rows of several tables, each key at most once per table; their order does not matter.
+    Rows(Vec<TableRows>),
+    /// Rows that changed their key without bringing all their columns, in this order.
+    Move(Vec<Move>),
+    /// Everything of these tables below a version is gone.
+    Truncate(Vec<(Arc<TableLayout>, Version)>),
+    /// The end of a table's copy: rows below `below` are not at the source any more, and its tombstones below
+    /// it can no longer meet an older row.
+    Sweep {
+        /// The table.
+        table: Arc<TableLayout>,
+        /// The copy's version.
+        below: Version,
+    },
+}
+
+/// One table's rows of a step.
+#[derive(Clone, Debug)]
+pub struct TableRows {
+    /// The table.
+    pub layout: Arc<TableLayout>,
+    /// At most one for each key.
+    pub rows: Vec<RowOp>,
+}
+
+/// The newest change of one key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RowOp {
+    /// The key.
+    pub key: Key,
+    /// The version of the newest change.
+    pub version: Version,
+    /// What it does.
+    pub action: Action,
+}
+
+impl RowOp {
+    /// Whether it removes its row.
+    #[must_use]
+    pub fn is_delete(&self) -> bool {
+        matches!(self.action, Action::Delete { .. })
+    }
+}
+
+/// What a change does to its key's row.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// The row has these cells. With missing ones it must exist, and keeps those of its own.
+    Put(Row),
+    /// The row is gone.
+    Delete {
+        /// A row of which only the key's cells are set.
+        key: Row,
+        /// The row before it was deleted, as far as this batch knows it.
+        last: Option<Row>,
+    },
+}
+
+/// A row under a new key, whose missing cells are those of the row under its old key. The delete of the old
+/// key follows in a later step.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MoveRow {
+    /// A row of which only the old key's cells are set.
+    pub old: Row,
+    /// The old key.
+    pub old_key: Key,
+    /// The new key.
+    pub key: Key,
+    /// The new row; at least one cell is missing.
+    pub row: Row,
+    /// Its version.
+    pub version: Version,
+}
+
+/// One [`MoveRow`] and its table.
+#[derive(Clone, Debug)]
+pub struct Move {
+    /// The table.
+    pub layout: Arc<TableLayout>,
+    /// The row.
+    pub row: MoveRow,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn copy_progress_round_trips_as_json() {
+        let progress = CopyProgress(BTreeMap::from([
+            (TableName::new("a", "b"), CopyState::Pending),
+            (
+                TableName::new("a", "c"),
+                CopyState::Copying {
+                    request: "r".into(),
+                    attempt: 2,
+                    number: 9,
+                    lsn: Lsn(17),
+                },
+            ),
+            (
+                TableName::new("a", "d"),
+                CopyState::Copied {
+                    lsn: Lsn(0x1_0000_0001),
+                },
+            ),
+        ]));
+        let json = serde_json::to_string(&progress).expect("is well formed");
+        assert!(
+            json.contains(r#"{"schema":"a","table":"d","state":"copied","lsn":"1/1"}"#),
+            "{json}"
+        );
+        assert_eq!(
+            serde_json::from_str::<CopyProgress>(&json).expect("is well formed"),
+            progress
+        );
+        assert!(!progress.is_complete());
+        let covers =
+            |table, lsn| progress.covers(&TableName::new("a", table), Version::new(1, Lsn(lsn), 1));
+        assert!(covers("d", 0x1_0000_0000));
+        assert!(!covers("d", 0x1_0000_0001));
+        assert!(!covers("c", 1));
+    }
+}

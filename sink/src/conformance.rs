@@ -1,0 +1,445 @@
+//! One suite for every sink: what a target must do, run on the memory model and on real databases alike.
+//!
+//! Panics say what is wrong, so call it from tests only.
+
+mod history;
+mod memory;
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use millrace_config::{Columns, OnDelete, OnRowError, OnSchemaChange, OnTruncate, Table};
+use millrace_event::{ColumnSchema, Lsn, Position, TableName, TableSchema, Version};
+
+use crate::batch::{Batch, Checkpoint, CopyProgress, CopyState};
+use crate::fold::{Fold, RowChange};
+use crate::row::{Cell, Row, TableLayout};
+use crate::sink::{Applied, Elected, Sink, SinkError};
+
+/// A table's rows as texts, in the order of the layout's columns, by the first of them.
+pub type Rows = BTreeMap<String, (Version, Vec<Option<String>>)>;
+
+/// A database that sinks are opened on.
+pub trait Target: Sync {
+    /// Its sink.
+    type Sink: Sink;
+
+    /// A sink of this name, not opened.
+    fn sink(&self, name: &str) -> Self::Sink;
+
+    /// What a reader sees.
+    fn rows(&self, layout: &TableLayout) -> impl Future<Output = Rows> + Send;
+
+    /// How many dead letters of the table are open.
+    fn open_letters(&self, layout: &TableLayout) -> impl Future<Output = usize> + Send;
+}
+
+/// Runs every scenario, each on a table and a sink of its own.
+pub async fn check<T: Target>(target: &T, seeds: u64) {
+    for seed in 0..seeds {
+        history::history(target, seed).await;
+    }
+    replay(target).await;
+    floors_and_tombstones(target).await;
+    refused_rows(target).await;
+    incomplete_rows(target).await;
+    large_transaction(target).await;
+    fencing(target).await;
+    occupied(target).await;
+}
+
+/// The schema of the suite's table: an integer key, a text, and a text that is often unchanged.
+#[must_use]
+pub fn schema(table: &str) -> TableSchema {
+    let column = |name: &str, type_name: &str, type_oid, not_null| ColumnSchema {
+        name: name.to_owned(),
+        type_name: type_name.to_owned(),
+        type_oid,
+        typmod: -1,
+        not_null,
+    };
+    TableSchema {
+        name: TableName::new("millrace_suite", table),
+        version: "0000000000000001".to_owned(),
+        columns: vec![
+            column("id", "bigint", 20, true),
+            column("n", "integer", 23, false),
+            column("big", "text", 25, false),
+        ],
+        key: vec!["id".to_owned()],
+        types: Vec::new(),
+    }
+}
+
+/// Settings of the suite's table.
+#[must_use]
+pub fn settings(table: &TableName) -> Table {
+    Table {
+        name: table.clone(),
+        sinks: Vec::new(),
+        target: table.clone(),
+        columns: Columns::default(),
+        key: None,
+        adopt: false,
+        on_delete: OnDelete::Delete,
+        on_truncate: OnTruncate::Apply,
+        on_schema_change: OnSchemaChange::Evolve,
+        on_row_error: OnRowError::DeadLetter,
+    }
+}
+
+struct Bench<S> {
+    sink: S,
+    layout: Arc<TableLayout>,
+    at: Checkpoint,
+    fold: Fold,
+}
+
+impl<S: Sink> Bench<S> {
+    async fn new<T: Target<Sink = S>>(target: &T, name: &str) -> Self {
+        let mut sink = target.sink(name);
+        let Elected::Yes(position) = sink.open().await.expect("opens") else {
+            panic!("a sink of its own is elected");
+        };
+        let schema = schema(name);
+        let ensured = sink
+            .ensure_table(&schema, &settings(&schema.name))
+            .await
+            .expect("ensures");
+        assert!(ensured.created, "the table is new");
+        Self {
+            sink,
+            layout: ensured.layout,
+            at: position.checkpoint,
+            fold: Fold::new(),
+        }
+    }
+
+    fn push(&mut self, lsn: u64, seq: u32, change: RowChange) {
+        let version = Version::new(1, Lsn(lsn), seq);
+        self.fold
+            .change(&self.layout, version, change)
+            .expect("has its key");
+    }
+
+    fn batch(&mut self, commit: bool) -> Batch {
+        let to = Checkpoint {
+            stream_seq: self.at.stream_seq + 1,
+            position: Position::new(1, Lsn(self.at.stream_seq + 1), 0),
+            source_ts_us: 1_700_000_000_123_456,
+        };
+        let steps = if commit {
+            self.fold.finish()
+        } else {
+            self.fold.cut()
+        };
+        let batch = Batch {
+            from: self.at,
+            to,
+            copy: None,
+            steps,
+            commit,
+        };
+        self.at = to;
+        batch
+    }
+
+    async fn apply(&mut self, commit: bool) -> Applied {
+        let batch = self.batch(commit);
+        self.sink
+            .apply(&batch)
+            .await
+            .unwrap_or_else(|error| panic!("applies: {error:?}"))
+    }
+}
+
+fn text(value: impl ToString) -> Cell {
+    Cell::Text(Bytes::from(value.to_string()))
+}
+
+fn put(id: u64, n: impl ToString, big: Cell) -> RowChange {
+    RowChange::Put {
+        row: vec![text(id), text(n), big].into(),
+        old: None,
+    }
+}
+
+fn key(id: u64) -> Row {
+    vec![text(id), Cell::Missing, Cell::Missing].into()
+}
+
+fn seen(
+    id: u64,
+    lsn: u64,
+    seq: u32,
+    n: u64,
+    big: &str,
+) -> (String, (Version, Vec<Option<String>>)) {
+    let row = vec![
+        Some(id.to_string()),
+        Some(n.to_string()),
+        Some(big.to_owned()),
+    ];
+    (id.to_string(), (Version::new(1, Lsn(lsn), seq), row))
+}
+
+/// The same changes again, and older ones late, change nothing.
+async fn replay<T: Target>(target: &T) {
+    let mut bench = Bench::new(target, "replay").await;
+    let all: [(u64, RowChange); 4] = [
+        (1, put(1, 10, text("a"))),
+        (2, RowChange::Delete(key(1))),
+        (3, put(2, 20, text("b"))),
+        (4, put(2, 21, text("c"))),
+    ];
+    for (lsn, change) in &all {
+        bench.push(*lsn, 1, change.clone());
+    }
+    bench.apply(true).await;
+    let expected = Rows::from([seen(2, 4, 1, 21, "c")]);
+    assert_eq!(target.rows(&bench.layout).await, expected);
+    for order in [[0, 1, 2, 3], [3, 2, 1, 0], [0, 0, 3, 2], [2, 3, 0, 1]] {
+        for index in order {
+            let (lsn, change) = all[index].clone();
+            bench.push(lsn, 1, change);
+            let applied = bench.apply(true).await;
+            assert_eq!(
+                (applied.written, applied.stale),
+                (0, 1),
+                "change {index} is stale"
+            );
+        }
+        assert_eq!(
+            target.rows(&bench.layout).await,
+            expected,
+            "order {order:?}"
+        );
+    }
+}
+
+/// A truncate rejects older rows for ever; a sweep removes what the copy did not have.
+async fn floors_and_tombstones<T: Target>(target: &T) {
+    let mut other = Bench::new(target, "floors_of_another").await;
+    other.push(1, 1, put(1, 1, text("a")));
+    other.push(2, 1, RowChange::Delete(key(1)));
+    other.apply(true).await;
+    let mut bench = Bench::new(target, "floors").await;
+    bench.push(1, 1, put(1, 1, text("a")));
+    bench.push(2, 1, RowChange::Truncate);
+    bench.push(3, 1, put(2, 2, text("b")));
+    bench.apply(true).await;
+    bench.push(1, 1, put(1, 1, text("a")));
+    bench.apply(true).await;
+    assert_eq!(
+        target.rows(&bench.layout).await,
+        Rows::from([seen(2, 3, 1, 2, "b")])
+    );
+    // The floor is as durable as the rows.
+    let Elected::Yes(position) = bench.sink.open().await.expect("opens again") else {
+        panic!("the same sink is elected again");
+    };
+    assert_eq!(position.checkpoint, bench.at);
+    let schema = schema("floors");
+    let progress = CopyState::Copied { lsn: Lsn(1) };
+    let copy = CopyProgress(BTreeMap::from([(schema.name.clone(), progress)]));
+    let layout = Arc::clone(&bench.layout);
+    bench.fold.sweep(&layout, Version::new(1, Lsn(2), 0));
+    let batch = Batch {
+        copy: Some(copy.clone()),
+        ..bench.batch(true)
+    };
+    bench
+        .sink
+        .apply(&batch)
+        .await
+        .expect("stores the copy's progress");
+    let ensured = bench
+        .sink
+        .ensure_table(&schema, &settings(&schema.name))
+        .await
+        .expect("again");
+    bench.layout = ensured.layout;
+    assert!(!ensured.created);
+    bench.push(1, 1, put(1, 1, text("a")));
+    bench.apply(true).await;
+    assert_eq!(
+        target.rows(&bench.layout).await,
+        Rows::from([seen(2, 3, 1, 2, "b")])
+    );
+    bench.push(4, 1, RowChange::Delete(key(2)));
+    bench.push(5, 1, put(3, 3, text("c")));
+    bench.push(6, 1, put(4, 4, text("d")));
+    bench.apply(true).await;
+    bench.fold.sweep(&layout, Version::new(1, Lsn(6), 0));
+    bench.apply(true).await;
+    assert_eq!(
+        target.rows(&bench.layout).await,
+        Rows::from([seen(4, 6, 1, 4, "d")])
+    );
+    bench.push(7, 1, RowChange::Delete(key(4)));
+    bench.apply(true).await;
+    let dropped = bench
+        .sink
+        .clean_up(Version::new(1, Lsn(7), 1))
+        .await
+        .expect("cleans up");
+    assert!(dropped >= 1, "the tombstone of row 4 is dropped");
+    // Another sink's deletes are its own to forget: its source's versions cannot be compared with ours.
+    other.push(1, 1, put(1, 1, text("a")));
+    other.apply(true).await;
+    assert!(target.rows(&other.layout).await.is_empty());
+    let Elected::Yes(position) = bench.sink.open().await.expect("opens again") else {
+        panic!("the same sink is elected again");
+    };
+    assert_eq!(position.copy, copy);
+}
+
+/// Refused rows are set aside alone; a newer whole row takes their place.
+async fn refused_rows<T: Target>(target: &T) {
+    let mut bench = Bench::new(target, "refused").await;
+    for id in 0..20 {
+        let n = if id % 7 == 3 {
+            "x".to_owned()
+        } else {
+            id.to_string()
+        };
+        bench.push(1, 1, put(id, n, text("a")));
+    }
+    let applied = bench.apply(true).await;
+    assert_eq!((applied.written, applied.dead()), (17, 3));
+    assert_eq!(target.rows(&bench.layout).await.len(), 17);
+    assert_eq!(target.open_letters(&bench.layout).await, 3);
+    // What a refused row had is not known to the target, so a partial one cannot build on it.
+    bench.push(2, 1, put(3, 33, Cell::Missing));
+    assert_eq!(bench.apply(true).await.dead(), 1);
+    assert_eq!(target.open_letters(&bench.layout).await, 4);
+    bench.push(3, 1, put(3, 34, text("b")));
+    bench.push(3, 2, RowChange::Delete(key(10)));
+    assert_eq!(bench.apply(true).await.dead(), 0);
+    assert_eq!(target.open_letters(&bench.layout).await, 1);
+    // In the middle of a transaction too, and what came before in it stays.
+    bench.push(4, 1, put(50, 50, text("a")));
+    bench.apply(false).await;
+    bench.push(4, 2, put(51, "y", text("a")));
+    bench.push(4, 3, put(52, 52, text("a")));
+    assert_eq!(bench.apply(false).await.dead(), 1);
+    bench.push(4, 4, put(53, "z", text("a")));
+    assert_eq!(bench.apply(true).await.dead(), 1);
+    let rows = target.rows(&bench.layout).await;
+    assert!(rows.contains_key("50") && rows.contains_key("52"));
+    assert!(!rows.contains_key("51") && !rows.contains_key("53"));
+}
+
+/// A partial row or a move without its older row is set aside, never completed with NULL.
+async fn incomplete_rows<T: Target>(target: &T) {
+    let mut bench = Bench::new(target, "incomplete").await;
+    bench.push(1, 1, put(1, 1, Cell::Missing));
+    let row = vec![text(3), text(3), Cell::Missing].into();
+    bench.push(1, 2, RowChange::Delete(key(2)));
+    bench.push(
+        1,
+        3,
+        RowChange::Put {
+            row,
+            old: Some(key(2)),
+        },
+    );
+    assert_eq!(bench.apply(true).await.dead(), 2);
+    assert_eq!(target.rows(&bench.layout).await, Rows::new());
+    bench.push(2, 1, put(1, 1, text("a")));
+    bench.push(2, 2, put(3, 3, text("b")));
+    bench.apply(true).await;
+    assert_eq!(target.open_letters(&bench.layout).await, 0);
+    // Old ones that come again are stale, not incomplete.
+    bench.push(1, 1, put(1, 1, Cell::Missing));
+    assert_eq!(
+        bench.apply(true).await,
+        Applied {
+            stale: 1,
+            ..Applied::default()
+        }
+    );
+}
+
+/// Nothing of a large transaction is seen before its end, and nothing stays of one that is rolled back.
+async fn large_transaction<T: Target>(target: &T) {
+    let mut bench = Bench::new(target, "large").await;
+    let start = bench.at;
+    for part in 0..3 {
+        for id in 0..100 {
+            bench.push(
+                1,
+                part * 100 + id + 1,
+                put(u64::from(part * 100 + id), id, text("a")),
+            );
+        }
+        bench.apply(false).await;
+        assert_eq!(target.rows(&bench.layout).await.len(), 0);
+    }
+    bench.sink.roll_back().await.expect("rolls back");
+    bench.at = start;
+    for part in 0..3 {
+        for id in 0..100 {
+            bench.push(
+                1,
+                part * 100 + id + 1,
+                put(u64::from(part * 100 + id), id, text("a")),
+            );
+        }
+        bench.apply(part == 2).await;
+    }
+    assert_eq!(target.rows(&bench.layout).await.len(), 300);
+}
+
+/// One worker at a time, and one that stands elsewhere than it believes writes nothing.
+async fn fencing<T: Target>(target: &T) {
+    let mut bench = Bench::new(target, "fencing").await;
+    let mut second = target.sink("fencing");
+    assert_eq!(second.open().await.expect("answers"), Elected::No);
+    let stands = bench.at;
+    bench.push(1, 1, put(1, 1, text("a")));
+    bench.apply(true).await;
+    bench.push(2, 1, put(2, 2, text("b")));
+    let batch = Batch {
+        from: stands,
+        ..bench.batch(true)
+    };
+    assert!(matches!(
+        bench.sink.apply(&batch).await,
+        Err(SinkError::Fenced)
+    ));
+    assert_eq!(
+        target.rows(&bench.layout).await.len(),
+        1,
+        "nothing of it was written"
+    );
+    drop(bench);
+    // The lock of a dropped connection is free once the server has noticed.
+    for _ in 0..200 {
+        if second.open().await.expect("answers") != Elected::No {
+            return;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    panic!("the second worker takes over");
+}
+
+/// A table with rows that no sink has written is refused, unless it may be adopted.
+async fn occupied<T: Target>(target: &T) {
+    let mut bench = Bench::new(target, "occupied").await;
+    bench.push(1, 1, put(1, 1, text("a")));
+    bench.apply(true).await;
+    let schema = schema("occupied");
+    let mut other = target.sink("occupied_other");
+    assert!(matches!(other.open().await, Ok(Elected::Yes(_))));
+    let mut settings = settings(&schema.name);
+    let refused = other.ensure_table(&schema, &settings).await;
+    assert!(matches!(refused, Err(SinkError::Table { .. })));
+    settings.adopt = true;
+    other
+        .ensure_table(&schema, &settings)
+        .await
+        .expect("adopts");
+}

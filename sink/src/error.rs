@@ -1,0 +1,144 @@
+//! What a sink's caller does about a failure.
+
+use std::error::Error as StdError;
+
+use millrace_config::{Code, Condition, SecretError};
+use millrace_connect::nats::NatsError;
+use millrace_consumer::ReadError;
+
+use crate::sink::{Cause, SinkError};
+
+/// A failure of a sink, by what its caller does.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// An operator must act. Before the sink ever worked the process ends, later the sink halts.
+    #[error(transparent)]
+    Halt(Condition),
+    /// The login was refused. Before the sink ever worked that is for an operator; later the secret may be
+    /// about to change, so it is read again and tried again.
+    #[error(transparent)]
+    Refused(Condition),
+    /// Another process is this sink's worker: stand by and try again.
+    #[error("another process is the sink's worker")]
+    Standby,
+    /// Try again after a while.
+    #[error("{reason}")]
+    Retry {
+        /// What failed, for `retrying(reason)`.
+        reason: String,
+        /// What to tell the operator meanwhile.
+        condition: Option<Condition>,
+        /// Why.
+        #[source]
+        source: Option<Cause>,
+    },
+}
+
+impl Error {
+    /// A failure that passes.
+    pub(crate) fn retry(reason: impl Into<String>, source: impl Into<Cause>) -> Self {
+        Self::Retry {
+            reason: reason.into(),
+            condition: None,
+            source: Some(source.into()),
+        }
+    }
+
+    /// A failure that passes and has no cause below it.
+    pub(crate) fn retry_because(reason: impl Into<String>) -> Self {
+        Self::Retry {
+            reason: reason.into(),
+            condition: None,
+            source: None,
+        }
+    }
+
+    /// The failure and its causes in one line.
+    #[must_use]
+    pub fn chain(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = self.source();
+        while let Some(error) = cause {
+            text.push_str(": ");
+            text.push_str(&error.to_string());
+            cause = error.source();
+        }
+        text
+    }
+}
+
+impl From<SinkError> for Error {
+    fn from(error: SinkError) -> Self {
+        match error {
+            SinkError::Fenced => Self::Standby,
+            SinkError::Fatal { condition, .. } => Self::Halt(*condition),
+            SinkError::Transient {
+                condition: Some(condition),
+                source,
+                ..
+            } if matches!(condition.code, Code::TargetAuth | Code::SecretUnreadable) => {
+                let (code, remedy) = (condition.code, condition.remedy.clone());
+                Self::Refused(Condition::new(
+                    code,
+                    format!("{}: {source}", condition.message),
+                    remedy,
+                ))
+            }
+            SinkError::Transient {
+                what,
+                condition,
+                source,
+            } => {
+                let condition = condition.map(|condition| *condition);
+                Self::Retry {
+                    reason: format!("{what} failed"),
+                    condition,
+                    source: Some(source),
+                }
+            }
+            SinkError::Table {
+                table,
+                condition,
+                source,
+            } => Self::Retry {
+                reason: format!("the target refuses table {table}"),
+                condition: Some(*condition),
+                source,
+            },
+        }
+    }
+}
+
+impl From<SecretError> for Error {
+    fn from(error: SecretError) -> Self {
+        Self::Refused(Condition::new(
+            Code::SecretUnreadable,
+            error.to_string(),
+            "set the environment variable or write the file that the configuration names",
+        ))
+    }
+}
+
+impl From<NatsError> for Error {
+    fn from(error: NatsError) -> Self {
+        match &error {
+            NatsError::Auth { .. } => Self::Refused(Condition::new(
+                Code::StreamAuth,
+                error.to_string(),
+                "correct the credentials under [stream]",
+            )),
+            _ => Self::retry(error.to_string(), error),
+        }
+    }
+}
+
+impl From<ReadError> for Error {
+    fn from(error: ReadError) -> Self {
+        Self::Halt(Condition::new(
+            Code::StreamGap,
+            error.to_string(),
+            "the replica must be copied again: drop its tables and its row in millrace.position, \
+             then start the sink",
+        ))
+    }
+}

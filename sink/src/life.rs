@@ -1,0 +1,337 @@
+//! What a sink works with, and how it comes by it: the target, the stream, and the tables' layouts.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use async_nats::jetstream::{self, kv};
+use millrace_config::{Code, Condition, Config, Sink as Settings, Table};
+use millrace_connect::nats::{self, Reconnect};
+use millrace_connect::postgres::Dsn;
+use millrace_event::work::{self, SinkReport};
+use millrace_event::{Position, TableName, TableSchema, decode_line, subject};
+use tokio::task::JoinHandle;
+
+use crate::batch::{Batch, Checkpoint, CopyProgress, CopyState, PositionRow};
+use crate::error::Error;
+use crate::postgres::{PostgresSink, connector};
+use crate::row::TableLayout;
+use crate::sink::{Applied, Elected, Sink, SinkError};
+use crate::status::Status;
+use crate::worker::BatchLimits;
+
+/// How often something is looked for that capture has to make first.
+pub(crate) const LOOK_INTERVAL: Duration = Duration::from_millis(200);
+
+/// How often a sink's report is renewed at most.
+const REPORT_INTERVAL: Duration = Duration::from_secs(1);
+
+/// The target, which is in use by one task at a time.
+pub(crate) enum Target {
+    /// Nothing is being applied.
+    Idle(PostgresSink),
+    /// A batch is being applied; the task brings the sink back.
+    Applying(JoinHandle<(PostgresSink, Batch, Result<Applied, SinkError>)>),
+}
+
+/// One life of a sink.
+pub(crate) struct Life<'l> {
+    pub(crate) settings: &'l Settings,
+    pub(crate) source: &'l str,
+    pub(crate) tables: HashMap<TableName, &'l Table>,
+    pub(crate) status: &'l Status,
+    pub(crate) jetstream: jetstream::Context,
+    pub(crate) copies: kv::Store,
+    schemas: kv::Store,
+    reports: kv::Store,
+    reported_at: Option<tokio::time::Instant>,
+    pub(crate) limits: BatchLimits,
+    target: Option<Target>,
+    pub(crate) checkpoint: Checkpoint,
+    pub(crate) progress: CopyProgress,
+    meters: crate::meters::Meters,
+}
+
+impl<'l> Life<'l> {
+    /// Opens the target and the stream, and registers a sink that is new.
+    pub(crate) async fn open(
+        config: &'l Config,
+        settings: &'l Settings,
+        status: &'l Status,
+    ) -> Result<Self, Error> {
+        let url = settings.url.clone();
+        let connect = connector(&settings.name, move || {
+            let url = url.read()?;
+            Ok(Dsn::parse(url.expose())?)
+        });
+        let mut sink = PostgresSink::new(&settings.name, connect, settings.create);
+        let Elected::Yes(row) = sink.open().await? else {
+            return Err(Error::Standby);
+        };
+        let inbox = format!("_INBOX_millrace_sink_{}", settings.name);
+        let name = format!("millrace sink {}", settings.name);
+        let client = nats::connect(&config.stream, &name, &inbox, Reconnect::Always).await?;
+        let jetstream = jetstream::new(client);
+        let source = config.source.name.as_str();
+        let PositionRow {
+            checkpoint, copy, ..
+        } = row;
+        let mut life = Self {
+            settings,
+            source,
+            tables: config
+                .tables_of(&settings.name)
+                .map(|table| (table.name.clone(), table))
+                .collect(),
+            status,
+            copies: bucket(&jetstream, source, work::COPIES).await?,
+            schemas: bucket(&jetstream, source, work::SCHEMAS).await?,
+            reports: bucket(&jetstream, source, work::SINKS).await?,
+            jetstream,
+            reported_at: None,
+            limits: BatchLimits {
+                rows: settings.batch.max_rows as usize,
+                bytes: usize::try_from(settings.batch.max_bytes).unwrap_or(usize::MAX),
+            },
+            target: Some(Target::Idle(sink)),
+            checkpoint,
+            progress: copy,
+            meters: crate::meters::Meters::new(&settings.name),
+        };
+        life.register().await?;
+        Ok(life)
+    }
+
+    /// Finds the stream and, for a sink or a table that is new, stores where it begins: behind everything that
+    /// is in the stream now. Copies are asked for later, so their snapshots see all of that.
+    async fn register(&mut self) -> Result<(), Error> {
+        let newest = self.newest().await?;
+        if newest.position.epoch() < self.checkpoint.position.epoch() {
+            return Err(Error::Halt(Condition::new(
+                Code::EpochLower,
+                format!(
+                    "the stream has epoch {}, this sink has applied epoch {}",
+                    newest.position.epoch(),
+                    self.checkpoint.position.epoch()
+                ),
+                "this sink belongs to another stream of that name: correct stream.servers or sinks.*.url",
+            )));
+        }
+        let fresh = self.checkpoint == Checkpoint::default();
+        let mut progress = self.progress.clone();
+        progress
+            .0
+            .retain(|table, _| self.tables.contains_key(table));
+        for table in self.tables.keys() {
+            progress
+                .0
+                .entry(table.clone())
+                .or_insert(CopyState::Pending);
+        }
+        if fresh || progress != self.progress {
+            let to = if fresh { newest } else { self.checkpoint };
+            let batch = Batch {
+                from: self.checkpoint,
+                to,
+                copy: Some(progress),
+                steps: Vec::new(),
+                commit: true,
+            };
+            self.apply(batch).await?;
+        }
+        self.status.set_tables(&self.progress);
+        self.report(true).await
+    }
+
+    /// The stream's newest message, once capture has begun the stream.
+    async fn newest(&self) -> Result<Checkpoint, Error> {
+        let name = subject::stream_name(self.source);
+        let waiting =
+            || Error::retry_because(format!("waiting for capture to begin stream {name}"));
+        let mut stream = self.jetstream.get_stream(&name).await.map_err(|error| {
+            if error.kind() == jetstream::context::GetStreamErrorKind::JetStream(not_found()) {
+                waiting()
+            } else {
+                Error::retry("the stream cannot be read", error)
+            }
+        })?;
+        let state = stream
+            .info()
+            .await
+            .map_err(|error| Error::retry("the stream cannot be read", error))?;
+        let last = state.state.last_sequence;
+        let message = stream.get_raw_message(last).await.map_err(|_| waiting())?;
+        let position = position_of(&message.payload)
+            .ok_or_else(|| Error::retry_because("the stream's newest message is not ours"))?;
+        Ok(Checkpoint {
+            stream_seq: last,
+            position,
+            source_ts_us: 0,
+        })
+    }
+
+    /// The schema of a table: a version of it, or the latest.
+    async fn schema(&self, table: &TableName, version: Option<&str>) -> Result<TableSchema, Error> {
+        let key = match version {
+            Some(version) => work::schema_version_key(table, version),
+            None => work::schema_key(table),
+        };
+        let failed = |error| Error::retry("a table's schema cannot be read", error);
+        let entry = self.schemas.get(&key).await.map_err(failed)?;
+        let entry = entry.ok_or_else(|| {
+            Error::retry_because(format!("waiting for capture to describe table {table}"))
+        })?;
+        serde_json::from_slice(&entry)
+            .map_err(|error| Error::retry("a table's schema cannot be understood", error))
+    }
+
+    /// Makes sure that the target can take a table's rows, and how they are laid out. Nothing may be in
+    /// flight.
+    pub(crate) async fn layout(
+        &mut self,
+        table: &TableName,
+        version: Option<&str>,
+    ) -> Result<Arc<TableLayout>, Error> {
+        let schema = self.schema(table, version).await?;
+        let settings = self
+            .tables
+            .get(table)
+            .copied()
+            .expect("only this sink's tables are laid out");
+        let ensured = self.sink().ensure_table(&schema, settings).await?;
+        for warning in &ensured.warnings {
+            tracing::warn!(sink = %self.settings.name, %table, "{warning}");
+        }
+        if ensured.created {
+            tracing::info!(sink = %self.settings.name, %table, target = %ensured.layout.target, "table created");
+        }
+        Ok(ensured.layout)
+    }
+
+    /// Applies a batch and waits for it.
+    pub(crate) async fn apply(&mut self, batch: Batch) -> Result<(), Error> {
+        self.begin(batch);
+        self.applied().await
+    }
+
+    /// Begins to apply a batch.
+    pub(crate) fn begin(&mut self, batch: Batch) {
+        let Some(Target::Idle(mut sink)) = self.target.take() else {
+            unreachable!("one batch is applied at a time")
+        };
+        // A task of its own: the next batch is decoded meanwhile.
+        self.target = Some(Target::Applying(tokio::spawn(async move {
+            let applied = sink.apply(&batch).await;
+            (sink, batch, applied)
+        })));
+    }
+
+    /// Waits until the batch in flight is applied; for ever where there is none. Safe to cancel.
+    pub(crate) async fn applied(&mut self) -> Result<(), Error> {
+        let Some(Target::Applying(task)) = &mut self.target else {
+            return std::future::pending().await;
+        };
+        let (sink, batch, applied) = task
+            .await
+            .map_err(|error| Error::retry("applying a batch was cut off", error))?;
+        self.target = Some(Target::Idle(sink));
+        let applied = applied?;
+        self.meters.applied(&batch, &applied);
+        self.status
+            .count(applied.written, applied.stale, applied.dead());
+        for (table, rows) in &applied.dead_letters {
+            tracing::warn!(
+                sink = %self.settings.name, %table, rows, code = Code::RowRefused.as_str(),
+                "the target refused rows; they are in millrace.dead_letter"
+            );
+        }
+        self.checkpoint = batch.to;
+        if let Some(progress) = batch.copy {
+            self.progress = progress;
+            self.status.set_tables(&self.progress);
+        }
+        if batch.commit && self.checkpoint.source_ts_us != 0 {
+            self.status.set_checkpoint(self.checkpoint, now_us());
+        }
+        Ok(())
+    }
+
+    /// Whether a batch is being applied.
+    pub(crate) fn is_applying(&self) -> bool {
+        matches!(self.target, Some(Target::Applying(_)))
+    }
+
+    /// The idle target.
+    pub(crate) fn sink(&mut self) -> &mut PostgresSink {
+        match &mut self.target {
+            Some(Target::Idle(sink)) => sink,
+            _ => unreachable!("asked for only while nothing is in flight"),
+        }
+    }
+
+    /// Tells capture what the stream need not keep for this sink any longer.
+    pub(crate) async fn report(&mut self, at_once: bool) -> Result<(), Error> {
+        let now = tokio::time::Instant::now();
+        let due = self
+            .reported_at
+            .is_none_or(|at| now - at >= REPORT_INTERVAL);
+        if !due && !at_once {
+            return Ok(());
+        }
+        self.reported_at = Some(now);
+        let Checkpoint {
+            stream_seq,
+            position,
+            ..
+        } = self.checkpoint;
+        let report = SinkReport {
+            stream_seq,
+            position,
+            at_us: now_us(),
+        };
+        let value = serde_json::to_vec(&report).expect("plain JSON");
+        self.reports
+            .put(&self.settings.name, value.into())
+            .await
+            .map(|_| ())
+            .map_err(|error| Error::retry("the sink's report cannot be stored", error))
+    }
+}
+
+fn not_found() -> jetstream::Error {
+    // The code alone is compared; see `newest`.
+    serde_json::from_value(serde_json::json!({
+        "code": 404, "err_code": 10_059, "description": "stream not found"
+    }))
+    .expect("the error has this shape")
+}
+
+/// A bucket that capture makes.
+async fn bucket(
+    jetstream: &jetstream::Context,
+    source: &str,
+    kind: &str,
+) -> Result<kv::Store, Error> {
+    let name = subject::bucket_name(source, kind);
+    jetstream
+        .get_key_value(&name)
+        .await
+        .map_err(|_| Error::retry_because(format!("waiting for capture to create bucket {name}")))
+}
+
+fn position_of(payload: &[u8]) -> Option<Position> {
+    if let Ok(control) = serde_json::from_slice::<millrace_event::Control>(payload) {
+        return Some(control.position);
+    }
+    let line = payload
+        .rsplit(|byte| *byte == b'\n')
+        .find(|line| !line.is_empty())?;
+    Some(decode_line(line).ok()?.source.version.into())
+}
+
+/// This machine's clock, microseconds since 1970.
+pub(crate) fn now_us() -> i64 {
+    SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0, |age| i64::try_from(age.as_micros()).unwrap_or(i64::MAX))
+}

@@ -1,0 +1,225 @@
+//! The Postgres sink.
+
+mod apply;
+mod commands;
+mod fault;
+mod isolate;
+mod parameters;
+mod session;
+mod tables;
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use millrace_config::{Code, Condition, Create, OnRowError, Table};
+use millrace_connect::postgres::{ConnectError, Dsn};
+use millrace_event::{TableName, TableSchema, Version};
+
+pub use session::{Connect, Connecting, migration_sql, status};
+
+use self::parameters::Uuid;
+use self::session::{PARTITION, Session, Transaction};
+use crate::batch::Batch;
+use crate::sink::{Applied, Elected, Ensured, Sink, SinkError};
+
+/// What one statement may take unless the settings say otherwise.
+pub const STATEMENT_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A sink that keeps replicas in a Postgres database.
+pub struct PostgresSink {
+    name: String,
+    connect: Connect,
+    create: Create,
+    statement_timeout: Duration,
+    /// What becomes of a refused row, by table at the source.
+    on_row_error: HashMap<TableName, OnRowError>,
+    /// The relations that this sink writes: others in the same database are not its business.
+    relations: BTreeSet<String>,
+    session: Option<Session>,
+}
+
+impl PostgresSink {
+    /// A sink of this name that connects when it is opened.
+    #[must_use]
+    pub fn new(name: impl Into<String>, connect: Connect, create: Create) -> Self {
+        Self {
+            name: name.into(),
+            connect,
+            create,
+            statement_timeout: STATEMENT_TIMEOUT,
+            on_row_error: HashMap::new(),
+            relations: BTreeSet::new(),
+            session: None,
+        }
+    }
+
+    /// Bounds each statement.
+    #[must_use]
+    pub fn with_statement_timeout(mut self, limit: Duration) -> Self {
+        self.statement_timeout = limit;
+        self
+    }
+
+    fn session(&mut self) -> Result<&mut Session, SinkError> {
+        self.session.as_mut().ok_or_else(apply::broken)
+    }
+}
+
+/// Makes connections from a URL that is read anew each time, because a secret may have been rotated.
+#[must_use]
+pub fn connector<F>(sink: &str, dsn: F) -> Connect
+where
+    F: Fn() -> Result<Dsn, crate::sink::Cause> + Send + Sync + 'static,
+{
+    let application_name = format!("millrace sink {sink}");
+    Arc::new(move || {
+        let dsn = dsn();
+        let session = millrace_connect::postgres::Session {
+            application_name: application_name.clone(),
+            options: Vec::new(),
+        };
+        Box::pin(async move {
+            let dsn = dsn.map_err(|source| SinkError::Transient {
+                what: "reading the URL",
+                condition: Some(Box::new(Condition::new(
+                    Code::SecretUnreadable,
+                    "the sink's URL cannot be read",
+                    "put the secret where the settings refer to, and check its text",
+                ))),
+                source,
+            })?;
+            millrace_connect::postgres::connect(&dsn, session)
+                .await
+                .map_err(|error| {
+                    let (code, remedy) = match &error {
+                        ConnectError::Auth { .. } => (
+                            Code::TargetAuth,
+                            "check user and password of the sink's URL",
+                        ),
+                        _ => (
+                            Code::SinkUnreachable,
+                            "check the address and whether the server runs",
+                        ),
+                    };
+                    SinkError::Transient {
+                        what: "connecting",
+                        condition: Some(Box::new(Condition::new(code, error.to_string(), remedy))),
+                        source: error.into(),
+                    }
+                })
+        })
+    })
+}
+
+impl Sink for PostgresSink {
+    async fn open(&mut self) -> Result<Elected, SinkError> {
+        // The old connection must be gone before the new one can win the election.
+        self.session = None;
+        let opened = session::open(
+            &self.connect,
+            &self.name,
+            self.create,
+            self.statement_timeout,
+        )
+        .await?;
+        let Some((session, position)) = opened else {
+            return Ok(Elected::No);
+        };
+        self.session = Some(session);
+        Ok(Elected::Yes(position))
+    }
+
+    async fn ensure_table(
+        &mut self,
+        schema: &TableSchema,
+        settings: &Table,
+    ) -> Result<Ensured, SinkError> {
+        let create = self.create;
+        let session = self.session()?;
+        let ensured = tables::ensure(session, schema, settings, create).await?;
+        self.on_row_error
+            .insert(schema.name.clone(), settings.on_row_error);
+        self.relations.insert(ensured.layout.relation());
+        Ok(ensured)
+    }
+
+    async fn apply(&mut self, batch: &Batch) -> Result<Applied, SinkError> {
+        let Self {
+            session,
+            name,
+            on_row_error,
+            ..
+        } = self;
+        let session = session.as_mut().ok_or_else(apply::broken)?;
+        let halt_on = |table: &TableName| matches!(on_row_error.get(table), Some(OnRowError::Halt));
+        apply::apply(session, name, batch, &halt_on).await
+    }
+
+    async fn roll_back(&mut self) -> Result<(), SinkError> {
+        let session = self.session()?;
+        match std::mem::replace(&mut session.transaction, Transaction::Broken) {
+            Transaction::Closed => session.transaction = Transaction::Closed,
+            Transaction::Broken => return Err(apply::broken()),
+            Transaction::Open(floors) => {
+                let ended = session.client.batch_execute("ROLLBACK").await;
+                ended.map_err(|error| fault::general("rolling back", error))?;
+                session.floors = floors;
+                session.transaction = Transaction::Closed;
+            }
+        }
+        Ok(())
+    }
+
+    async fn clean_up(&mut self, up_to: Version) -> Result<u64, SinkError> {
+        let name = self.name.clone();
+        let relations: Vec<_> = self.relations.iter().cloned().collect();
+        let session = self.session()?;
+        if !matches!(session.transaction, Transaction::Closed) {
+            return Err(apply::broken());
+        }
+        let fence = session.fence;
+        let transaction = session
+            .client
+            .transaction()
+            .await
+            .map_err(|error| fault::general("cleaning up tombstones", error))?;
+        let result = async {
+            let mine = transaction
+                .execute(
+                    "UPDATE millrace.position SET applied_at = applied_at \
+                     WHERE sink = $1 AND partition = $2 AND fence = $3",
+                    &[&name, &PARTITION, &fence],
+                )
+                .await?;
+            if mine == 0 {
+                return Ok(None);
+            }
+            transaction
+                .execute(
+                    "INSERT INTO millrace.table_floor AS f (relation, cleanup_floor) \
+                     SELECT DISTINCT relation, $1::uuid FROM millrace.tombstone \
+                     WHERE version <= $1 AND relation = ANY ($2) \
+                     ON CONFLICT (relation) DO UPDATE SET \
+                     cleanup_floor = greatest(f.cleanup_floor, excluded.cleanup_floor)",
+                    &[&Uuid(up_to), &relations],
+                )
+                .await?;
+            let delete =
+                "DELETE FROM millrace.tombstone WHERE version <= $1 AND relation = ANY ($2)";
+            transaction
+                .execute(delete, &[&Uuid(up_to), &relations])
+                .await
+                .map(Some)
+        };
+        let result = result.await;
+        let ended = match &result {
+            Ok(Some(_)) => transaction.commit().await,
+            _ => transaction.rollback().await,
+        };
+        let deleted = result.and_then(|deleted| ended.map(|()| deleted));
+        deleted
+            .map_err(|error| fault::general("cleaning up tombstones", error))?
+            .ok_or(SinkError::Fenced)
+    }
+}

@@ -1,0 +1,327 @@
+//! Applies a batch: all its statements in one flush, the compare-and-set first and the commit last.
+
+use std::future::Future;
+use std::pin::{Pin, pin};
+use std::task::Poll;
+
+use futures_util::poll;
+use tokio_postgres::error::SqlState;
+use tokio_postgres::{Client, Error, Statement};
+
+use super::commands::{Command, Commands, Counts, Sorted, is_above_floor};
+use super::fault::{self, Cause};
+use super::isolate;
+use super::parameters::{Parameter, Uuid};
+use super::session::{PARTITION, Session, Transaction};
+use crate::batch::{Batch, Step};
+use crate::sink::{Applied, SinkError};
+
+/// What a failed flush failed at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum At {
+    /// Opening the transaction.
+    Begin,
+    /// The compare-and-set.
+    Fence,
+    /// The statement of this number.
+    Command(usize),
+    /// Closing the transaction or the savepoint.
+    End,
+}
+
+/// What a flush consists of, around its commands.
+pub(super) struct Flush<'a> {
+    pub(super) begin: &'static str,
+    pub(super) fence: Option<(Statement, Vec<Parameter<'a>>)>,
+    pub(super) end: Option<&'static str>,
+}
+
+/// Applies a batch.
+pub(super) async fn apply(
+    session: &mut Session,
+    sink: &str,
+    batch: &Batch,
+    halt_on: &(dyn Fn(&millrace_event::TableName) -> bool + Sync),
+) -> Result<Applied, SinkError> {
+    // Until this call has ended, an abandoned one leaves a transaction in an unknown state.
+    let before = std::mem::replace(&mut session.transaction, Transaction::Broken);
+    let (fresh, floors) = match before {
+        Transaction::Closed => (true, session.floors.clone()),
+        Transaction::Open(floors) => (false, floors),
+        Transaction::Broken => return Err(broken()),
+    };
+    let mut applied = Applied::default();
+    let mut result = pipelined(session, sink, batch, fresh, &mut applied).await;
+    if let Err(Failure::Row { at_end }) = result {
+        tracing::debug!(at_end, "isolating the rows that the target refuses");
+        session.floors.clone_from(&floors);
+        applied = Applied::default();
+        result = isolate::apply(session, sink, batch, fresh, at_end, halt_on, &mut applied)
+            .await
+            .map_err(Failure::Sink);
+    }
+    match result {
+        Ok(()) if batch.commit => session.transaction = Transaction::Closed,
+        Ok(()) => session.transaction = Transaction::Open(floors),
+        Err(failure) => {
+            session.floors = floors;
+            if session.client.batch_execute("ROLLBACK").await.is_ok() {
+                session.transaction = Transaction::Closed;
+            }
+            let Failure::Sink(error) = failure else {
+                return Err(broken());
+            };
+            return Err(error);
+        }
+    }
+    for (table, _) in &applied.dead_letters {
+        let layouts = batch.steps.iter().flat_map(layouts_of);
+        let relation = layouts
+            .filter(|layout| layout.source == *table)
+            .map(|l| l.relation())
+            .next();
+        session.letters.extend(relation);
+    }
+    if let Some(copy) = &batch.copy {
+        session.copied.clone_from(copy);
+    }
+    Ok(applied)
+}
+
+fn layouts_of(step: &Step) -> Vec<&crate::row::TableLayout> {
+    match step {
+        Step::Rows(tables) => tables.iter().map(|table| &*table.layout).collect(),
+        Step::Move(moves) => moves.iter().map(|moved| &*moved.layout).collect(),
+        Step::Truncate(_) | Step::Sweep { .. } => Vec::new(),
+    }
+}
+
+pub(super) fn broken() -> SinkError {
+    SinkError::Transient {
+        what: "the session is in an unknown state",
+        condition: None,
+        source: "open the sink again".into(),
+    }
+}
+
+enum Failure {
+    /// A row's values were refused, perhaps only when the transaction was to end.
+    Row { at_end: bool },
+    /// Anything else.
+    Sink(SinkError),
+}
+
+impl From<SinkError> for Failure {
+    fn from(error: SinkError) -> Self {
+        Self::Sink(error)
+    }
+}
+
+async fn pipelined(
+    session: &mut Session,
+    sink: &str,
+    batch: &Batch,
+    fresh: bool,
+    applied: &mut Applied,
+) -> Result<(), Failure> {
+    // Rows are sorted lazily per step because a truncate raises the floor for the steps behind it.
+    let mut floors = session.floors.clone();
+    let mut sorted = Vec::new();
+    for step in &batch.steps {
+        match step {
+            Step::Rows(tables) => {
+                sorted.push(
+                    tables
+                        .iter()
+                        .map(|table| Sorted::new(table, &floors))
+                        .collect(),
+                );
+            }
+            Step::Truncate(tables) => {
+                for (layout, version) in tables {
+                    let floor = floors.entry(layout.relation()).or_default();
+                    *floor = (*floor).max(*version);
+                }
+                sorted.push(Vec::new());
+            }
+            Step::Move(_) | Step::Sweep { .. } => sorted.push(Vec::<Sorted<'_>>::new()),
+        }
+    }
+    let groups: Vec<Vec<_>> = sorted
+        .iter()
+        .map(|tables| tables.iter().map(Sorted::groups).collect())
+        .collect();
+    let mut commands = Commands::new(session, sink);
+    let mut offered = 0;
+    for ((step, sorted), groups) in batch.steps.iter().zip(&sorted).zip(&groups) {
+        if let Step::Rows(tables) = step {
+            for ((table, sorted), groups) in tables.iter().zip(sorted).zip(groups) {
+                applied.stale += sorted.stale;
+                for (group, ops) in groups {
+                    offered += ops.len() as u64;
+                    commands.group(&table.layout, *group, ops).await?;
+                }
+            }
+        } else if let Step::Move(moves) = step {
+            for moved in moves {
+                if is_above_floor(&commands.session.floors, moved) {
+                    offered += 1;
+                    commands.move_row(moved).await?;
+                } else {
+                    applied.stale += 1;
+                }
+            }
+        } else {
+            commands.whole(step).await?;
+        }
+    }
+    let list = std::mem::take(&mut commands.list);
+    // A failed commit would end the earlier batches of a transaction too, so there it waits for its turn.
+    let flush = Flush {
+        begin: if fresh {
+            "BEGIN"
+        } else {
+            "SAVEPOINT millrace_batch"
+        },
+        fence: Some((session.cas.clone(), fence(session, sink, batch))),
+        end: match (fresh, batch.commit) {
+            (true, true) => Some("COMMIT"),
+            (true, false) => None,
+            (false, _) => Some("RELEASE SAVEPOINT millrace_batch"),
+        },
+    };
+    run(&session.client, flush, &list, applied)
+        .await
+        .map_err(|(at, error)| failure(at, error, &list))?;
+    applied.stale += offered - (applied.written + applied.dead()).min(offered);
+    if !fresh && batch.commit {
+        let committed = session.client.batch_execute("COMMIT").await;
+        committed.map_err(|error| Failure::Sink(fault::general("committing", error)))?;
+    }
+    Ok(())
+}
+
+fn failure(at: At, error: Error, list: &[Command<'_>]) -> Failure {
+    let row = fault::cause(&error) == Cause::Row;
+    match at {
+        At::Fence if error.code() == Some(&SqlState::DIVISION_BY_ZERO) => {
+            Failure::Sink(SinkError::Fenced)
+        }
+        At::Command(_) if row => Failure::Row { at_end: false },
+        At::End if row => Failure::Row { at_end: true },
+        At::Command(index) => {
+            let table = super::commands::table(&list[index]);
+            Failure::Sink(fault::of_table("applying rows", table, error))
+        }
+        At::Begin | At::Fence | At::End => Failure::Sink(fault::general("applying a batch", error)),
+    }
+}
+
+/// The parameters of the compare-and-set.
+pub(super) fn fence<'a>(session: &Session, sink: &'a str, batch: &Batch) -> Vec<Parameter<'a>> {
+    let copy = batch.copy.as_ref().map(|copy| {
+        serde_json::to_string(copy).expect("copy progress has string keys only, so it is JSON")
+    });
+    vec![
+        // JetStream numbers from 1 and never comes near 2^63.
+        Box::new(batch.to.stream_seq as i64),
+        Box::new(Uuid(batch.to.position.0)),
+        Box::new(i64::from(batch.to.position.epoch())),
+        Box::new(batch.to.source_ts_us),
+        Box::new(copy),
+        Box::new(sink),
+        Box::new(PARTITION),
+        Box::new(session.fence),
+        Box::new(batch.from.stream_seq as i64),
+        Box::new(Uuid(batch.from.position.0)),
+    ]
+}
+
+/// Sends everything in one flush and waits for all of it. The first error is the cause of all that follow.
+pub(super) async fn run(
+    client: &Client,
+    flush: Flush<'_>,
+    commands: &[Command<'_>],
+    applied: &mut Applied,
+) -> Result<(), (At, Error)> {
+    let mut sent = Vec::with_capacity(commands.len());
+    // A request is on its way once its future was polled, so polling in this order is sending in this order.
+    let mut begin = Sent::new(client.batch_execute(flush.begin)).await;
+    let mut fence = match &flush.fence {
+        Some((statement, parameters)) => {
+            let parameters = parameters.iter().map(AsRef::as_ref).map(shared);
+            Some(Sent::new(execute(client, statement, parameters.collect())).await)
+        }
+        None => None,
+    };
+    for command in commands {
+        let parameters = command
+            .parameters
+            .iter()
+            .map(AsRef::as_ref)
+            .map(shared)
+            .collect();
+        sent.push(Sent::new(execute(client, &command.statement, parameters)).await);
+    }
+    let mut end = match flush.end {
+        Some(sql) => Some(Sent::new(client.batch_execute(sql)).await),
+        None => None,
+    };
+    begin.wait().await.map_err(|error| (At::Begin, error))?;
+    if let Some(fence) = &mut fence {
+        fence.wait().await.map_err(|error| (At::Fence, error))?;
+    }
+    for (index, (sent, command)) in sent.iter_mut().zip(commands).enumerate() {
+        let rows = sent
+            .wait()
+            .await
+            .map_err(|error| (At::Command(index), error))?;
+        match command.counts {
+            Counts::Written => applied.written += rows,
+            Counts::Letters => applied.dead_letter(&command.layout.source, rows),
+            Counts::Nothing => {}
+        }
+    }
+    if let Some(end) = &mut end {
+        end.wait().await.map_err(|error| (At::End, error))?;
+    }
+    Ok(())
+}
+
+type Shared<'a> = &'a (dyn tokio_postgres::types::ToSql + Sync);
+
+fn shared<'a>(parameter: &'a (dyn tokio_postgres::types::ToSql + Sync + Send + 'a)) -> Shared<'a> {
+    parameter
+}
+
+async fn execute(
+    client: &Client,
+    statement: &Statement,
+    parameters: Vec<Shared<'_>>,
+) -> Result<u64, Error> {
+    client.execute(statement, &parameters).await
+}
+
+/// A request that was sent, or its answer.
+enum Sent<'f, T> {
+    Waiting(Pin<Box<dyn Future<Output = Result<T, Error>> + Send + 'f>>),
+    Answered(Option<Result<T, Error>>),
+}
+
+impl<'f, T> Sent<'f, T> {
+    async fn new(request: impl Future<Output = Result<T, Error>> + Send + 'f) -> Self {
+        let mut request: Pin<Box<dyn Future<Output = Result<T, Error>> + Send + 'f>> =
+            Box::pin(request);
+        match poll!(pin!(&mut request)) {
+            Poll::Ready(answer) => Self::Answered(Some(answer)),
+            Poll::Pending => Self::Waiting(request),
+        }
+    }
+
+    async fn wait(&mut self) -> Result<T, Error> {
+        match self {
+            Self::Waiting(request) => request.await,
+            Self::Answered(answer) => answer.take().expect("each answer is waited for once"),
+        }
+    }
+}

@@ -1,0 +1,321 @@
+//! A batch's steps as statements with their parameters.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use millrace_event::{TableName, Version};
+use tokio_postgres::Statement;
+
+use super::parameters::{KeyColumn, Parameter, Text, TextColumn, Uuid, VersionColumn, cells};
+use super::session::{Kind, Session};
+use crate::batch::{Action, Move, RowOp, Step, TableRows};
+use crate::row::{Cell, TableLayout, is_full};
+use crate::sink::SinkError;
+use crate::sql::{self, Present};
+
+/// What a statement's row count means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Counts {
+    /// Rows written.
+    Written,
+    /// Rows set aside.
+    Letters,
+    /// Nothing that is reported.
+    Nothing,
+}
+
+/// One statement to run.
+pub(super) struct Command<'a> {
+    pub(super) layout: &'a TableLayout,
+    pub(super) statement: Statement,
+    pub(super) parameters: Vec<Parameter<'a>>,
+    pub(super) counts: Counts,
+}
+
+/// Rows of one table that one set of statements writes.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Group<'a> {
+    /// Rows that are gone.
+    Delete,
+    /// Rows of which only these columns are known.
+    Partial(&'a Present),
+    /// Whole rows.
+    Full,
+}
+
+/// One table's rows of a step, by how they are written. In this order: a delete frees a key that another
+/// spelling of it (`1.0` and `1.00`) may take.
+#[derive(Default)]
+pub(super) struct Sorted<'a> {
+    pub(super) deletes: Vec<&'a RowOp>,
+    pub(super) partials: BTreeMap<Present, Vec<&'a RowOp>>,
+    pub(super) full: Vec<&'a RowOp>,
+    /// Rows at or below the truncate floor.
+    pub(super) stale: u64,
+}
+
+impl<'a> Sorted<'a> {
+    pub(super) fn new(table: &'a TableRows, floors: &HashMap<String, Version>) -> Self {
+        let floor = floors
+            .get(&table.layout.relation())
+            .copied()
+            .unwrap_or(Version::ZERO);
+        let mut sorted = Self::default();
+        for op in &table.rows {
+            match &op.action {
+                _ if op.version <= floor => sorted.stale += 1,
+                Action::Delete { .. } => sorted.deletes.push(op),
+                Action::Put(row) if is_full(row) => sorted.full.push(op),
+                Action::Put(row) => sorted.partials.entry(present(row)).or_default().push(op),
+            }
+        }
+        sorted
+    }
+
+    /// The groups that are not empty, in order.
+    pub(super) fn groups(&self) -> Vec<(Group<'_>, &[&'a RowOp])> {
+        let mut groups: Vec<(Group<'_>, &[&'a RowOp])> = vec![(Group::Delete, &self.deletes)];
+        groups.extend(
+            self.partials
+                .iter()
+                .map(|(present, ops)| (Group::Partial(present), &**ops)),
+        );
+        groups.push((Group::Full, &self.full));
+        groups.retain(|(_, ops)| !ops.is_empty());
+        groups
+    }
+}
+
+/// The columns of a row that are known.
+pub(super) fn present(row: &[Cell]) -> Present {
+    (0..row.len())
+        .filter(|column| row[*column] != Cell::Missing)
+        .collect()
+}
+
+/// Makes commands, preparing their statements.
+pub(super) struct Commands<'a, 's> {
+    pub(super) session: &'s mut Session,
+    pub(super) sink: &'a str,
+    pub(super) list: Vec<Command<'a>>,
+    /// Relations that may have got a dead letter in this batch.
+    pub(super) touched: HashSet<String>,
+}
+
+impl<'a, 's> Commands<'a, 's> {
+    pub(super) fn new(session: &'s mut Session, sink: &'a str) -> Self {
+        Self {
+            session,
+            sink,
+            list: Vec::new(),
+            touched: HashSet::new(),
+        }
+    }
+
+    async fn add(
+        &mut self,
+        layout: &'a TableLayout,
+        counts: Counts,
+        kind: Kind,
+        sql: impl FnOnce() -> String,
+        parameters: Vec<Parameter<'a>>,
+    ) -> Result<(), SinkError> {
+        let statement = self.session.prepare(layout, kind, sql).await?;
+        self.list.push(Command {
+            layout,
+            statement,
+            parameters,
+            counts,
+        });
+        Ok(())
+    }
+
+    /// The statements that write a group of rows.
+    pub(super) async fn group(
+        &mut self,
+        layout: &'a TableLayout,
+        group: Group<'_>,
+        ops: &'a [&'a RowOp],
+    ) -> Result<(), SinkError> {
+        let rows = |columns: &[usize]| columns_of(ops, columns);
+        match group {
+            Group::Delete => {
+                let sql = || sql::delete(layout);
+                self.add(
+                    layout,
+                    Counts::Written,
+                    Kind::Delete,
+                    sql,
+                    rows(&layout.key),
+                )
+                .await?;
+                let sql = || sql::tombstone(layout);
+                let keys = keys_of(ops);
+                self.add(layout, Counts::Nothing, Kind::Tombstone, sql, keys)
+                    .await?;
+            }
+            Group::Partial(present) => {
+                self.touched.insert(layout.relation());
+                let columns: Vec<_> = present.iter().copied().collect();
+                let mut parameters = rows(&columns);
+                parameters.push(Box::new(self.sink));
+                let kind = Kind::PartialLetters(present.clone());
+                let sql = || sql::partial_letters(layout, present);
+                self.add(layout, Counts::Letters, kind, sql, parameters)
+                    .await?;
+                let kind = Kind::Partial(present.clone());
+                let sql = || sql::partial(layout, present);
+                self.add(layout, Counts::Written, kind, sql, rows(&columns))
+                    .await?;
+                return Ok(());
+            }
+            Group::Full => {
+                let all: Vec<_> = (0..layout.columns.len()).collect();
+                let sql = || sql::upsert(layout);
+                self.add(layout, Counts::Written, Kind::Upsert, sql, rows(&all))
+                    .await?;
+            }
+        }
+        let relation = layout.relation();
+        if self.touched.contains(&relation) || self.session.letters.contains(&relation) {
+            let sql = || sql::resolve(layout);
+            self.add(layout, Counts::Nothing, Kind::Resolve, sql, keys_of(ops))
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// The statements that move one row.
+    pub(super) async fn move_row(&mut self, moved: &'a Move) -> Result<(), SinkError> {
+        let (layout, row) = (&*moved.layout, &moved.row);
+        self.touched.insert(layout.relation());
+        let present = present(&row.row);
+        let parameters = || {
+            let mut all: Vec<Parameter<'a>> = Vec::with_capacity(present.len() + 4);
+            all.extend(present.iter().map(|column| text(&row.row[*column])));
+            all.extend(layout.key.iter().map(|column| text(&row.old[*column])));
+            all.push(Box::new(Uuid(row.version)));
+            all.push(Box::new(row.key.text()));
+            all.push(Box::new(row.old_key.text()));
+            all
+        };
+        let mut with_sink = parameters();
+        with_sink.push(Box::new(self.sink));
+        let kind = Kind::MoveLetter(present.clone());
+        let sql = || sql::move_letter(layout, &present);
+        self.add(layout, Counts::Letters, kind, sql, with_sink)
+            .await?;
+        let kind = Kind::Move(present.clone());
+        let sql = || sql::move_row(layout, &present);
+        self.add(layout, Counts::Written, kind, sql, parameters())
+            .await
+    }
+
+    /// The statements of a truncate or a sweep; `floor` says which.
+    pub(super) async fn below(
+        &mut self,
+        layout: &'a TableLayout,
+        version: Version,
+        floor: bool,
+    ) -> Result<(), SinkError> {
+        let sql = || sql::delete_below(layout);
+        let parameters: Vec<Parameter<'a>> = vec![Box::new(Uuid(version))];
+        self.add(layout, Counts::Nothing, Kind::DeleteBelow, sql, parameters)
+            .await?;
+        let mut general = vec![
+            (Kind::TombstonesBelow, sql::TOMBSTONES_BELOW),
+            (Kind::LettersBelow, sql::LETTERS_BELOW),
+        ];
+        if floor {
+            general.push((Kind::Floor, sql::TRUNCATE_FLOOR));
+            self.session.floors.insert(layout.relation(), version);
+        }
+        for (kind, text) in general {
+            let parameters: Vec<Parameter<'a>> =
+                vec![Box::new(layout.relation()), Box::new(Uuid(version))];
+            self.add(
+                layout,
+                Counts::Nothing,
+                kind,
+                || text.to_owned(),
+                parameters,
+            )
+            .await?;
+        }
+        Ok(())
+    }
+
+    /// The statements of a truncate: nothing where a later one is known.
+    pub(super) async fn truncate(
+        &mut self,
+        layout: &'a TableLayout,
+        version: Version,
+    ) -> Result<(), SinkError> {
+        let floor = self.session.floors.get(&layout.relation());
+        if floor.is_some_and(|floor| version <= *floor) {
+            return Ok(());
+        }
+        self.below(layout, version, true).await
+    }
+
+    /// The statements of a step that is not about single rows; false for one that is.
+    pub(super) async fn whole(&mut self, step: &'a Step) -> Result<bool, SinkError> {
+        match step {
+            Step::Rows(_) | Step::Move(_) => return Ok(false),
+            Step::Truncate(tables) => {
+                for (layout, version) in tables {
+                    self.truncate(layout, *version).await?;
+                }
+            }
+            Step::Sweep { table, below } => self.below(table, *below, false).await?,
+        }
+        Ok(true)
+    }
+}
+
+fn text(cell: &Cell) -> Parameter<'_> {
+    Box::new(Text(cell))
+}
+
+fn keys_of<'a>(ops: &'a [&'a RowOp]) -> Vec<Parameter<'a>> {
+    vec![Box::new(VersionColumn(ops)), Box::new(KeyColumn(ops))]
+}
+
+fn columns_of<'a>(ops: &'a [&'a RowOp], columns: &[usize]) -> Vec<Parameter<'a>> {
+    let mut parameters: Vec<Parameter<'a>> = Vec::with_capacity(columns.len() + 2);
+    for column in columns {
+        parameters.push(Box::new(TextColumn {
+            ops,
+            column: *column,
+        }));
+    }
+    parameters.extend(keys_of(ops));
+    parameters
+}
+
+/// Whether two moves' rows are above their table's floor.
+pub(super) fn is_above_floor(floors: &HashMap<String, Version>, moved: &Move) -> bool {
+    floors
+        .get(&moved.layout.relation())
+        .is_none_or(|floor| *floor < moved.row.version)
+}
+
+/// A row as a JSON object of texts, under the target's names.
+pub(super) fn event(layout: &TableLayout, op: &RowOp) -> serde_json::Value {
+    let columns = layout.columns.iter().zip(cells(op).iter());
+    columns
+        .filter_map(|(column, cell)| {
+            let value = match cell {
+                Cell::Missing => return None,
+                Cell::Null => serde_json::Value::Null,
+                Cell::Text(text) => String::from_utf8_lossy(text).into_owned().into(),
+            };
+            Some((column.target.clone(), value))
+        })
+        .collect::<serde_json::Map<_, _>>()
+        .into()
+}
+
+/// The table a command is about.
+pub(super) fn table<'c>(command: &'c Command<'_>) -> &'c TableName {
+    &command.layout.source
+}

@@ -1,0 +1,499 @@
+//! Makes sure that a target table can take the source's rows, and lays them out for it.
+
+use std::sync::Arc;
+
+use millrace_config::{Code, Condition, Create, Table};
+use millrace_event::{TableName, TableSchema, TypeSchema, quote_identifier, quote_literal};
+use tokio_postgres::{Client, Error};
+
+use super::fault::{self, Cause};
+use super::session::Session;
+use crate::batch::CopyState;
+use crate::row::{LayoutColumn, TableLayout};
+use crate::sink::{Ensured, SinkError};
+use crate::sql::{self, VERSION_COLUMN};
+
+/// A column that the target should have.
+struct Wanted {
+    source: String,
+    target: String,
+    /// With modifiers.
+    type_name: String,
+    /// Without.
+    base: String,
+    not_null: bool,
+}
+
+/// A column that the target has.
+struct Found {
+    name: String,
+    type_name: String,
+    base: String,
+    not_null: bool,
+    generated: bool,
+    has_default: bool,
+}
+
+/// Ensures one table; everything it creates, it creates in one transaction.
+pub(super) async fn ensure(
+    session: &mut Session,
+    schema: &TableSchema,
+    settings: &Table,
+    create: Create,
+) -> Result<Ensured, SinkError> {
+    session.forget(&schema.name);
+    let copied = session.copied.0.get(&schema.name);
+    let begun = !matches!(copied, None | Some(CopyState::Pending));
+    let ensuring = Ensuring {
+        client: &session.client,
+        schema,
+        settings,
+        create,
+        begun,
+    };
+    let failed = |error| ensuring.failed(error);
+    session
+        .client
+        .batch_execute("BEGIN")
+        .await
+        .map_err(failed)?;
+    let result = ensuring.run().await;
+    let end = if result.is_ok() { "COMMIT" } else { "ROLLBACK" };
+    let ended = session.client.batch_execute(end).await.map_err(failed);
+    let ensured = result?;
+    ended?;
+    Ok(ensured)
+}
+
+struct Ensuring<'a> {
+    client: &'a Client,
+    schema: &'a TableSchema,
+    settings: &'a Table,
+    create: Create,
+    /// Whether this sink has written the table before.
+    begun: bool,
+}
+
+impl Ensuring<'_> {
+    fn failed(&self, error: Error) -> SinkError {
+        if fault::cause(&error) == Cause::World {
+            return fault::general("preparing a target table", error);
+        }
+        fault::of_table("preparing a target table", &self.schema.name, error)
+    }
+
+    fn refuse(&self, code: Code, message: String, remedy: String) -> SinkError {
+        SinkError::Table {
+            table: self.schema.name.clone(),
+            condition: Box::new(Condition::new(code, message, remedy)),
+            source: None,
+        }
+    }
+
+    async fn run(&self) -> Result<Ensured, SinkError> {
+        let mut warnings = Vec::new();
+        if self.create == Create::Auto {
+            self.create_types().await?;
+        }
+        let wanted = self.wanted(&mut warnings).await?;
+        let key = self.key(&wanted)?;
+        let mut found = self.found().await?;
+        let created = found.is_empty();
+        if created {
+            self.create_table(&wanted, &key).await?;
+            found = self.found().await?;
+        } else {
+            self.check(&wanted, &found)?;
+            self.check_key(&key, &mut warnings).await?;
+            self.check_rows().await?;
+            self.ensure_version(&found).await?;
+        }
+        let columns: Vec<_> = wanted
+            .into_iter()
+            .filter_map(|wanted| {
+                let found = found.iter().find(|found| found.name == wanted.target)?;
+                // A generated column computes its own value, from the same columns as in the source.
+                (!found.generated).then(|| LayoutColumn {
+                    source: wanted.source,
+                    target: wanted.target,
+                    cast: found.base.clone(),
+                })
+            })
+            .collect();
+        let index = |name: &String| columns.iter().position(|column| column.target == *name);
+        let Some(key) = key.iter().map(index).collect::<Option<Vec<_>>>() else {
+            return Err(self.refuse(
+                Code::TargetKey,
+                format!(
+                    "a key column of target table {} is generated",
+                    self.settings.target
+                ),
+                "make the key columns plain columns".to_owned(),
+            ));
+        };
+        let layout = Arc::new(TableLayout {
+            source: self.schema.name.clone(),
+            target: self.settings.target.clone(),
+            columns,
+            key,
+            shape: self.schema.version.clone(),
+        });
+        Ok(Ensured {
+            layout,
+            warnings,
+            created,
+        })
+    }
+
+    async fn text(&self, sql: &str, parameter: &str) -> Result<Option<String>, SinkError> {
+        let row = self.client.query_one(sql, &[&parameter]).await;
+        row.and_then(|row| row.try_get(0))
+            .map_err(|error| self.failed(error))
+    }
+
+    /// Creates the enums and domains that the target lacks.
+    async fn create_types(&self) -> Result<(), SinkError> {
+        for definition in &self.schema.types {
+            let (TypeSchema::Enum { name, .. } | TypeSchema::Domain { name, .. }) = definition;
+            let exists = self
+                .text("SELECT to_regtype($1)::text", &name.quoted())
+                .await?
+                .is_some();
+            if exists {
+                continue;
+            }
+            self.create_schema(name).await?;
+            let created = self.client.batch_execute(&create_type(definition)).await;
+            created.map_err(|error| self.failed(error))?;
+        }
+        Ok(())
+    }
+
+    async fn create_schema(&self, of: &TableName) -> Result<(), SinkError> {
+        let schema = quote_identifier(&of.schema);
+        if self
+            .text("SELECT to_regnamespace($1)::text", &schema)
+            .await?
+            .is_none()
+        {
+            let created = self
+                .client
+                .batch_execute(&format!("CREATE SCHEMA {schema}"))
+                .await;
+            created.map_err(|error| self.failed(error))?;
+        }
+        Ok(())
+    }
+
+    /// The columns that travel, with types that the target has.
+    async fn wanted(&self, warnings: &mut Vec<String>) -> Result<Vec<Wanted>, SinkError> {
+        let mut wanted = Vec::new();
+        for column in &self.schema.columns {
+            if self.settings.columns.exclude.contains(&column.name) {
+                continue;
+            }
+            let rename = self
+                .settings
+                .columns
+                .rename
+                .iter()
+                .find(|(from, _)| *from == column.name);
+            let target = rename.map_or_else(|| column.name.clone(), |(_, to)| to.clone());
+            let base = self
+                .text("SELECT format_type(to_regtype($1), -1)", &column.type_name)
+                .await?
+                // Without a type, format_type says so in words.
+                .filter(|base| base != "???" && base != "-");
+            let (type_name, base) = match base {
+                Some(base) => (column.type_name.clone(), base),
+                None => {
+                    warnings.push(format!(
+                        "column {:?} of table {} has type {}, which the target lacks: it becomes text",
+                        column.name, self.schema.name, column.type_name
+                    ));
+                    ("text".to_owned(), "text".to_owned())
+                }
+            };
+            let source = column.name.clone();
+            wanted.push(Wanted {
+                source,
+                target,
+                type_name,
+                base,
+                not_null: column.not_null,
+            });
+        }
+        Ok(wanted)
+    }
+
+    /// The key's columns in the target.
+    fn key(&self, wanted: &[Wanted]) -> Result<Vec<String>, SinkError> {
+        let key = self.settings.key.as_ref().unwrap_or(&self.schema.key);
+        let target = |name: &String| {
+            let column = wanted.iter().find(|column| column.source == *name);
+            column.map(|column| column.target.clone())
+        };
+        match key.iter().map(target).collect::<Option<Vec<_>>>() {
+            Some(key) if !key.is_empty() => Ok(key),
+            _ => Err(self.refuse(
+                Code::TargetKey,
+                format!(
+                    "table {} has no key among the columns that travel",
+                    self.schema.name
+                ),
+                "set `key` in the table's file, and do not exclude its columns".to_owned(),
+            )),
+        }
+    }
+
+    async fn found(&self) -> Result<Vec<Found>, SinkError> {
+        let rows = self
+            .client
+            .query(
+                "SELECT attname::text, format_type(atttypid, atttypmod), format_type(atttypid, -1), \
+                 attnotnull, attgenerated <> '', atthasdef OR attidentity <> '' \
+                 FROM pg_catalog.pg_attribute WHERE attrelid = to_regclass($1) \
+                 AND attnum > 0 AND NOT attisdropped ORDER BY attnum",
+                &[&self.settings.target.quoted()],
+            )
+            .await
+            .map_err(|error| self.failed(error))?;
+        let found = rows.iter().map(|row| {
+            Ok(Found {
+                name: row.try_get(0)?,
+                type_name: row.try_get(1)?,
+                base: row.try_get(2)?,
+                not_null: row.try_get(3)?,
+                generated: row.try_get(4)?,
+                has_default: row.try_get(5)?,
+            })
+        });
+        found
+            .collect::<Result<_, _>>()
+            .map_err(|error| self.failed(error))
+    }
+
+    async fn create_table(&self, wanted: &[Wanted], key: &[String]) -> Result<(), SinkError> {
+        let target = &self.settings.target;
+        let columns: Vec<_> = wanted
+            .iter()
+            .map(|column| {
+                (
+                    column.target.clone(),
+                    column.type_name.clone(),
+                    column.not_null,
+                )
+            })
+            .collect();
+        let sql = sql::create_table(target, &columns, key);
+        if self.create == Create::Never {
+            return Err(self.refuse(
+                Code::TargetTableMissing,
+                format!("target table {target} does not exist, and `create` is \"never\""),
+                format!("{sql};"),
+            ));
+        }
+        self.create_schema(target).await?;
+        self.client
+            .batch_execute(&sql)
+            .await
+            .map_err(|error| self.failed(error))
+    }
+
+    fn check(&self, wanted: &[Wanted], found: &[Found]) -> Result<(), SinkError> {
+        let target = &self.settings.target;
+        for column in wanted {
+            let Some(has) = found.iter().find(|found| found.name == column.target) else {
+                return Err(self.refuse(
+                    Code::TargetColumnMissing,
+                    format!("target table {target} has no column {:?}", column.target),
+                    format!(
+                        "{};",
+                        sql::add_column(target, &column.target, &column.type_name)
+                    ),
+                ));
+            };
+            let full = &column.type_name;
+            if !has.generated && !takes(has, full, &column.base) {
+                return Err(self.refuse(
+                    Code::TargetType,
+                    format!(
+                        "column {:?} of target table {target} is {}, which does not take every {full}",
+                        column.target, has.type_name
+                    ),
+                    format!(
+                        "ALTER TABLE {} ALTER COLUMN {} TYPE {full};",
+                        target.quoted(),
+                        quote_identifier(&column.target)
+                    ),
+                ));
+            }
+        }
+        let unfed = found.iter().find(|found| {
+            let ours = found.name == VERSION_COLUMN
+                || wanted.iter().any(|column| column.target == found.name);
+            !ours && found.not_null && !found.has_default
+        });
+        match unfed {
+            None => Ok(()),
+            Some(found) => Err(self.refuse(
+                Code::TargetType,
+                format!(
+                    "column {:?} of target table {target} must not be NULL, and the source has no such \
+                     column",
+                    found.name
+                ),
+                format!(
+                    "ALTER TABLE {} ALTER COLUMN {} DROP NOT NULL;",
+                    target.quoted(),
+                    quote_identifier(&found.name)
+                ),
+            )),
+        }
+    }
+
+    /// `ON CONFLICT` needs a unique index over exactly the key, checked at once.
+    async fn check_key(&self, key: &[String], warnings: &mut Vec<String>) -> Result<(), SinkError> {
+        let target = &self.settings.target;
+        let rows = self
+            .client
+            .query(
+                "SELECT ARRAY(SELECT a.attname::text FROM pg_catalog.pg_attribute a \
+                 WHERE a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey[0:i.indnkeyatts - 1]::int2[])), \
+                 i.indimmediate, i.indexrelid::regclass::text FROM pg_catalog.pg_index i \
+                 WHERE i.indrelid = to_regclass($1) AND i.indisunique AND i.indisvalid \
+                 AND i.indpred IS NULL AND i.indexprs IS NULL",
+                &[&target.quoted()],
+            )
+            .await
+            .map_err(|error| self.failed(error))?;
+        let mut matches = false;
+        for row in &rows {
+            let read = || Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?));
+            let (mut columns, immediate, index): (Vec<String>, bool, String) =
+                read().map_err(|error| self.failed(error))?;
+            let mut sorted = key.to_vec();
+            sorted.sort();
+            columns.sort();
+            if columns == sorted && immediate {
+                matches = true;
+            } else if immediate {
+                warnings.push(format!(
+                    "unique index {index} of target table {target} is checked at once: rows that swap \
+                     values in one transaction are refused; make its constraint DEFERRABLE or drop it"
+                ));
+            }
+        }
+        if matches {
+            return Ok(());
+        }
+        let columns: Vec<_> = key.iter().map(|column| quote_identifier(column)).collect();
+        Err(self.refuse(
+            Code::TargetKey,
+            format!(
+                "target table {target} has no unique key over ({})",
+                columns.join(", ")
+            ),
+            format!(
+                "ALTER TABLE {} ADD PRIMARY KEY ({});",
+                target.quoted(),
+                columns.join(", ")
+            ),
+        ))
+    }
+
+    /// A table that this sink has never written must be empty, unless it may be adopted.
+    async fn check_rows(&self) -> Result<(), SinkError> {
+        if self.begun || self.settings.adopt {
+            return Ok(());
+        }
+        let target = &self.settings.target;
+        let occupied: bool = self
+            .client
+            .query_one(
+                &format!("SELECT EXISTS (SELECT 1 FROM {})", target.quoted()),
+                &[],
+            )
+            .await
+            .and_then(|row| row.try_get(0))
+            .map_err(|error| self.failed(error))?;
+        if !occupied {
+            return Ok(());
+        }
+        Err(self.refuse(
+            Code::TargetOccupied,
+            format!("target table {target} already holds rows of its own"),
+            format!(
+                "TRUNCATE {}; or set `adopt = true` in the table's file: rows of the same key are then \
+                 overwritten, and rows that the source does not have are deleted",
+                target.quoted()
+            ),
+        ))
+    }
+
+    async fn ensure_version(&self, found: &[Found]) -> Result<(), SinkError> {
+        let target = &self.settings.target;
+        let sql = sql::add_version(target);
+        match found.iter().find(|found| found.name == VERSION_COLUMN) {
+            Some(found) if found.base == "uuid" && found.not_null => Ok(()),
+            Some(_) => Err(self.refuse(
+                Code::TargetType,
+                format!("column {VERSION_COLUMN} of target table {target} is not uuid NOT NULL"),
+                format!("drop the column, then: {sql};"),
+            )),
+            None if self.create == Create::Never => Err(self.refuse(
+                Code::TargetColumnMissing,
+                format!("target table {target} has no column {VERSION_COLUMN}"),
+                format!("{sql};"),
+            )),
+            None => self
+                .client
+                .batch_execute(&sql)
+                .await
+                .map_err(|error| self.failed(error)),
+        }
+    }
+}
+
+/// Whether a column takes every value of a type exactly: the same type, the same without a modifier, a wider
+/// integer, a longer or unbounded text, or text itself.
+fn takes(has: &Found, full: &str, base: &str) -> bool {
+    const INTEGERS: [&str; 3] = ["smallint", "integer", "bigint"];
+    let rank = |name: &str| INTEGERS.iter().position(|integer| *integer == name);
+    let length = |name: &str| {
+        let digits = name.strip_prefix("character varying(")?.strip_suffix(')')?;
+        digits.parse::<u32>().ok()
+    };
+    has.type_name == full
+        || has.base == "text"
+        || (has.type_name == has.base && has.base == base)
+        || (has.type_name == "character varying" && base == "text")
+        || matches!((rank(&has.base), rank(base)), (Some(has), Some(wanted)) if has >= wanted)
+        || matches!((length(&has.type_name), length(full)), (Some(has), Some(wanted)) if has >= wanted)
+}
+
+fn create_type(definition: &TypeSchema) -> String {
+    match definition {
+        TypeSchema::Enum { name, labels } => {
+            let labels: Vec<_> = labels.iter().map(|label| quote_literal(label)).collect();
+            format!(
+                "CREATE TYPE {} AS ENUM ({})",
+                name.quoted(),
+                labels.join(", ")
+            )
+        }
+        TypeSchema::Domain {
+            name,
+            base,
+            not_null,
+            checks,
+        } => {
+            let not_null = if *not_null { " NOT NULL" } else { "" };
+            let checks: String = checks.iter().map(|check| format!(" {check}")).collect();
+            format!(
+                "CREATE DOMAIN {} AS {base}{not_null}{checks}",
+                name.quoted()
+            )
+        }
+    }
+}

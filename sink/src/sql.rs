@@ -1,0 +1,410 @@
+//! The SQL text that the Postgres sink applies rows with, made from a table's layout. Pure.
+//!
+//! Every value travels as text and is cast by the server to the column's type *without* its modifier, so that
+//! the assignment then checks lengths: an explicit cast to `varchar(3)` would silently cut the value.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+
+use millrace_event::{TableName, quote_identifier, quote_literal};
+
+use crate::row::TableLayout;
+
+/// The column that holds a row's version.
+pub const VERSION_COLUMN: &str = "_millrace_version";
+
+/// The reason that a row whose unchanged columns nobody knows is set aside with.
+pub const INCOMPLETE: &str = "incomplete: unchanged columns unknown";
+
+/// Forgets a relation's tombstones below a version. Parameters: relation, version.
+pub const TOMBSTONES_BELOW: &str =
+    "DELETE FROM millrace.tombstone WHERE relation = $1::text AND version < $2::uuid";
+
+/// Resolves a relation's dead letters below a version. Parameters: relation, version.
+pub const LETTERS_BELOW: &str = "UPDATE millrace.dead_letter SET resolved_at = now() \
+    WHERE relation = $1::text AND version < $2::uuid AND resolved_at IS NULL";
+
+/// Raises a relation's truncate floor. Parameters: relation, version.
+pub const TRUNCATE_FLOOR: &str = "INSERT INTO millrace.table_floor AS f (relation, truncate_floor) \
+    VALUES ($1::text, $2::uuid) ON CONFLICT (relation) DO UPDATE SET \
+    truncate_floor = greatest(f.truncate_floor, excluded.truncate_floor)";
+
+const VERSION: &str = "\"_millrace_version\"";
+
+/// Which columns of a layout a statement writes, as indexes.
+pub type Present = BTreeSet<usize>;
+
+/// All columns of a layout.
+#[must_use]
+pub fn all(layout: &TableLayout) -> Present {
+    (0..layout.columns.len()).collect()
+}
+
+fn name(layout: &TableLayout, column: usize) -> String {
+    quote_identifier(&layout.columns[column].target)
+}
+
+fn join(items: impl IntoIterator<Item = String>, separator: &str) -> String {
+    items.into_iter().collect::<Vec<_>>().join(separator)
+}
+
+/// `unnest` over the text arrays `$1..` of these columns, then the versions and the key texts.
+fn source(columns: &[usize]) -> String {
+    let arrays = join((1..=columns.len()).map(|n| format!("${n}::text[]")), ", ");
+    let names = join(columns.iter().map(|column| format!("c{column}")), ", ");
+    let (version, key) = (columns.len() + 1, columns.len() + 2);
+    format!("unnest({arrays}, ${version}::uuid[], ${key}::text[]) AS s({names}, v, k)")
+}
+
+fn cast(layout: &TableLayout, column: usize) -> String {
+    format!("s.c{column}::{}", layout.columns[column].cast)
+}
+
+/// `t.key = s.key and ..`, with casts.
+fn same_key(layout: &TableLayout) -> String {
+    join(
+        layout
+            .key
+            .iter()
+            .map(|column| format!("t.{} = {}", name(layout, *column), cast(layout, *column))),
+        " AND ",
+    )
+}
+
+fn relation(layout: &TableLayout) -> String {
+    quote_literal(&layout.relation()).trim_start().to_owned()
+}
+
+/// A tombstone of `key` at or above `version` exists.
+fn entombed(layout: &TableLayout, key: &str, version: &str) -> String {
+    format!(
+        "EXISTS (SELECT 1 FROM millrace.tombstone x WHERE x.relation = {} AND x.key = {key} \
+         AND x.version >= {version})",
+        relation(layout)
+    )
+}
+
+/// An open dead letter of `key` exists.
+fn has_letter(layout: &TableLayout, key: &str) -> String {
+    format!(
+        "EXISTS (SELECT 1 FROM millrace.dead_letter d WHERE d.relation = {} AND d.key = {key} \
+         AND d.resolved_at IS NULL)",
+        relation(layout)
+    )
+}
+
+/// The guarded `ON CONFLICT` clause that writes all columns but the key.
+fn on_conflict(layout: &TableLayout) -> String {
+    let key = join(layout.key.iter().map(|column| name(layout, *column)), ", ");
+    let mut set = String::new();
+    for column in (0..layout.columns.len()).filter(|column| !layout.is_key(*column)) {
+        let name = name(layout, column);
+        let _ = write!(set, "{name} = excluded.{name}, ");
+    }
+    format!(
+        "ON CONFLICT ({key}) DO UPDATE SET {set}{VERSION} = excluded.{VERSION} \
+         WHERE t.{VERSION} < excluded.{VERSION}"
+    )
+}
+
+fn insert_into(layout: &TableLayout) -> String {
+    let columns = join(
+        (0..layout.columns.len()).map(|column| name(layout, column)),
+        ", ",
+    );
+    format!(
+        "INSERT INTO {} AS t ({columns}, {VERSION}) OVERRIDING SYSTEM VALUE",
+        layout.target.quoted()
+    )
+}
+
+/// Writes full rows. Parameters: a text array for each column, versions, key texts.
+#[must_use]
+pub fn upsert(layout: &TableLayout) -> String {
+    let columns: Vec<_> = (0..layout.columns.len()).collect();
+    let values = join(columns.iter().map(|column| cast(layout, *column)), ", ");
+    format!(
+        "{} SELECT {values}, s.v FROM {} WHERE NOT {} {}",
+        insert_into(layout),
+        source(&columns),
+        entombed(layout, "s.k", "s.v"),
+        on_conflict(layout)
+    )
+}
+
+/// Deletes rows. Parameters: a text array for each key column, versions, key texts.
+#[must_use]
+pub fn delete(layout: &TableLayout) -> String {
+    // The keys are named so that each parameter's type is known although none is used twice.
+    format!(
+        "DELETE FROM {} AS t USING {} WHERE {} AND t.{VERSION} < s.v AND s.k IS NOT NULL",
+        layout.target.quoted(),
+        source(&layout.key),
+        same_key(layout)
+    )
+}
+
+/// Remembers deleted keys. Parameters: versions, key texts.
+#[must_use]
+pub fn tombstone(layout: &TableLayout) -> String {
+    format!(
+        "INSERT INTO millrace.tombstone AS x (relation, key, version) \
+         SELECT {}, s.k, s.v FROM unnest($1::uuid[], $2::text[]) AS s(v, k) \
+         ON CONFLICT (relation, key) DO UPDATE SET version = excluded.version, deleted_at = now() \
+         WHERE x.version < excluded.version",
+        relation(layout)
+    )
+}
+
+/// Updates rows of which some columns are not known. Parameters: a text array for each present column,
+/// versions, key texts. A row that is missing, or whose key has an open dead letter, is not touched:
+/// [`partial_letters`], run before, has set it aside.
+#[must_use]
+pub fn partial(layout: &TableLayout, present: &Present) -> String {
+    let columns: Vec<_> = present.iter().copied().collect();
+    let mut set = String::new();
+    for column in columns.iter().filter(|column| !layout.is_key(**column)) {
+        let _ = write!(
+            set,
+            "{} = {}, ",
+            name(layout, *column),
+            cast(layout, *column)
+        );
+    }
+    format!(
+        "UPDATE {} AS t SET {set}{VERSION} = s.v FROM {} WHERE {} AND t.{VERSION} < s.v AND NOT {}",
+        layout.target.quoted(),
+        source(&columns),
+        same_key(layout),
+        has_letter(layout, "s.k")
+    )
+}
+
+/// The present columns as a JSON object of texts.
+fn event(
+    layout: &TableLayout,
+    columns: &[usize],
+    value: impl Fn(usize, usize) -> String,
+) -> String {
+    let names = join(
+        columns.iter().map(|column| {
+            quote_literal(&layout.columns[*column].target)
+                .trim()
+                .to_owned()
+        }),
+        ", ",
+    );
+    let values = join(
+        columns
+            .iter()
+            .enumerate()
+            .map(|(at, column)| value(at, *column)),
+        ", ",
+    );
+    format!("jsonb_object(ARRAY[{names}], ARRAY[{values}]::text[])")
+}
+
+/// Sets partial rows aside that [`partial`] cannot complete: not stale, and the row is missing or its columns
+/// are not what the source had. Parameters: as [`partial`], then the sink.
+#[must_use]
+pub fn partial_letters(layout: &TableLayout, present: &Present) -> String {
+    let columns: Vec<_> = present.iter().copied().collect();
+    let (table, same) = (layout.target.quoted(), same_key(layout));
+    format!(
+        "INSERT INTO millrace.dead_letter (sink, relation, key, version, op, reason, event) \
+         SELECT ${}::text, {}, s.k, s.v, 'u', '{INCOMPLETE}', {} FROM {} \
+         WHERE NOT EXISTS (SELECT 1 FROM {table} AS t WHERE {same} AND t.{VERSION} >= s.v) \
+         AND NOT {} \
+         AND (NOT EXISTS (SELECT 1 FROM {table} AS t WHERE {same}) OR {})",
+        columns.len() + 3,
+        relation(layout),
+        event(layout, &columns, |_, column| format!("s.c{column}")),
+        source(&columns),
+        entombed(layout, "s.k", "s.v"),
+        has_letter(layout, "s.k")
+    )
+}
+
+/// The parameter numbers of a move: the present columns, the old key's columns, then these.
+struct MoveParameters {
+    columns: Vec<usize>,
+    version: usize,
+    key: usize,
+    old_key: usize,
+    sink: usize,
+}
+
+impl MoveParameters {
+    fn new(layout: &TableLayout, present: &Present) -> Self {
+        let columns: Vec<_> = present.iter().copied().collect();
+        let first = columns.len() + layout.key.len() + 1;
+        Self {
+            columns,
+            version: first,
+            key: first + 1,
+            old_key: first + 2,
+            sink: first + 3,
+        }
+    }
+
+    fn value(&self, layout: &TableLayout, column: usize) -> Option<String> {
+        let at = self.columns.iter().position(|present| *present == column)?;
+        Some(format!(
+            "${}::text::{}",
+            at + 1,
+            layout.columns[column].cast
+        ))
+    }
+
+    /// `row` is the row of the old key.
+    fn is_old(&self, layout: &TableLayout) -> String {
+        let first = self.columns.len() + 1;
+        join(
+            layout.key.iter().enumerate().map(|(at, column)| {
+                let cast = &layout.columns[*column].cast;
+                format!(
+                    "o.{} = ${}::text::{cast}",
+                    name(layout, *column),
+                    first + at
+                )
+            }),
+            " AND ",
+        )
+    }
+
+    fn is_new(&self, layout: &TableLayout) -> String {
+        join(
+            layout.key.iter().map(|column| {
+                let value = self
+                    .value(layout, *column)
+                    .unwrap_or_else(|| "NULL".to_owned());
+                format!("t.{} = {value}", name(layout, *column))
+            }),
+            " AND ",
+        )
+    }
+}
+
+/// Writes one row under its new key, the columns that are not present copied from the row of its old key.
+/// Parameters: a text for each present column, one for each key column of the old key, version, key text, old
+/// key text. [`move_letter`], run before, has set the row aside where the old row is not to be had.
+#[must_use]
+pub fn move_row(layout: &TableLayout, present: &Present) -> String {
+    let parameters = MoveParameters::new(layout, present);
+    let values = join(
+        (0..layout.columns.len()).map(|column| {
+            parameters
+                .value(layout, column)
+                .unwrap_or_else(|| format!("o.{}", name(layout, column)))
+        }),
+        ", ",
+    );
+    let version = format!("${}::uuid", parameters.version);
+    format!(
+        "{} SELECT {values}, {version} FROM {} AS o WHERE {} AND o.{VERSION} < {version} \
+         AND NOT {} AND NOT {} {}",
+        insert_into(layout),
+        layout.target.quoted(),
+        parameters.is_old(layout),
+        entombed(layout, &format!("${}::text", parameters.key), &version),
+        has_letter(layout, &format!("${}::text", parameters.old_key)),
+        on_conflict(layout)
+    )
+}
+
+/// Sets one moved row aside whose old row is missing or not what the source had. Parameters: as
+/// [`move_row`], then the sink.
+#[must_use]
+pub fn move_letter(layout: &TableLayout, present: &Present) -> String {
+    let parameters = MoveParameters::new(layout, present);
+    let table = layout.target.quoted();
+    let version = format!("${}::uuid", parameters.version);
+    let key = format!("${}::text", parameters.key);
+    format!(
+        "INSERT INTO millrace.dead_letter (sink, relation, key, version, op, reason, event) \
+         SELECT ${}::text, {}, {key}, {version}, 'c', '{INCOMPLETE}', {} \
+         WHERE NOT EXISTS (SELECT 1 FROM {table} AS t WHERE {} AND t.{VERSION} >= {version}) \
+         AND NOT {} \
+         AND (NOT EXISTS (SELECT 1 FROM {table} AS o WHERE {} AND o.{VERSION} < {version}) OR {})",
+        parameters.sink,
+        relation(layout),
+        event(layout, &parameters.columns, |at, _| format!(
+            "${}::text",
+            at + 1
+        )),
+        parameters.is_new(layout),
+        entombed(layout, &key, &version),
+        parameters.is_old(layout),
+        has_letter(layout, &format!("${}::text", parameters.old_key))
+    )
+}
+
+/// Marks dead letters that newer full versions of their keys supersede. Parameters: versions, key texts.
+#[must_use]
+pub fn resolve(layout: &TableLayout) -> String {
+    format!(
+        "UPDATE millrace.dead_letter d SET resolved_at = now() \
+         FROM unnest($1::uuid[], $2::text[]) AS s(v, k) \
+         WHERE d.relation = {} AND d.key = s.k AND d.version < s.v AND d.resolved_at IS NULL",
+        relation(layout)
+    )
+}
+
+/// Deletes every row below a version. Parameter: the version.
+#[must_use]
+pub fn delete_below(layout: &TableLayout) -> String {
+    format!(
+        "DELETE FROM {} WHERE {VERSION} < $1::uuid",
+        layout.target.quoted()
+    )
+}
+
+/// `CREATE TABLE` with the given columns (name, type and modifiers, not null) and key.
+#[must_use]
+pub fn create_table(
+    target: &TableName,
+    columns: &[(String, String, bool)],
+    key: &[String],
+) -> String {
+    let mut text = format!("CREATE TABLE {} (\n", target.quoted());
+    for (column, type_name, not_null) in columns {
+        let not_null = if *not_null { " NOT NULL" } else { "" };
+        let _ = writeln!(
+            text,
+            "    {} {type_name}{not_null},",
+            quote_identifier(column)
+        );
+    }
+    let _ = writeln!(text, "    {},", version_definition());
+    let key = join(key.iter().map(|column| quote_identifier(column)), ", ");
+    let _ = write!(text, "    PRIMARY KEY ({key})\n)");
+    text
+}
+
+/// `ALTER TABLE .. ADD COLUMN`. Without NOT NULL: the rows that are there have no value.
+#[must_use]
+pub fn add_column(target: &TableName, column: &str, type_name: &str) -> String {
+    format!(
+        "ALTER TABLE {} ADD COLUMN {} {type_name}",
+        target.quoted(),
+        quote_identifier(column)
+    )
+}
+
+/// `ALTER TABLE .. ADD COLUMN` for the version. Its default makes rows that were there older than every
+/// change; NULL would make them newer, because NULL compares as neither.
+#[must_use]
+pub fn add_version(target: &TableName) -> String {
+    format!(
+        "ALTER TABLE {} ADD COLUMN {}",
+        target.quoted(),
+        version_definition()
+    )
+}
+
+fn version_definition() -> String {
+    format!("{VERSION} uuid NOT NULL DEFAULT '00000000-0000-0000-0000-000000000000'")
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,94 @@
+use super::*;
+use crate::row::LayoutColumn;
+
+fn layout() -> TableLayout {
+    let column = |name: &str, cast: &str| LayoutColumn {
+        source: name.to_owned(),
+        target: name.to_owned(),
+        cast: cast.to_owned(),
+    };
+    TableLayout {
+        source: TableName::new("public", "orders"),
+        target: TableName::new("shop", "or'ders"),
+        columns: vec![
+            column("id", "bigint"),
+            column("n\"", "bpchar"),
+            column("big", "text"),
+        ],
+        key: vec![0],
+        shape: String::new(),
+    }
+}
+
+#[test]
+fn upsert_is_guarded_and_casts_without_modifiers() {
+    assert_eq!(
+        upsert(&layout()),
+        "INSERT INTO \"shop\".\"or'ders\" AS t (\"id\", \"n\"\"\", \"big\", \"_millrace_version\") \
+         OVERRIDING SYSTEM VALUE SELECT s.c0::bigint, s.c1::bpchar, s.c2::text, s.v \
+         FROM unnest($1::text[], $2::text[], $3::text[], $4::uuid[], $5::text[]) \
+         AS s(c0, c1, c2, v, k) WHERE NOT EXISTS (SELECT 1 FROM millrace.tombstone x \
+         WHERE x.relation = 'shop.or''ders' AND x.key = s.k AND x.version >= s.v) \
+         ON CONFLICT (\"id\") DO UPDATE SET \"n\"\"\" = excluded.\"n\"\"\", \"big\" = excluded.\"big\", \
+         \"_millrace_version\" = excluded.\"_millrace_version\" \
+         WHERE t.\"_millrace_version\" < excluded.\"_millrace_version\""
+    );
+}
+
+#[test]
+fn delete_partial_and_truncate_are_guarded() {
+    assert_eq!(
+        delete(&layout()),
+        "DELETE FROM \"shop\".\"or'ders\" AS t USING unnest($1::text[], $2::uuid[], $3::text[]) \
+         AS s(c0, v, k) WHERE t.\"id\" = s.c0::bigint AND t.\"_millrace_version\" < s.v \
+         AND s.k IS NOT NULL"
+    );
+    assert_eq!(
+        partial(&layout(), &Present::from([0, 1])),
+        "UPDATE \"shop\".\"or'ders\" AS t SET \"n\"\"\" = s.c1::bpchar, \"_millrace_version\" = s.v \
+         FROM unnest($1::text[], $2::text[], $3::uuid[], $4::text[]) AS s(c0, c1, v, k) \
+         WHERE t.\"id\" = s.c0::bigint AND t.\"_millrace_version\" < s.v \
+         AND NOT EXISTS (SELECT 1 FROM millrace.dead_letter d WHERE d.relation = 'shop.or''ders' \
+         AND d.key = s.k AND d.resolved_at IS NULL)"
+    );
+    assert_eq!(
+        delete_below(&layout()),
+        "DELETE FROM \"shop\".\"or'ders\" WHERE \"_millrace_version\" < $1::uuid"
+    );
+}
+
+#[test]
+fn a_move_copies_what_is_not_present_from_the_old_row() {
+    assert_eq!(
+        move_row(&layout(), &Present::from([0, 1])),
+        "INSERT INTO \"shop\".\"or'ders\" AS t (\"id\", \"n\"\"\", \"big\", \"_millrace_version\") \
+         OVERRIDING SYSTEM VALUE SELECT $1::text::bigint, $2::text::bpchar, o.\"big\", $4::uuid \
+         FROM \"shop\".\"or'ders\" AS o WHERE o.\"id\" = $3::text::bigint \
+         AND o.\"_millrace_version\" < $4::uuid AND NOT EXISTS (SELECT 1 FROM millrace.tombstone x \
+         WHERE x.relation = 'shop.or''ders' AND x.key = $5::text AND x.version >= $4::uuid) \
+         AND NOT EXISTS (SELECT 1 FROM millrace.dead_letter d WHERE d.relation = 'shop.or''ders' \
+         AND d.key = $6::text AND d.resolved_at IS NULL) \
+         ON CONFLICT (\"id\") DO UPDATE SET \"n\"\"\" = excluded.\"n\"\"\", \"big\" = excluded.\"big\", \
+         \"_millrace_version\" = excluded.\"_millrace_version\" \
+         WHERE t.\"_millrace_version\" < excluded.\"_millrace_version\""
+    );
+}
+
+#[test]
+fn created_tables_have_the_version_and_the_key() {
+    let columns = [
+        ("id".to_owned(), "bigint".to_owned(), true),
+        ("n".to_owned(), "numeric(12,2)".to_owned(), false),
+    ];
+    let target = TableName::new("shop", "orders");
+    assert_eq!(
+        create_table(&target, &columns, &["id".to_owned()]),
+        "CREATE TABLE \"shop\".\"orders\" (\n    \"id\" bigint NOT NULL,\n    \"n\" numeric(12,2),\n    \
+         \"_millrace_version\" uuid NOT NULL DEFAULT '00000000-0000-0000-0000-000000000000',\n    \
+         PRIMARY KEY (\"id\")\n)"
+    );
+    assert_eq!(
+        add_column(&target, "x", "numeric(12,2)"),
+        "ALTER TABLE \"shop\".\"orders\" ADD COLUMN \"x\" numeric(12,2)"
+    );
+}

@@ -1,0 +1,127 @@
+//! What a running sink tells others: its state, and how far it is.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use millrace_config::{Condition, State};
+use millrace_event::TableName;
+
+use crate::batch::{Checkpoint, CopyProgress, CopyState};
+
+/// The state of a sink, shared with those who show it.
+#[derive(Debug)]
+pub struct Status {
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    state: State,
+    condition: Option<Condition>,
+    begun: bool,
+    checkpoint: Checkpoint,
+    /// This machine's clock when the checkpoint was committed, microseconds since 1970.
+    applied_at_us: i64,
+    tables: Vec<(TableName, State)>,
+    written: u64,
+    stale: u64,
+    dead_letters: u64,
+}
+
+/// How far a sink is.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    /// What it is doing.
+    pub state: State,
+    /// The condition behind that, where there is one.
+    pub condition: Option<Condition>,
+    /// Whether it ever worked in this process: what fails later halts, and does not end it.
+    pub begun: bool,
+    /// How far it has applied the stream.
+    pub checkpoint: Checkpoint,
+    /// This machine's clock when that was committed, microseconds since 1970.
+    pub applied_at_us: i64,
+    /// Each table's state.
+    pub tables: Vec<(TableName, State)>,
+    /// Rows written in this process, deletes included.
+    pub written: u64,
+    /// Rows that the version guard rejected in this process.
+    pub stale: u64,
+    /// Rows set aside in this process.
+    pub dead_letters: u64,
+}
+
+impl Default for Status {
+    fn default() -> Self {
+        let inner = Inner {
+            state: State::Starting,
+            condition: None,
+            begun: false,
+            checkpoint: Checkpoint::default(),
+            applied_at_us: 0,
+            tables: Vec::new(),
+            written: 0,
+            stale: 0,
+            dead_letters: 0,
+        };
+        Self {
+            inner: Mutex::new(inner),
+        }
+    }
+}
+
+impl Status {
+    /// How far the sink is.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        let inner = self.lock();
+        Snapshot {
+            state: inner.state.clone(),
+            condition: inner.condition.clone(),
+            begun: inner.begun,
+            checkpoint: inner.checkpoint,
+            applied_at_us: inner.applied_at_us,
+            tables: inner.tables.clone(),
+            written: inner.written,
+            stale: inner.stale,
+            dead_letters: inner.dead_letters,
+        }
+    }
+
+    pub(crate) fn set_state(&self, sink: &str, state: State, condition: Option<Condition>) {
+        let mut inner = self.lock();
+        inner.begun |= matches!(state, State::Streaming | State::Snapshotting);
+        if inner.state != state {
+            tracing::info!(part = "sink", sink, from = %inner.state, to = %state, "state changed");
+        }
+        (inner.state, inner.condition) = (state, condition);
+    }
+
+    pub(crate) fn set_checkpoint(&self, checkpoint: Checkpoint, applied_at_us: i64) {
+        let mut inner = self.lock();
+        (inner.checkpoint, inner.applied_at_us) = (checkpoint, applied_at_us);
+    }
+
+    pub(crate) fn set_tables(&self, copies: &CopyProgress) {
+        let state = |copy: &CopyState| match copy {
+            CopyState::Copied { .. } => State::Streaming,
+            CopyState::Pending | CopyState::Copying { .. } => State::Snapshotting,
+        };
+        self.lock().tables = copies
+            .0
+            .iter()
+            .map(|(table, copy)| (table.clone(), state(copy)))
+            .collect();
+    }
+
+    pub(crate) fn count(&self, written: u64, stale: u64, dead_letters: u64) {
+        let mut inner = self.lock();
+        inner.written += written;
+        inner.stale += stale;
+        inner.dead_letters += dead_letters;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // A panic while it was held ends the process anyway; what it left is whole.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

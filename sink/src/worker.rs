@@ -1,0 +1,318 @@
+//! The sink's machine: from deliveries to batches of whole source transactions. It knows no network and no
+//! clock.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use millrace_event::{ChangeEvent, Control, Position, TableName};
+
+use crate::batch::{Batch, Checkpoint, CopyProgress};
+use crate::fold::Fold;
+use crate::row::{RowError, TableLayout};
+
+/// How often a position is stored while only changes of other sinks' tables arrive.
+const IDLE_CHECKPOINT_INTERVAL: Duration = Duration::from_secs(1);
+
+/// When a batch closes although more is waiting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchLimits {
+    /// Changes.
+    pub rows: usize,
+    /// Bytes of their values.
+    pub bytes: usize,
+}
+
+/// What is done with a table's events.
+#[derive(Clone, Debug)]
+pub struct TableRule {
+    /// Whether deletes are applied.
+    pub deletes: bool,
+    /// Whether truncates are applied.
+    pub truncates: bool,
+}
+
+/// What happens to the machine.
+#[derive(Clone, Copy, Debug)]
+pub enum Input<'a> {
+    /// A message with changes came.
+    Changes {
+        /// Its stream sequence.
+        stream_seq: u64,
+        /// Its payload, which the events borrow from.
+        payload: &'a Bytes,
+        /// Its changes above the highest position seen before.
+        events: &'a [ChangeEvent<'a>],
+    },
+    /// A control message came.
+    Control {
+        /// Its stream sequence.
+        stream_seq: u64,
+        /// What it says.
+        control: &'a Control,
+    },
+    /// Nothing more is waiting.
+    Drained,
+    /// The batch that was handed out is applied.
+    Flushed,
+}
+
+/// Where the machine stands in the source's transactions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Within {
+    /// Everything collected is of whole transactions.
+    Boundary,
+    /// The last transaction collected goes on; or a part of it is in the target's open transaction.
+    Transaction,
+}
+
+/// The batch that was handed out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Flight {
+    /// None.
+    Idle,
+    /// One is being applied.
+    Flushing,
+}
+
+/// Why a batch would be worth a transaction of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Urgency {
+    /// Nothing new.
+    None,
+    /// Only the position moved, past changes that are not this sink's.
+    Position,
+    /// Rows to apply, or a heartbeat that readers measure lag by.
+    Now,
+}
+
+/// Collects deliveries into batches.
+///
+/// After every [`Worker::handle`], drain [`Worker::poll`] until it returns `None`; only then wait, and only
+/// while [`Worker::wants_delivery`] for another delivery.
+#[derive(Debug)]
+pub struct Worker {
+    limits: BatchLimits,
+    rules: HashMap<TableName, TableRule>,
+    layouts: HashMap<TableName, Arc<TableLayout>>,
+    copies: CopyProgress,
+    fold: Fold,
+    /// Where the target stands once everything handed out is applied.
+    handed_out: Checkpoint,
+    /// Where it stands once everything collected is.
+    collected: Checkpoint,
+    within: Within,
+    flight: Flight,
+    urgency: Urgency,
+    /// Whether the target's transaction is open, because a batch without commit was handed out.
+    target_open: bool,
+    /// Whether nothing more was waiting when last asked.
+    drained: bool,
+    stored_at: Duration,
+}
+
+impl Worker {
+    /// Begins behind a stored checkpoint, every copy applied.
+    #[must_use]
+    pub fn new(
+        limits: BatchLimits,
+        rules: HashMap<TableName, TableRule>,
+        checkpoint: Checkpoint,
+        copies: CopyProgress,
+        now: Duration,
+    ) -> Self {
+        assert!(
+            copies.is_complete(),
+            "no stream event is applied before all copies are"
+        );
+        assert!(
+            limits.rows > 0 && limits.bytes > 0,
+            "a batch holds something"
+        );
+        Self {
+            limits,
+            rules,
+            layouts: HashMap::new(),
+            copies,
+            fold: Fold::new(),
+            handed_out: checkpoint,
+            collected: checkpoint,
+            within: Within::Boundary,
+            flight: Flight::Idle,
+            urgency: Urgency::None,
+            target_open: false,
+            drained: false,
+            stored_at: now,
+        }
+    }
+
+    /// The layout that an event needs and that the machine does not have: fetch it, and call
+    /// [`Worker::set_layout`] before the event is handled.
+    #[must_use]
+    pub fn missing_layout(&self, event: &ChangeEvent<'_>) -> Option<TableName> {
+        let table = event.source.table_name();
+        let known = self.layouts.get(&table);
+        let missing = self.rules.contains_key(&table)
+            && known.is_none_or(|layout| layout.shape != event.source.table_version);
+        missing.then_some(table)
+    }
+
+    /// Takes the layout for a table's events from here on.
+    pub fn set_layout(&mut self, layout: Arc<TableLayout>) {
+        self.layouts.insert(layout.source.clone(), layout);
+    }
+
+    /// Whether another delivery may be handled: there is room for it.
+    #[must_use]
+    pub fn wants_delivery(&self) -> bool {
+        self.flight == Flight::Idle || !self.is_full()
+    }
+
+    /// Where the target stands once everything handed out is applied.
+    #[must_use]
+    pub fn checkpoint(&self) -> Checkpoint {
+        self.handed_out
+    }
+
+    /// How many changes were folded into a newer one of the same key, ever.
+    #[must_use]
+    pub fn superseded(&self) -> u64 {
+        self.fold.superseded()
+    }
+
+    /// Takes one input.
+    ///
+    /// # Errors
+    /// An event does not have its key.
+    pub fn handle(&mut self, input: Input<'_>) -> Result<(), RowError> {
+        match input {
+            Input::Changes {
+                stream_seq,
+                payload,
+                events,
+            } => {
+                self.drained = false;
+                for event in events {
+                    self.on_event(stream_seq, payload, event)?;
+                }
+            }
+            Input::Control {
+                stream_seq,
+                control,
+            } => {
+                self.drained = false;
+                if self.advance(stream_seq, control.position, control.ts_us) {
+                    self.within = Within::Boundary;
+                    self.urgency = Urgency::Now;
+                }
+            }
+            Input::Drained => self.drained = true,
+            Input::Flushed => {
+                assert_eq!(
+                    self.flight,
+                    Flight::Flushing,
+                    "only what was handed out is flushed"
+                );
+                self.flight = Flight::Idle;
+            }
+        }
+        Ok(())
+    }
+
+    /// The next batch to apply, if it is time for one.
+    pub fn poll(&mut self, now: Duration) -> Option<Batch> {
+        if self.flight == Flight::Flushing {
+            return None;
+        }
+        let boundary = self.within == Within::Boundary;
+        let idle = now.saturating_sub(self.stored_at) < IDLE_CHECKPOINT_INTERVAL;
+        let due = match self.urgency {
+            Urgency::None => false,
+            Urgency::Position => self.drained && boundary && (!idle || self.target_open),
+            Urgency::Now => self.drained && boundary,
+        };
+        if !due && !self.is_full() {
+            return None;
+        }
+        self.stored_at = now;
+        self.flight = Flight::Flushing;
+        self.urgency = Urgency::None;
+        self.target_open = !boundary;
+        let steps = if boundary {
+            self.fold.finish()
+        } else {
+            self.fold.cut()
+        };
+        let batch = Batch {
+            from: self.handed_out,
+            to: self.collected,
+            copy: None,
+            steps,
+            commit: boundary,
+        };
+        assert!(
+            batch.to.position >= batch.from.position,
+            "a checkpoint never goes back"
+        );
+        self.handed_out = self.collected;
+        Some(batch)
+    }
+
+    fn is_full(&self) -> bool {
+        self.fold.rows() >= self.limits.rows || self.fold.bytes() >= self.limits.bytes
+    }
+
+    fn on_event(
+        &mut self,
+        stream_seq: u64,
+        payload: &Bytes,
+        event: &ChangeEvent<'_>,
+    ) -> Result<(), RowError> {
+        let version = event.source.version;
+        if !self.advance(stream_seq, version.into(), event.source.ts_us) {
+            return Ok(());
+        }
+        self.within = if event.source.last {
+            Within::Boundary
+        } else {
+            Within::Transaction
+        };
+        self.urgency = self.urgency.max(Urgency::Position);
+        let table = event.source.table_name();
+        let Some(rule) = self.rules.get(&table) else {
+            return Ok(());
+        };
+        let wanted = match event.op {
+            millrace_event::Op::Delete => rule.deletes,
+            millrace_event::Op::Truncate => rule.truncates,
+            _ => true,
+        };
+        if !wanted || self.copies.covers(&table, version) {
+            return Ok(());
+        }
+        let layout = self
+            .layouts
+            .get(&table)
+            .expect("the caller asked for missing layouts");
+        self.urgency = Urgency::Now;
+        self.fold.push(layout, event, payload)
+    }
+
+    /// Moves on to a position; `false` where it is not above everything seen: a repetition.
+    fn advance(&mut self, stream_seq: u64, position: Position, source_ts_us: i64) -> bool {
+        if position <= self.collected.position {
+            return false;
+        }
+        if position.commit_lsn() > self.collected.position.commit_lsn() {
+            // A transaction whose `last` never came, because the configuration changed, ends here.
+            self.within = Within::Boundary;
+        }
+        self.collected = Checkpoint {
+            stream_seq,
+            position,
+            source_ts_us,
+        };
+        true
+    }
+}

@@ -1,0 +1,324 @@
+//! The suite of `trait Sink` on every target.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use millrace_config::{Code, Create};
+use millrace_event::{ColumnSchema, Lsn, Position, TableName, TableSchema, TypeSchema, Version};
+use millrace_lab::{Postgres, PostgresOptions};
+use millrace_sink::batch::{Batch, Checkpoint};
+use millrace_sink::conformance::{self, Rows, Target};
+use millrace_sink::fold::{Fold, RowChange};
+use millrace_sink::memory::MemoryTarget;
+use millrace_sink::postgres::{Connect, PostgresSink, connector};
+use millrace_sink::row::{Cell, TableLayout};
+use millrace_sink::sink::{Elected, Sink, SinkError};
+use millrace_sink::sql;
+use tokio_postgres::Client;
+
+#[tokio::test]
+async fn memory_passes_the_suite() {
+    conformance::check(&MemoryTarget::new(), 300).await;
+}
+
+struct PostgresTarget {
+    connect: Connect,
+    client: Client,
+}
+
+impl Target for PostgresTarget {
+    type Sink = PostgresSink;
+
+    fn sink(&self, name: &str) -> PostgresSink {
+        PostgresSink::new(name, Arc::clone(&self.connect), Create::Auto)
+    }
+
+    async fn rows(&self, layout: &TableLayout) -> Rows {
+        let sql = format!(
+            "SELECT id::text, replace(_millrace_version::text, '-', ''), ARRAY[id::text, n::text, big] \
+             FROM {}",
+            layout.target.quoted()
+        );
+        let rows = self.client.query(&sql, &[]).await.expect("reads");
+        let rows = rows.iter().map(|row| {
+            let version: Version = row.get::<_, &str>(1).parse().expect("a version");
+            (row.get(0), (version, row.get(2)))
+        });
+        rows.collect()
+    }
+
+    async fn open_letters(&self, layout: &TableLayout) -> usize {
+        let sql = "SELECT count(*) FROM millrace.dead_letter \
+                   WHERE relation = $1 AND resolved_at IS NULL";
+        let row = self
+            .client
+            .query_one(sql, &[&layout.relation()])
+            .await
+            .expect("counts");
+        row.get::<_, i64>(0) as usize
+    }
+}
+
+async fn database(postgres: &Postgres, name: &str) -> PostgresTarget {
+    postgres
+        .create_database(name)
+        .await
+        .expect("creates a database");
+    let url = postgres.url(name);
+    let dsn = move || Ok(millrace_connect::postgres::Dsn::parse(&url)?);
+    let client = postgres.connect(name).await.expect("connects");
+    PostgresTarget {
+        connect: connector(name, dsn),
+        client,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn postgres_passes_the_suite() {
+    let postgres = Postgres::start(PostgresOptions::default())
+        .await
+        .expect("starts");
+    conformance::check(&database(&postgres, "suite").await, 25).await;
+}
+
+fn cell(text: &str) -> Cell {
+    Cell::Text(Bytes::copy_from_slice(text.as_bytes()))
+}
+
+fn change(layout: &Arc<TableLayout>, lsn: u64, change: RowChange, from: Checkpoint) -> Batch {
+    let mut fold = Fold::new();
+    fold.change(layout, Version::new(1, Lsn(lsn), 1), change)
+        .expect("has its key");
+    let to = Checkpoint {
+        stream_seq: from.stream_seq + 1,
+        position: Position::new(1, Lsn(lsn), 1),
+        source_ts_us: 0,
+    };
+    Batch {
+        from,
+        to,
+        copy: None,
+        steps: fold.finish(),
+        commit: true,
+    }
+}
+
+/// While a delete is not committed, an older row that comes meanwhile does not see its tombstone, waits for it
+/// and then inserts: the row is back. One writer at a time is what prevents it, and the compare-and-set of the
+/// position is what makes the writer one.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deposed_worker_cannot_bring_a_deleted_row_back() {
+    let postgres = Postgres::start(PostgresOptions::default())
+        .await
+        .expect("starts");
+    let target = database(&postgres, "race").await;
+    let mut sink = target.sink("race");
+    let Ok(Elected::Yes(position)) = sink.open().await else {
+        panic!("is elected")
+    };
+    let schema = conformance::schema("race");
+    let ensured = sink
+        .ensure_table(&schema, &conformance::settings(&schema.name))
+        .await;
+    let layout = ensured.expect("ensures").layout;
+    let put = |n: &str| RowChange::Put {
+        row: [cell("1"), cell(n), cell("x")].into(),
+        old: None,
+    };
+    let batch = change(&layout, 1, put("1"), position.checkpoint);
+    sink.apply(&batch).await.expect("applies");
+
+    let successor = postgres.connect("race").await.expect("connects");
+    let delete = "BEGIN; UPDATE millrace.position SET fence = fence + 1; \
+        DELETE FROM millrace_suite.race; \
+        INSERT INTO millrace.tombstone (relation, key, version) \
+        VALUES ('millrace_suite.race', '1', '00000001000000000000000900000001')";
+    successor.batch_execute(delete).await.expect("deletes");
+    let late = change(&layout, 5, put("5"), batch.to);
+    let deposed = tokio::spawn(async move { sink.apply(&late).await });
+    tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+    assert!(!deposed.is_finished(), "it waits for the successor");
+    successor.batch_execute("COMMIT").await.expect("commits");
+    let refused = deposed.await.expect("does not panic");
+    assert!(matches!(refused, Err(SinkError::Fenced)), "{refused:?}");
+    assert!(target.rows(&layout).await.is_empty());
+    // The guard alone, with a snapshot that sees the tombstone, refuses the row too.
+    let sql = sql::upsert(&layout)
+        .replace("$1", "'{1}'")
+        .replace("$2", "'{5}'")
+        .replace("$3", "'{x}'")
+        .replace("$4", "'{00000001000000000000000500000001}'")
+        .replace("$5", "'{1}'");
+    successor.batch_execute(&sql).await.expect("runs");
+    assert!(target.rows(&layout).await.is_empty());
+}
+
+/// Every type's text, as a source prints it, is stored as the same value.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_type_arrives_exactly() {
+    let postgres = Postgres::start(PostgresOptions::default())
+        .await
+        .expect("starts");
+    let target = database(&postgres, "types").await;
+    let values = [
+        ("bigint", "-9223372036854775808"),
+        ("boolean", "t"),
+        ("real", "1.1754944e-38"),
+        ("double precision", "-0"),
+        ("double precision", "NaN"),
+        ("numeric", "1.500"),
+        ("numeric(12,2)", "-0.10"),
+        ("numeric", "-Infinity"),
+        ("money", "-$1,234.56"),
+        ("text", "a\\b\"'{},\n\u{e9}"),
+        ("text", ""),
+        ("text", "NULL"),
+        ("character varying(3)", "ab "),
+        ("character(5)", "ab   "),
+        ("\"char\"", "x"),
+        ("name", "n"),
+        ("bytea", "\\x00ff5c"),
+        ("bit(5)", "10101"),
+        ("bit varying(7)", "101"),
+        ("date", "0044-03-15 BC"),
+        ("timestamp(3) without time zone", "2020-02-29 12:00:00.123"),
+        ("timestamp with time zone", "infinity"),
+        ("time(2) without time zone", "24:00:00"),
+        ("time with time zone", "12:00:00.5+05:30"),
+        ("interval", "-1 years -2 mons +3 days -04:05:06.7"),
+        ("interval day to second(2)", "1 day 02:03:04.56"),
+        ("uuid", "00000000-0000-0000-0000-00000000000f"),
+        ("json", "{\"a\": 1,  \"a\": 2}"),
+        ("jsonb", "{\"a\": [1, null]}"),
+        ("xml", "<a>1</a>"),
+        ("inet", "10.0.0.1/8"),
+        ("cidr", "10.0.0.0/8"),
+        ("macaddr", "08:00:2b:01:02:03"),
+        ("point", "(1.5,-2)"),
+        ("box", "(2,2),(1,1)"),
+        ("int4range", "[1,5)"),
+        ("int4multirange", "{[1,3),[5,7)}"),
+        ("tsvector", "'a':1A 'b':2"),
+        ("tsquery", "'a' & 'b'"),
+        ("pg_lsn", "16/B374D848"),
+        ("integer[]", "[0:1]={1,NULL}"),
+        ("integer[]", "{{1,2},{3,4}}"),
+        ("text[]", "{a,\"b,c\",NULL,\"NULL\",\"\"}"),
+        ("character varying(2)[]", "{ab,c}"),
+        ("character(3)[]", "{\"a  \"}"),
+        ("bit(3)[]", "{101}"),
+        ("shop.mood", "so so"),
+        ("shop.mood[]", "{\"so so\",it's}"),
+        ("shop.small", "7"),
+        ("shop.small[]", "{7}"),
+        ("shop.unknown", "anything"),
+    ];
+    let column = |(n, (type_name, _)): (usize, &(&str, &str))| ColumnSchema {
+        name: format!("c{n}"),
+        type_name: (*type_name).to_owned(),
+        type_oid: 0,
+        typmod: -1,
+        not_null: n == 0,
+    };
+    let schema = TableSchema {
+        name: TableName::new("shop", "types"),
+        version: "1".to_owned(),
+        columns: values.iter().enumerate().map(column).collect(),
+        key: vec!["c0".to_owned()],
+        types: vec![
+            TypeSchema::Enum {
+                name: TableName::new("shop", "mood"),
+                labels: vec!["so so".to_owned(), "it's".to_owned()],
+            },
+            TypeSchema::Domain {
+                name: TableName::new("shop", "small"),
+                base: "integer".to_owned(),
+                not_null: false,
+                checks: vec!["CHECK ((VALUE < 10))".to_owned()],
+            },
+        ],
+    };
+    let mut sink = target.sink("types");
+    let Ok(Elected::Yes(position)) = sink.open().await else {
+        panic!("is elected")
+    };
+    let ensured = sink
+        .ensure_table(&schema, &conformance::settings(&schema.name))
+        .await;
+    let ensured = ensured.unwrap_or_else(|error| panic!("ensures: {error:?}"));
+    assert_eq!(ensured.warnings.len(), 1, "{:?}", ensured.warnings);
+    let row = values.iter().map(|(_, text)| cell(text)).collect();
+    let put = RowChange::Put { row, old: None };
+    let batch = change(&ensured.layout, 1, put, position.checkpoint);
+    let applied = sink
+        .apply(&batch)
+        .await
+        .unwrap_or_else(|error| panic!("applies: {error:?}"));
+    assert_eq!(applied.dead(), 0);
+    target
+        .client
+        .batch_execute("SET timezone = 'UTC'; SET extra_float_digits = 3; SET lc_monetary = 'C'")
+        .await
+        .expect("sets");
+    for (n, (type_name, text)) in values.iter().enumerate() {
+        // format() prints by the type's output function; a cast of char(n) to text would trim it.
+        let sql = format!(
+            "SELECT format('%s', c{n}), (SELECT format_type(atttypid, atttypmod) FROM pg_attribute \
+             WHERE attrelid = 'shop.types'::regclass AND attname = 'c{n}') FROM shop.types"
+        );
+        let row = target.client.query_one(&sql, &[]).await.expect("reads");
+        assert_eq!(row.get::<_, &str>(0), *text, "{type_name}");
+        let wanted = if *type_name == "shop.unknown" {
+            "text"
+        } else {
+            type_name
+        };
+        assert_eq!(row.get::<_, &str>(1), wanted);
+    }
+    // Too long is refused, never cut.
+    let mut row: Box<[Cell]> = values.iter().map(|(_, text)| cell(text)).collect();
+    row[12] = cell("abcd");
+    let put = RowChange::Put { row, old: None };
+    let batch = change(&ensured.layout, 2, put, batch.to);
+    assert_eq!(sink.apply(&batch).await.expect("applies").dead(), 1);
+    // The same table again, as after a restart.
+    let mut adopt = conformance::settings(&schema.name);
+    adopt.adopt = true;
+    sink.ensure_table(&schema, &adopt)
+        .await
+        .unwrap_or_else(|error| panic!("again: {error:?}"));
+    for (sql, code) in [
+        (
+            "ALTER TABLE shop.types ALTER c6 TYPE numeric(12,1)",
+            Code::TargetType,
+        ),
+        ("ALTER TABLE shop.types DROP c6", Code::TargetColumnMissing),
+        (
+            "ALTER TABLE shop.types DROP CONSTRAINT types_pkey",
+            Code::TargetKey,
+        ),
+    ] {
+        target
+            .client
+            .batch_execute(&format!("BEGIN; {sql}; COMMIT"))
+            .await
+            .expect("alters");
+        let refused = sink
+            .ensure_table(&schema, &adopt)
+            .await
+            .expect_err("refuses");
+        let condition = refused.condition().expect("has a condition").clone();
+        assert_eq!(condition.code, code, "{condition:?}");
+        if code == Code::TargetColumnMissing {
+            assert_eq!(
+                condition.remedy,
+                "ALTER TABLE \"shop\".\"types\" ADD COLUMN \"c6\" numeric(12,2);"
+            );
+            target
+                .client
+                .batch_execute(&condition.remedy)
+                .await
+                .expect("the remedy runs");
+        }
+    }
+}

@@ -1,0 +1,9 @@
+//! The HTTP endpoint of a running process: health, metrics, and what it knows of itself.
+
+mod board;
+mod http;
+mod metrics;
+
+pub(crate) use board::{Board, Live, LivePart, lag_seconds};
+pub(crate) use http::{bind, serve};
+pub(crate) use metrics::{install, now_us, upkeep};

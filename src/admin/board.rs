@@ -1,0 +1,428 @@
+//! What the parts of a running process say about themselves.
+//!
+//! Nothing here is on the path of a row: parts write when their state changes and after a commit at most.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use millrace_config::limits::SHUTDOWN_DEADLINE;
+use millrace_config::{Condition, State};
+use millrace_event::{Position, TableName};
+use serde::{Deserialize, Serialize};
+
+/// How long nothing may be written before the process counts as stuck; longer than a drain may take.
+const SILENCE_MAX: Duration = Duration::from_secs(30);
+
+const _: () = assert!(SILENCE_MAX.as_secs() > SHUTDOWN_DEADLINE.as_secs());
+
+/// The states of all parts of the process, shared between them and the endpoint.
+#[derive(Debug)]
+pub(crate) struct Board {
+    source: String,
+    parts: Mutex<Parts>,
+}
+
+#[derive(Debug)]
+struct Parts {
+    capture: Option<Part>,
+    sinks: BTreeMap<String, SinkPart>,
+    /// When any part was last written.
+    written: Instant,
+}
+
+/// A part and, where it is halted or parked, why.
+#[derive(Clone, Debug)]
+struct Part {
+    state: State,
+    condition: Option<Condition>,
+}
+
+#[derive(Debug)]
+struct SinkPart {
+    part: Part,
+    tables: BTreeMap<TableName, Part>,
+    watermark: Option<Watermark>,
+}
+
+/// Up to where a sink has everything.
+#[derive(Clone, Copy, Debug)]
+struct Watermark {
+    position: Position,
+    source_ts_us: i64,
+}
+
+/// What `GET /status` answers, and what `status` reads from it: the shape of `status -o json`, as far as a
+/// process knows it by itself.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Live {
+    /// The whole: the worst of the parts.
+    #[serde(flatten)]
+    pub(crate) overall: LivePart,
+    /// The release of the process.
+    pub(crate) version: String,
+    /// The source.
+    pub(crate) source: LiveSource,
+    /// The sinks that this process works for.
+    pub(crate) sinks: Vec<LiveSink>,
+    /// The tables that are not as their sink is.
+    pub(crate) tables: Vec<LiveTable>,
+}
+
+/// The source, and the capture where this process has one.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct LiveSource {
+    /// Its name.
+    pub(crate) name: String,
+    /// The capture's state.
+    pub(crate) capture: Option<LivePart>,
+}
+
+/// One sink.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct LiveSink {
+    /// Its name.
+    pub(crate) name: String,
+    /// Its state.
+    #[serde(flatten)]
+    pub(crate) part: LivePart,
+    /// How long ago the source wrote what it has.
+    pub(crate) lag_seconds: Option<f64>,
+    /// Up to where it has everything.
+    pub(crate) position: Option<String>,
+}
+
+/// A part's state, without its data and with it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LivePart {
+    /// The state's name.
+    pub(crate) state: String,
+    /// Why: the reason of a retry, the message of a condition.
+    pub(crate) reason: Option<String>,
+    /// The condition's code.
+    pub(crate) code: Option<String>,
+    /// The condition's remedy.
+    pub(crate) remedy: Option<String>,
+}
+
+/// One table of one sink.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LiveTable {
+    /// The table at the source.
+    pub(crate) name: String,
+    /// The sink.
+    pub(crate) sink: String,
+    /// Its state.
+    #[serde(flatten)]
+    pub(crate) part: LivePart,
+}
+
+impl LivePart {
+    /// A state that needs no explanation.
+    pub(crate) fn of(state: &str) -> Self {
+        Self {
+            state: state.to_owned(),
+            ..Self::default()
+        }
+    }
+
+    /// A state and the condition behind it.
+    pub(crate) fn because(state: &str, condition: &Condition) -> Self {
+        Self {
+            state: state.to_owned(),
+            reason: Some(condition.message.clone()),
+            code: Some(condition.code.to_string()),
+            remedy: Some(condition.remedy.clone()),
+        }
+    }
+}
+
+impl Part {
+    fn new(state: State) -> Self {
+        Self {
+            state,
+            condition: None,
+        }
+    }
+
+    fn live(&self) -> LivePart {
+        let reason = match &self.state {
+            State::Retrying(reason) | State::Paused(reason) => Some(reason.clone()),
+            _ => None,
+        };
+        let condition = self.condition.as_ref();
+        let code = match &self.state {
+            State::Halted(code) => Some(*code),
+            _ => condition.map(|condition| condition.code),
+        };
+        LivePart {
+            state: self.state.name().to_owned(),
+            reason: condition
+                .map(|condition| condition.message.clone())
+                .or(reason),
+            code: code.map(|code| code.to_string()),
+            remedy: condition.map(|condition| condition.remedy.clone()),
+        }
+    }
+}
+
+impl Board {
+    /// A board whose parts are all starting: the capture if this process has one, and these sinks.
+    pub(crate) fn new(
+        source: impl Into<String>,
+        capture: bool,
+        sinks: impl IntoIterator<Item = String>,
+    ) -> Self {
+        let starting = || Part::new(State::Starting);
+        let sink = |name| {
+            (
+                name,
+                SinkPart {
+                    part: starting(),
+                    tables: BTreeMap::new(),
+                    watermark: None,
+                },
+            )
+        };
+        let parts = Parts {
+            capture: capture.then(starting),
+            sinks: sinks.into_iter().map(sink).collect(),
+            written: Instant::now(),
+        };
+        Self {
+            source: source.into(),
+            parts: Mutex::new(parts),
+        }
+    }
+
+    fn parts(&self) -> MutexGuard<'_, Parts> {
+        // Each write is complete in itself: a panic elsewhere leaves nothing half done.
+        self.parts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The capture's state.
+    pub(crate) fn set_capture(&self, state: State) {
+        self.update_capture(Part::new(state));
+    }
+
+    /// The capture met a condition that an operator must resolve.
+    pub(crate) fn halt_capture(&self, condition: Condition) {
+        self.update_capture(halted(condition));
+    }
+
+    /// A sink's state.
+    pub(crate) fn set_sink(&self, name: &str, state: State) {
+        self.update_sink(name, |sink| sink.part = Part::new(state));
+    }
+
+    /// A sink met a condition that an operator must resolve.
+    pub(crate) fn halt_sink(&self, name: &str, condition: Condition) {
+        self.update_sink(name, |sink| sink.part = halted(condition));
+    }
+
+    /// One table of a sink has a state of its own, such as [`State::Snapshotting`]; `None`: that of its sink.
+    pub(crate) fn set_table(&self, sink: &str, table: &TableName, state: Option<State>) {
+        self.update_sink(sink, |sink| match state {
+            Some(state) => drop(sink.tables.insert(table.clone(), Part::new(state))),
+            None => drop(sink.tables.remove(table)),
+        });
+    }
+
+    /// A sink has committed everything up to here, which the source committed or wrote at `source_ts_us`
+    /// (microseconds since 1970).
+    pub(crate) fn set_watermark(&self, sink: &str, position: Position, source_ts_us: i64) {
+        let watermark = Watermark {
+            position,
+            source_ts_us,
+        };
+        self.update_sink(sink, |sink| sink.watermark = Some(watermark));
+    }
+
+    /// Whether whoever keeps the board still does: it is written to many times a second.
+    pub(crate) fn is_live(&self) -> bool {
+        self.parts().written.elapsed() < SILENCE_MAX
+    }
+
+    /// The state of the whole: the worst of its parts. A parked table is no state of the whole.
+    pub(crate) fn state(&self) -> State {
+        self.parts().overall().state
+    }
+
+    /// Whether the process does what it is for: changes flow, are copied, or another process sees to it.
+    pub(crate) fn is_ready(&self) -> bool {
+        matches!(
+            self.state(),
+            State::Streaming | State::Standby | State::Snapshotting
+        )
+    }
+
+    /// For each sink that has committed anything: how long ago the source wrote what it has, in seconds of the
+    /// clock that `now_us` was read from. Goes on rising while the sink is stuck.
+    pub(crate) fn lags(&self, now_us: i64) -> Vec<(String, f64)> {
+        let live = self.live(now_us);
+        live.sinks
+            .into_iter()
+            .filter_map(|sink| Some((sink.name, sink.lag_seconds?)))
+            .collect()
+    }
+
+    /// Everything, for `GET /status`.
+    pub(crate) fn live(&self, now_us: i64) -> Live {
+        let parts = self.parts();
+        let sinks = parts.sinks.iter().map(|(name, sink)| LiveSink {
+            name: name.clone(),
+            part: sink.part.live(),
+            lag_seconds: sink
+                .watermark
+                .and_then(|at| lag_seconds(now_us, at.source_ts_us)),
+            position: sink.watermark.map(|at| at.position.to_string()),
+        });
+        let tables = parts.sinks.iter().flat_map(|(sink, part)| {
+            part.tables.iter().map(|(name, part)| LiveTable {
+                name: name.to_string(),
+                sink: sink.clone(),
+                part: part.live(),
+            })
+        });
+        let capture = parts.capture.as_ref().map(Part::live);
+        Live {
+            overall: parts.overall().live(),
+            version: crate::arguments::VERSION.clone(),
+            source: LiveSource {
+                name: self.source.clone(),
+                capture,
+            },
+            sinks: sinks.collect(),
+            tables: tables.collect(),
+        }
+    }
+
+    fn update_capture(&self, part: Part) {
+        let mut parts = self.parts();
+        parts.capture = Some(part);
+        parts.written = Instant::now();
+    }
+
+    fn update_sink(&self, name: &str, update: impl FnOnce(&mut SinkPart)) {
+        let mut parts = self.parts();
+        parts.written = Instant::now();
+        let sink = parts
+            .sinks
+            .entry(name.to_owned())
+            .or_insert_with(|| SinkPart {
+                part: Part::new(State::Starting),
+                tables: BTreeMap::new(),
+                watermark: None,
+            });
+        update(sink);
+    }
+}
+
+impl Parts {
+    fn overall(&self) -> Part {
+        let parts = self
+            .capture
+            .iter()
+            .chain(self.sinks.values().map(|sink| &sink.part));
+        let worst = parts.max_by_key(|part| severity(&part.state));
+        worst.cloned().unwrap_or(Part::new(State::Starting))
+    }
+}
+
+fn halted(condition: Condition) -> Part {
+    Part {
+        state: State::Halted(condition.code),
+        condition: Some(condition),
+    }
+}
+
+/// How much a part's state says about the whole.
+fn severity(state: &State) -> u8 {
+    match state {
+        State::Streaming => 0,
+        State::Standby => 1,
+        State::Snapshotting => 2,
+        State::Parked(_) => 3,
+        State::Starting => 4,
+        State::Paused(_) => 5,
+        State::Retrying(_) => 6,
+        State::Halted(_) => 7,
+    }
+}
+
+/// Seconds between two times in microseconds since 1970, none where nothing was ever written. Two clocks may
+/// differ a little: never below zero.
+pub(crate) fn lag_seconds(now_us: i64, source_ts_us: i64) -> Option<f64> {
+    let micros = now_us.saturating_sub(source_ts_us).max(0);
+    (source_ts_us > 0).then_some(micros as f64 / 1e6)
+}
+
+#[cfg(test)]
+mod tests {
+    use millrace_config::Code;
+    use millrace_event::Lsn;
+
+    use super::*;
+
+    fn board() -> Board {
+        Board::new("shop", true, ["a".to_owned(), "b".to_owned()])
+    }
+
+    #[test]
+    fn the_whole_is_as_its_worst_part() {
+        let board = board();
+        assert_eq!(board.state(), State::Starting);
+        board.set_capture(State::Streaming);
+        board.set_sink("a", State::Streaming);
+        assert!(!board.is_ready());
+        board.set_sink("b", State::Snapshotting);
+        assert!(board.is_ready());
+        board.set_sink("b", State::Streaming);
+        assert_eq!(board.state(), State::Streaming);
+        board.set_sink("a", State::Retrying("no route".to_owned()));
+        assert_eq!(board.live(0).overall.reason.as_deref(), Some("no route"));
+        board.halt_capture(Condition::new(Code::SlotLost, "gone", "drop"));
+        let live = board.live(0);
+        assert_eq!(
+            (live.overall.state.as_str(), live.overall.code.as_deref()),
+            ("halted", Some("E1104"))
+        );
+        assert_eq!(live.overall.remedy.as_deref(), Some("drop"));
+        assert!(!board.is_ready());
+        board.set_capture(State::Standby);
+        board.set_sink("a", State::Streaming);
+        assert!(board.is_ready());
+    }
+
+    #[test]
+    fn a_parked_table_is_listed_and_leaves_the_whole_alone() {
+        let board = board();
+        for sink in ["a", "b"] {
+            board.set_sink(sink, State::Streaming);
+        }
+        board.set_capture(State::Streaming);
+        let table = TableName::new("public", "orders");
+        board.set_table("a", &table, Some(State::Parked(table.clone())));
+        assert!(board.is_ready());
+        let live = board.live(0);
+        assert_eq!(live.tables.len(), 1);
+        assert_eq!(live.tables[0].name, "public.orders");
+        assert_eq!(live.tables[0].part.state, "parked");
+        assert!(board.is_live());
+        let text = serde_json::to_string(&live).expect("json");
+        assert_eq!(serde_json::from_str::<Live>(&text).expect("the same"), live);
+        board.set_table("a", &table, None);
+        assert!(board.live(0).tables.is_empty());
+    }
+
+    #[test]
+    fn a_lag_rises_with_the_clock_and_begins_with_the_first_commit() {
+        let board = board();
+        assert!(board.lags(5_000_000).is_empty());
+        board.set_watermark("a", Position::new(1, Lsn(7), 1), 3_000_000);
+        assert_eq!(board.lags(5_500_000), [("a".to_owned(), 2.5)]);
+        assert_eq!(board.lags(9_000_000), [("a".to_owned(), 6.0)]);
+        assert_eq!(board.lags(1), [("a".to_owned(), 0.0)]);
+        assert_eq!(lag_seconds(5_000_000, 0), None);
+    }
+}

@@ -1,0 +1,155 @@
+//! The endpoint itself.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use axum::{Json, Router};
+use metrics_exporter_prometheus::PrometheusHandle;
+use millrace_config::Code;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use super::metrics::{now_us, refresh};
+use super::{Board, Live};
+
+/// The media type of Prometheus' text format.
+const TEXT_FORMAT: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+#[derive(Clone)]
+struct Shared {
+    board: Arc<Board>,
+    metrics: PrometheusHandle,
+}
+
+/// Takes the address. Where another process has it this one goes on without an endpoint, and says so: a
+/// capture that only stands by must not fail for it.
+///
+/// # Errors
+/// The address cannot be used for another reason.
+pub(crate) async fn bind(listen: SocketAddr) -> io::Result<Option<TcpListener>> {
+    match TcpListener::bind(listen).await {
+        Ok(listener) => {
+            let address = listener.local_addr()?;
+            tracing::info!(%address, "admin listening");
+            Ok(Some(listener))
+        }
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            let code = Code::AdminPortInUse;
+            tracing::warn!(address = %listen, %code, "{}: going on without the endpoint", code.title());
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Answers until it is told to stop.
+///
+/// # Errors
+/// The listener failed.
+pub(crate) async fn serve(
+    listener: TcpListener,
+    board: Arc<Board>,
+    metrics: PrometheusHandle,
+    stop: CancellationToken,
+) -> io::Result<()> {
+    let router = router(Shared { board, metrics });
+    // A scraper that holds its connection open must not hold up the end of the process.
+    let serving = async { axum::serve(listener, router).await };
+    stop.run_until_cancelled(serving).await.unwrap_or(Ok(()))
+}
+
+fn router(shared: Shared) -> Router {
+    Router::new()
+        .route("/livez", get(livez))
+        .route("/readyz", get(readyz))
+        .route("/metrics", get(metrics))
+        .route("/status", get(status))
+        .with_state(shared)
+}
+
+async fn livez(State(shared): State<Shared>) -> Response {
+    if shared.board.is_live() {
+        (StatusCode::OK, "ok\n").into_response()
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, "the process is stuck\n").into_response()
+    }
+}
+
+async fn readyz(State(shared): State<Shared>) -> Response {
+    let ready = shared.board.is_ready();
+    let status = if ready {
+        StatusCode::OK
+    } else {
+        StatusCode::SERVICE_UNAVAILABLE
+    };
+    (status, Json(shared.board.live(now_us()).overall)).into_response()
+}
+
+async fn metrics(State(shared): State<Shared>) -> Response {
+    refresh(&shared.board);
+    (
+        [(header::CONTENT_TYPE, TEXT_FORMAT)],
+        shared.metrics.render(),
+    )
+        .into_response()
+}
+
+async fn status(State(shared): State<Shared>) -> Json<Live> {
+    Json(shared.board.live(now_us()))
+}
+
+#[cfg(test)]
+mod tests {
+    use metrics_exporter_prometheus::PrometheusBuilder;
+    use millrace_config::State as Phase;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
+
+    use super::*;
+
+    async fn ask(address: SocketAddr, path: &str) -> String {
+        let mut stream = TcpStream::connect(address).await.expect("connected");
+        let request = format!("GET {path} HTTP/1.0\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.expect("written");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.expect("read");
+        answer
+    }
+
+    #[tokio::test]
+    async fn health_follows_the_board() {
+        let listener = bind(SocketAddr::from(([127, 0, 0, 1], 0)))
+            .await
+            .expect("bound")
+            .expect("free");
+        let address = listener.local_addr().expect("bound");
+        let board = Arc::new(Board::new("shop", true, Vec::new()));
+        let metrics = PrometheusBuilder::new().build_recorder().handle();
+        let stop = CancellationToken::new();
+        let serving = tokio::spawn(serve(listener, Arc::clone(&board), metrics, stop.clone()));
+
+        assert!(bind(address).await.expect("a warning only").is_none());
+        assert!(ask(address, "/livez").await.starts_with("HTTP/1.0 200"));
+        let answer = ask(address, "/readyz").await;
+        assert!(
+            answer.starts_with("HTTP/1.0 503") && answer.contains("\"state\":\"starting\""),
+            "{answer}"
+        );
+        board.set_capture(Phase::Streaming);
+        assert!(ask(address, "/readyz").await.starts_with("HTTP/1.0 200"));
+        assert!(
+            ask(address, "/metrics")
+                .await
+                .contains("text/plain; version=0.0.4")
+        );
+        assert!(ask(address, "/status").await.contains("\"name\":\"shop\""));
+
+        stop.cancel();
+        serving.await.expect("joined").expect("stopped");
+    }
+}

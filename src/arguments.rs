@@ -1,0 +1,258 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use millrace_config::{LogFormat, LogLevel};
+
+/// The release, and the commit where the build was told (`MILLRACE_COMMIT` in its environment).
+pub(crate) static VERSION: LazyLock<String> = LazyLock::new(|| {
+    let release = env!("CARGO_PKG_VERSION");
+    match option_env!("MILLRACE_COMMIT").filter(|commit| !commit.is_empty()) {
+        Some(commit) => format!("{release} ({commit})"),
+        None => release.to_owned(),
+    }
+});
+
+/// Every committed row change of a Postgres database, in the databases of other services.
+#[derive(Debug, Parser)]
+#[command(name = "millrace", version = VERSION.as_str(), max_term_width = 110)]
+pub(crate) struct Arguments {
+    /// The configuration: the directory of millrace.toml and tables/
+    #[arg(
+        short,
+        long,
+        global = true,
+        value_name = "DIR",
+        default_value = ".",
+        env = "MILLRACE_CONFIG"
+    )]
+    pub(crate) config: PathBuf,
+    /// How the log is written, instead of what the configuration says
+    #[command(flatten)]
+    pub(crate) log: LogArguments,
+    /// The verb.
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What the command line says about the log.
+#[derive(Clone, Copy, Debug, Default, Args)]
+pub(crate) struct LogArguments {
+    /// The least important level to log; wins over RUST_LOG and the configuration
+    #[arg(long, global = true, value_name = "LEVEL", value_parser = log_level)]
+    pub(crate) log_level: Option<LogLevel>,
+    /// The form of a log line; auto is pretty on a terminal, else JSON
+    #[arg(long, global = true, value_name = "FORMAT", value_parser = log_format)]
+    pub(crate) log_format: Option<LogFormat>,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Capture the source and keep the targets equal to it
+    Run(RunArguments),
+    /// Check the configuration without connecting to anything
+    Validate,
+    /// Show the source, the stream and the targets, whether or not a process runs
+    Status(StatusArguments),
+    /// Remove what `run` created at the source and on the stream
+    Drop(DropArguments),
+    /// Print the least-privilege roles and grants, and the NATS permissions
+    InitSql(InitSqlArguments),
+    /// Explain a code such as E1104, or list them all
+    Explain {
+        /// The code
+        code: Option<String>,
+    },
+    /// Show it all with throwaway servers, live traffic, and a kill in the middle
+    Demo(DemoArguments),
+    /// Measure against pg_recvlogical and native logical replication
+    Bench(BenchArguments),
+}
+
+/// What `run` is asked to do.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct RunArguments {
+    /// Run only this part: capture, or sink:NAME; may be given several times
+    #[arg(long, value_name = "PART")]
+    pub(crate) only: Vec<Part>,
+    /// End once everything that is committed at the source now has been applied
+    #[arg(long)]
+    pub(crate) once: bool,
+    /// How long --once may take in all
+    #[arg(long, value_name = "DURATION", default_value = "60s", requires = "once",
+          value_parser = humantime::parse_duration)]
+    pub(crate) timeout: Duration,
+    /// End with exit code 5 where the process would stay alive, halted
+    #[arg(long)]
+    pub(crate) exit_on_halt: bool,
+}
+
+/// A part of the pipeline.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Part {
+    /// From the source to the stream.
+    Capture,
+    /// From the stream to the sink of that name.
+    Sink(String),
+}
+
+impl FromStr for Part {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.split_once(':') {
+            None if text == "capture" => Ok(Self::Capture),
+            Some(("sink", name)) if !name.is_empty() => Ok(Self::Sink(name.to_owned())),
+            _ => Err("expected capture or sink:NAME"),
+        }
+    }
+}
+
+/// What `status` is asked to do.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct StatusArguments {
+    /// The form of the answer
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    pub(crate) output: Output,
+    /// End with exit code 3 when something is wrong: halted, retrying, parked, stopped, unreachable, or a
+    /// lag of more than 300 s
+    #[arg(long)]
+    pub(crate) check: bool,
+}
+
+/// The form of an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Output {
+    /// For people.
+    Table,
+    /// One JSON object.
+    Json,
+}
+
+/// What `drop` is asked to do.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct DropArguments {
+    /// Do not ask
+    #[arg(long)]
+    pub(crate) yes: bool,
+}
+
+/// What `init-sql` is asked to print.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct InitSqlArguments {
+    /// Only this part; default: all of them
+    #[arg(value_enum)]
+    pub(crate) part: Option<InitPart>,
+}
+
+/// Whose roles and grants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum InitPart {
+    /// The source database.
+    Source,
+    /// The databases of the sinks.
+    Target,
+    /// The NATS server.
+    Nats,
+}
+
+/// What `demo` is asked to do.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct DemoArguments {
+    /// How long the traffic runs; default: until Ctrl-C on a terminal, else 20
+    #[arg(long, value_name = "N")]
+    pub(crate) seconds: Option<u64>,
+    /// Plain lines instead of a screen
+    #[arg(long)]
+    pub(crate) plain: bool,
+}
+
+/// What `bench` is asked to measure.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct BenchArguments {
+    /// Rows of the bulk loads
+    #[arg(long, value_name = "N", default_value_t = 1_000_000)]
+    pub(crate) rows: u64,
+    /// Single-row transactions of the backlog
+    #[arg(long, value_name = "N", default_value_t = 100_000)]
+    pub(crate) transactions: u64,
+    /// Runs of each contender; the median counts
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub(crate) runs: u32,
+    /// Where the numbers are written
+    #[arg(long, value_name = "FILE", default_value = "target/bench/line.json")]
+    pub(crate) output: PathBuf,
+}
+
+fn log_level(text: &str) -> Result<LogLevel, String> {
+    let levels = [
+        LogLevel::Error,
+        LogLevel::Warn,
+        LogLevel::Info,
+        LogLevel::Debug,
+        LogLevel::Trace,
+    ];
+    let found = levels.into_iter().find(|level| level.as_str() == text);
+    found.ok_or_else(|| "expected error, warn, info, debug or trace".to_owned())
+}
+
+fn log_format(text: &str) -> Result<LogFormat, String> {
+    match text {
+        "auto" => Ok(LogFormat::Auto),
+        "pretty" => Ok(LogFormat::Pretty),
+        "json" => Ok(LogFormat::Json),
+        _ => Err("expected pretty, json or auto".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+    use millrace_config::limits::ONCE_TIMEOUT_DEFAULT;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn the_default_timeout_is_the_named_limit() {
+        let arguments = Arguments::try_parse_from(["millrace", "run", "--once"]).expect("valid");
+        let Command::Run(run) = arguments.command else {
+            panic!("{arguments:?}")
+        };
+        assert_eq!(run.timeout, ONCE_TIMEOUT_DEFAULT);
+    }
+
+    #[test]
+    fn parts_and_global_options_are_read_anywhere() {
+        let line = "millrace run -c etc --only capture --only sink:warehouse --log-format json";
+        let arguments = Arguments::try_parse_from(line.split(' ')).expect("valid");
+        assert_eq!(arguments.config, PathBuf::from("etc"));
+        assert_eq!(arguments.log.log_format, Some(LogFormat::Json));
+        let Command::Run(run) = arguments.command else {
+            panic!("{arguments:?}")
+        };
+        assert_eq!(
+            run.only,
+            [Part::Capture, Part::Sink("warehouse".to_owned())]
+        );
+        for wrong in [
+            "millrace run --only sink",
+            "millrace run --only sink:",
+            "millrace run --timeout 5s",
+        ] {
+            assert!(
+                Arguments::try_parse_from(wrong.split(' ')).is_err(),
+                "{wrong}"
+            );
+        }
+    }
+}

@@ -1,0 +1,190 @@
+//! The NATS permissions, as a block of the server's configuration.
+
+use std::fmt::Write;
+
+use millrace_config::Config;
+use millrace_event::{subject, work};
+
+use crate::connection::{capture_inbox, sink_inbox};
+
+/// What one user may do. Whoever may publish on a subject of the stream can forge changes: nobody else should.
+#[derive(Debug, Default)]
+struct Permissions {
+    publish: Vec<String>,
+    subscribe: Vec<String>,
+}
+
+impl Permissions {
+    /// Both together.
+    fn and(mut self, other: Self) -> Self {
+        for (own, other) in [
+            (&mut self.publish, other.publish),
+            (&mut self.subscribe, other.subscribe),
+        ] {
+            for subject in other {
+                if !own.contains(&subject) {
+                    own.push(subject);
+                }
+            }
+        }
+        self
+    }
+
+    fn api(&mut self, requests: &[&str], stream: &str) {
+        let subject = |request: &&str| format!("$JS.API.{}", request.replace("{}", stream));
+        self.publish.extend(requests.iter().map(subject));
+    }
+
+    /// Reading a stream with a consumer of one's own, and acknowledging: both forms of the ack subject.
+    fn consume(&mut self, stream: &str) {
+        self.api(
+            &[
+                "STREAM.INFO.{}",
+                "STREAM.MSG.GET.{}",
+                "CONSUMER.CREATE.{}",
+                "CONSUMER.CREATE.{}.>",
+                "CONSUMER.DURABLE.CREATE.{}.>",
+                "CONSUMER.INFO.{}.>",
+                "CONSUMER.DELETE.{}.>",
+                "CONSUMER.MSG.NEXT.{}.>",
+            ],
+            stream,
+        );
+        self.publish.push(format!("$JS.ACK.{stream}.>"));
+        self.publish.push(format!("$JS.ACK.*.*.{stream}.>"));
+    }
+
+    /// Reading and watching a bucket.
+    fn read_bucket(&mut self, bucket: &str) {
+        let stream = format!("KV_{bucket}");
+        self.api(
+            &[
+                "STREAM.INFO.{}",
+                "STREAM.MSG.GET.{}",
+                "DIRECT.GET.{}",
+                "DIRECT.GET.{}.>",
+                "CONSUMER.CREATE.{}",
+                "CONSUMER.CREATE.{}.>",
+                "CONSUMER.INFO.{}.>",
+                "CONSUMER.DELETE.{}.>",
+            ],
+            &stream,
+        );
+        self.publish.push(format!("$JS.FC.{stream}.>"));
+    }
+
+    fn write(&self, text: &mut String, user: &str) {
+        let _ = writeln!(
+            text,
+            "    {{ user: {user}, password: $MILLRACE_NATS_PASSWORD, permissions: {{"
+        );
+        for (name, subjects) in [("publish", &self.publish), ("subscribe", &self.subscribe)] {
+            let _ = writeln!(text, "        {name}: {{ allow: [");
+            for subject in subjects {
+                let _ = writeln!(text, "          \"{subject}\"");
+            }
+            text.push_str("        ] }\n");
+        }
+        text.push_str("    } }\n");
+    }
+}
+
+/// The users of each part, and one for a process that is all of them.
+pub(super) fn permissions(config: &Config, as_comment: bool) -> String {
+    let source = &config.source.name;
+    let capture = capture(config);
+    let mut all = operator(source).and(self::capture(config));
+    let mut users = Vec::new();
+    for sink in &config.sinks {
+        all = all.and(self::sink(source, &sink.name));
+        users.push((
+            format!("millrace_{source}_sink_{}", sink.name),
+            self::sink(source, &sink.name),
+        ));
+    }
+    let mut text = format!(
+        "# NATS: merge this into the configuration of every server. The first user is for a process that is\n\
+         # everything at once (`millrace run` without --only) and for `millrace status` and `millrace drop`;\n\
+         # the others are for --only capture and --only sink:NAME. Nkeys and credentials take the same\n\
+         # permissions. With accounts, the users belong into one that has JetStream.\n\
+         authorization {{\n  users: [\n"
+    );
+    all.write(&mut text, &format!("millrace_{source}"));
+    capture.write(&mut text, &format!("millrace_{source}_capture"));
+    for (user, permissions) in users {
+        permissions.write(&mut text, &user);
+    }
+    text.push_str("  ]\n}\n");
+    if !as_comment {
+        return text;
+    }
+    // Between SQL scripts it must not be taken for SQL.
+    text.lines().map(|line| format!("-- {line}\n")).collect()
+}
+
+fn capture(config: &Config) -> Permissions {
+    let source = &config.source.name;
+    let mut permissions = Permissions::default();
+    permissions.publish.push(subject::all(source));
+    permissions.publish.push("$JS.API.INFO".to_owned());
+    let stream = subject::stream_name(source);
+    let requests = [
+        "STREAM.INFO.{}",
+        "STREAM.CREATE.{}",
+        "STREAM.UPDATE.{}",
+        "STREAM.PURGE.{}",
+        "STREAM.MSG.GET.{}",
+    ];
+    permissions.api(&requests, &stream);
+    for sink in &config.sinks {
+        permissions
+            .publish
+            .push(subject::copy_all(source, &sink.name));
+        let copy = subject::copy_stream_name(source, &sink.name);
+        permissions.api(&requests, &copy);
+        permissions.api(&["STREAM.DELETE.{}"], &copy);
+    }
+    for kind in [work::SCHEMAS, work::SINKS, work::COPIES, work::STATE] {
+        let bucket = subject::bucket_name(source, kind);
+        permissions.api(&["STREAM.CREATE.{}"], &format!("KV_{bucket}"));
+        permissions.read_bucket(&bucket);
+        permissions.publish.push(format!("$KV.{bucket}.>"));
+    }
+    permissions
+        .subscribe
+        .push(format!("{}.>", capture_inbox(source)));
+    permissions
+}
+
+fn sink(source: &str, sink: &str) -> Permissions {
+    let mut permissions = Permissions::default();
+    permissions.publish.push("$JS.API.INFO".to_owned());
+    permissions.consume(&subject::stream_name(source));
+    let copy = subject::copy_stream_name(source, sink);
+    permissions.consume(&copy);
+    // What the sink has applied of its copy is of no use to anybody: it makes room.
+    permissions.api(&["STREAM.PURGE.{}"], &copy);
+    for kind in [work::SCHEMAS, work::SINKS, work::COPIES] {
+        permissions.read_bucket(&subject::bucket_name(source, kind));
+    }
+    let sinks = subject::bucket_name(source, work::SINKS);
+    let copies = subject::bucket_name(source, work::COPIES);
+    permissions.publish.push(format!("$KV.{sinks}.{sink}"));
+    permissions.publish.push(format!("$KV.{copies}.*.{sink}"));
+    permissions
+        .subscribe
+        .push(format!("{}.>", sink_inbox(source, sink)));
+    permissions
+}
+
+/// What `drop` needs beyond what capture may do.
+fn operator(source: &str) -> Permissions {
+    let mut permissions = Permissions::default();
+    permissions.publish.push("$JS.API.STREAM.NAMES".to_owned());
+    permissions.api(&["STREAM.DELETE.{}"], &subject::stream_name(source));
+    for kind in [work::SCHEMAS, work::SINKS, work::COPIES, work::STATE] {
+        let bucket = subject::bucket_name(source, kind);
+        permissions.api(&["STREAM.DELETE.{}"], &format!("KV_{bucket}"));
+    }
+    permissions
+}

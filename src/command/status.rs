@@ -1,0 +1,78 @@
+//! `millrace status`: the source, the stream and the targets as they are, and what a running process adds.
+
+mod judgement;
+mod probe;
+mod report;
+
+use std::collections::BTreeMap;
+
+use futures_util::future::join_all;
+use millrace_config::{Config, Exit};
+
+use crate::admin::now_us;
+use crate::arguments::{Output, StatusArguments};
+pub(super) use probe::{source_condition, stream_condition};
+use report::{Report, SinkReport};
+
+/// Looks at everything at once and prints it. What is out of reach is shown as such.
+pub(crate) async fn status(config: &Config, arguments: StatusArguments) -> Exit {
+    let report = look(config).await;
+    match arguments.output {
+        Output::Table => super::answer(&report.render()),
+        Output::Json => match serde_json::to_string_pretty(&report) {
+            Ok(text) => super::answer(&format!("{text}\n")),
+            Err(error) => {
+                super::say(&format!(
+                    "error: the status cannot be written as JSON: {error}"
+                ));
+                return Exit::Internal;
+            }
+        },
+    }
+    let findings = if arguments.check {
+        report.findings()
+    } else {
+        Vec::new()
+    };
+    for finding in &findings {
+        super::say(finding);
+    }
+    if findings.is_empty() {
+        Exit::Ok
+    } else {
+        Exit::Finding
+    }
+}
+
+async fn look(config: &Config) -> Report {
+    let sinks = join_all(config.sinks.iter().map(probe::sink));
+    let (live, (source, clock_us), stream, sinks) = tokio::join!(
+        probe::live(config),
+        probe::source(config),
+        probe::stream(config),
+        sinks
+    );
+    // The source's clock wrote the times that lags are counted from; ours stands in for it.
+    let clock_us = clock_us.unwrap_or_else(now_us);
+    let seen: BTreeMap<_, _> = config
+        .sinks
+        .iter()
+        .map(|sink| sink.name.as_str())
+        .zip(sinks.iter())
+        .collect();
+    let sinks: Vec<SinkReport> = seen
+        .iter()
+        .map(|(name, seen)| SinkReport::new(name, seen, live.as_ref(), stream.last_seq, clock_us))
+        .collect();
+    let capture = judgement::capture(live.as_ref(), &source, &stream);
+    let tables = judgement::tables(config, live.as_ref(), &seen, &sinks, &capture);
+    let overall = judgement::overall(live.as_ref(), &capture, &sinks);
+    Report {
+        overall,
+        running: live.is_some(),
+        source: source.with(capture),
+        stream,
+        sinks,
+        tables,
+    }
+}

@@ -1,0 +1,217 @@
+//! What the parts add up to. Pure.
+
+use std::collections::BTreeMap;
+
+use millrace_config::{Code, Condition, Config, Table};
+use millrace_sink::batch::CopyState;
+
+use super::probe::SinkSeen;
+use super::report::{SinkReport, SourceReport, StreamReport, TableReport};
+use crate::admin::{Live, LivePart};
+
+const REBUILD: &str = "run `millrace drop`, then `millrace run`: the tables are copied again";
+
+/// From the best state to the worst.
+const SEVERITY: [&str; 12] = [
+    "streaming",
+    "available",
+    "standby",
+    "snapshotting",
+    "new",
+    "stopped",
+    "starting",
+    "paused",
+    "parked",
+    "retrying",
+    "unreachable",
+    "halted",
+];
+
+fn severity(part: &LivePart) -> Option<usize> {
+    SEVERITY.iter().position(|state| *state == part.state)
+}
+
+/// The capture's state: by the process that answers, else as the servers show it.
+pub(super) fn capture(
+    live: Option<&Live>,
+    source: &SourceReport,
+    stream: &StreamReport,
+) -> LivePart {
+    if let Some(part) = live.and_then(|live| live.source.capture.clone()) {
+        return part;
+    }
+    if !source.part.state.is_empty() {
+        return source.part.clone();
+    }
+    let gap = |code: Code, message: &str| {
+        LivePart::because("halted", &Condition::new(code, message, REBUILD))
+    };
+    let stream_ever = stream.last_seq.is_some_and(|last| last > 0);
+    match &source.slot {
+        Some(slot) if slot.active_pid.is_some() => LivePart::of("streaming"),
+        Some(_) if stream.reachable && stream.last_seq.is_none() => gap(
+            Code::StreamMissing,
+            "the slot exists, but its stream does not",
+        ),
+        Some(_) => LivePart::of("stopped"),
+        None if stream_ever => gap(
+            Code::SlotMissing,
+            "the stream exists, but its slot does not",
+        ),
+        None => LivePart::of("new"),
+    }
+}
+
+/// The state of the whole: by the process that answers, else the worst of the parts.
+pub(super) fn overall(live: Option<&Live>, capture: &LivePart, sinks: &[SinkReport]) -> LivePart {
+    if let Some(live) = live {
+        return live.overall.clone();
+    }
+    let parts = sinks.iter().map(|sink| &sink.part).chain([capture]);
+    parts
+        .max_by_key(|part| severity(part))
+        .cloned()
+        .unwrap_or_default()
+}
+
+/// Each table as the worst of its sinks shows it.
+pub(super) fn tables(
+    config: &Config,
+    live: Option<&Live>,
+    seen: &BTreeMap<&str, &SinkSeen>,
+    sinks: &[SinkReport],
+    capture: &LivePart,
+) -> Vec<TableReport> {
+    let table = |table: &Table| {
+        let relation = table.target.to_string();
+        let mut report = TableReport {
+            name: table.name.to_string(),
+            part: LivePart::default(),
+            complete: true,
+            dead_letters: 0,
+        };
+        for sink in sinks.iter().filter(|sink| table.sinks.contains(&sink.name)) {
+            let seen = seen.get(sink.name.as_str());
+            let letters = seen
+                .and_then(|seen| seen.dead_letters.get(&relation))
+                .copied()
+                .unwrap_or(0);
+            let row = seen.and_then(|seen| seen.row.as_ref());
+            let copied = row.is_some_and(|row| {
+                matches!(row.copy.0.get(&table.name), Some(CopyState::Copied { .. }))
+            });
+            let part = table_part(&report.name, sink, live, copied, letters);
+            report.complete &= copied && letters == 0 && part.state != "parked";
+            report.dead_letters += letters;
+            if report.part.state.is_empty() || severity(&part) > severity(&report.part) {
+                report.part = part;
+            }
+        }
+        if table.sinks.is_empty() {
+            report.part = capture.clone();
+        }
+        report
+    };
+    config.tables.iter().map(table).collect()
+}
+
+fn table_part(
+    name: &str,
+    sink: &SinkReport,
+    live: Option<&Live>,
+    copied: bool,
+    dead_letters: u64,
+) -> LivePart {
+    let mut tables = live.iter().flat_map(|live| &live.tables);
+    if let Some(table) = tables.find(|table| table.name == name && table.sink == sink.name) {
+        return table.part.clone();
+    }
+    let runs = matches!(sink.part.state.as_str(), "streaming" | "snapshotting");
+    let state = match (runs, copied) {
+        (true, true) => "streaming",
+        (true, false) => "snapshotting",
+        (false, _) => sink.part.state.as_str(),
+    };
+    let mut part = LivePart::of(state);
+    if dead_letters > 0 {
+        part.reason = Some(format!(
+            "{dead_letters} open dead letters in sink {}",
+            sink.name
+        ));
+    } else if !copied {
+        part.reason = Some(format!("not yet copied to sink {}", sink.name));
+    }
+    part
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::report::SlotReport;
+    use super::*;
+
+    fn source(active_pid: Option<i32>) -> SourceReport {
+        let slot = SlotReport {
+            name: "millrace_shop".to_owned(),
+            active_pid,
+            wal_status: Some("reserved".to_owned()),
+            confirmed_lsn: "0/1".to_owned(),
+            restart_lsn: None,
+            lag_bytes: 0,
+            retained_bytes: 0,
+        };
+        SourceReport {
+            reachable: true,
+            slot: Some(slot),
+            ..SourceReport::default()
+        }
+    }
+
+    fn stream(last_seq: Option<u64>) -> StreamReport {
+        StreamReport {
+            reachable: true,
+            last_seq,
+            ..StreamReport::default()
+        }
+    }
+
+    #[test]
+    fn without_a_process_the_servers_tell_what_a_start_would_find() {
+        let state = |source: &SourceReport, last_seq| {
+            let part = capture(None, source, &stream(last_seq));
+            (part.state, part.code.unwrap_or_default())
+        };
+        let is = |state: &str, code: &str| (state.to_owned(), code.to_owned());
+        let none = SourceReport {
+            reachable: true,
+            ..SourceReport::default()
+        };
+        assert_eq!(state(&source(Some(7)), Some(3)), is("streaming", ""));
+        assert_eq!(state(&source(None), Some(3)), is("stopped", ""));
+        assert_eq!(state(&source(None), None), is("halted", "E1202"));
+        assert_eq!(state(&none, Some(3)), is("halted", "E1102"));
+        assert_eq!(state(&none, Some(0)), is("new", ""));
+        assert_eq!(state(&none, None), is("new", ""));
+        let unreachable = StreamReport::default();
+        assert_eq!(capture(None, &source(None), &unreachable).state, "stopped");
+        let away = SourceReport {
+            part: LivePart::of("unreachable"),
+            ..SourceReport::default()
+        };
+        assert_eq!(state(&away, Some(3)), is("unreachable", ""));
+    }
+
+    #[test]
+    fn a_process_knows_better() {
+        let board = crate::admin::Board::new("shop", true, ["wh".to_owned()]);
+        let live = board.live(0);
+        assert_eq!(
+            capture(Some(&live), &source(None), &stream(None)).state,
+            "starting"
+        );
+        assert_eq!(
+            overall(Some(&live), &LivePart::of("halted"), &[]).state,
+            "starting"
+        );
+        assert_eq!(overall(None, &LivePart::of("halted"), &[]).state, "halted");
+    }
+}

@@ -1,0 +1,322 @@
+//! Looks at one place each: a server's answer, or why there is none.
+
+use std::collections::BTreeMap;
+use std::error::Error as StdError;
+use std::future::Future;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use millrace_cdc::{source, stream};
+use millrace_config::{Code, Condition, Config, Sink};
+use millrace_event::subject;
+use millrace_sink::batch::PositionRow;
+use millrace_sink::postgres::Connect;
+use millrace_sink::sink::SinkError;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use super::report::{SlotReport, SourceReport, StreamReport};
+use crate::admin::{Live, LivePart};
+use crate::connection::{self, Side, chain};
+
+/// How long one place may take to answer.
+const ANSWER_MAX: Duration = Duration::from_secs(10);
+/// How long the running process may take: it is on this machine, as a rule.
+const LIVE_MAX: Duration = Duration::from_secs(2);
+/// The longest answer of a running process that is read.
+const LIVE_BYTES_MAX: u64 = 4 * 1024 * 1024;
+/// What the servers' monitoring shows.
+const NAME: &str = "millrace status";
+
+const LATE_REMEDY: &str = "check the network and the server's load";
+
+/// What the process at the admin address says, if one of this source answers there.
+pub(super) async fn live(config: &Config) -> Option<Live> {
+    let text = timeout(LIVE_MAX, get_status(local(config.admin.listen)))
+        .await
+        .ok()?
+        .ok()?;
+    let (head, body) = text.split_once("\r\n\r\n")?;
+    let live: Live = head
+        .split(' ')
+        .nth(1)
+        .filter(|code| *code == "200")
+        .and_then(|_| serde_json::from_str(body).ok())?;
+    (live.source.name == config.source.name).then_some(live)
+}
+
+/// Where a process that listens on every address is found from here.
+fn local(listen: SocketAddr) -> SocketAddr {
+    let ip = match listen.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    SocketAddr::new(ip, listen.port())
+}
+
+/// By HTTP/1.0 the answer ends with the connection, in one piece.
+async fn get_status(address: SocketAddr) -> std::io::Result<String> {
+    let mut socket = TcpStream::connect(address).await?;
+    let request = format!("GET /status HTTP/1.0\r\nHost: {address}\r\n\r\n");
+    socket.write_all(request.as_bytes()).await?;
+    let mut text = String::new();
+    socket
+        .take(LIVE_BYTES_MAX)
+        .read_to_string(&mut text)
+        .await?;
+    Ok(text)
+}
+
+/// The source, and its clock in microseconds since 1970.
+pub(super) async fn source(config: &Config) -> (SourceReport, Option<i64>) {
+    let name = config.source.name.clone();
+    match in_time(Code::SourceUnreachable, read_source(config)).await {
+        Ok((report, clock_us)) => (SourceReport { name, ..report }, Some(clock_us)),
+        Err(condition) => {
+            let part = LivePart::because("unreachable", &condition);
+            (
+                SourceReport {
+                    name,
+                    part,
+                    ..SourceReport::default()
+                },
+                None,
+            )
+        }
+    }
+}
+
+async fn read_source(config: &Config) -> Result<(SourceReport, i64), Condition> {
+    let client = connection::postgres(&config.source.url, Side::Source, NAME).await?;
+    let row = client
+        .query_one(
+            "SELECT current_setting('server_version_num')::int, current_database()::text, \
+             (extract(epoch FROM clock_timestamp()) * 1000000)::bigint",
+            &[],
+        )
+        .await
+        .map_err(|error| Condition::new(Code::SourceUnreachable, chain(&error), LATE_REMEDY))?;
+    // A precondition that does not hold is the state of a source that is there.
+    let part = match source::inspect(&client).await {
+        Ok(_) => LivePart::default(),
+        Err(error) => LivePart::because("halted", &source_condition(&error)),
+    };
+    let slot = source::slot_name(&config.source.name);
+    let found = source::find_slot(&client, &slot)
+        .await
+        .map_err(|error| source_condition(&error))?;
+    let wal = source::wal_position(&client)
+        .await
+        .map_err(|error| source_condition(&error))?;
+    let database: String = row.get(1);
+    let lost = found
+        .as_ref()
+        .and_then(|found| source::slot_precondition(&slot, &database, found).err());
+    let part = lost.map_or(part, |error| {
+        LivePart::because("halted", &source_condition(&error))
+    });
+    let report = SourceReport {
+        name: String::new(),
+        part,
+        reachable: true,
+        version: Some(row.get(0)),
+        database: Some(database),
+        wal_lsn: Some(wal.to_string()),
+        slot: found.map(|found| SlotReport {
+            name: slot,
+            active_pid: found.active_pid,
+            wal_status: found.wal_status,
+            confirmed_lsn: found.confirmed.to_string(),
+            restart_lsn: found.restart.map(|lsn| lsn.to_string()),
+            lag_bytes: wal.0.saturating_sub(found.confirmed.0),
+            retained_bytes: found.retained_bytes,
+        }),
+    };
+    Ok((report, row.get(2)))
+}
+
+/// An error of the source as a condition.
+pub(in crate::command) fn source_condition(error: &millrace_cdc::Error) -> Condition {
+    match error {
+        millrace_cdc::Error::Halt(condition)
+        | millrace_cdc::Error::Refused(condition)
+        | millrace_cdc::Error::Standby(condition) => condition.clone(),
+        other => Condition::new(Code::SourceUnreachable, chain(other), LATE_REMEDY),
+    }
+}
+
+/// The stream.
+pub(super) async fn stream(config: &Config) -> StreamReport {
+    let name = subject::stream_name(&config.source.name);
+    match in_time(Code::StreamUnreachable, read_stream(config, &name)).await {
+        Ok(report) => StreamReport { name, ..report },
+        Err(condition) => {
+            let part = LivePart::because("unreachable", &condition);
+            StreamReport {
+                name,
+                part,
+                ..StreamReport::default()
+            }
+        }
+    }
+}
+
+async fn read_stream(config: &Config, name: &str) -> Result<StreamReport, Condition> {
+    let inbox = connection::capture_inbox(&config.source.name);
+    let jetstream = connection::nats(&config.stream, NAME, &inbox).await?;
+    let found = stream::find_stream(&jetstream, name)
+        .await
+        .map_err(|error| stream_condition(&error))?;
+    let Some(found) = found else {
+        return Ok(StreamReport {
+            part: LivePart::of("new"),
+            reachable: true,
+            ..StreamReport::default()
+        });
+    };
+    let tail = stream::tail(&jetstream, name)
+        .await
+        .map_err(|error| stream_condition(&error))?;
+    Ok(StreamReport {
+        name: String::new(),
+        part: LivePart::of("available"),
+        reachable: true,
+        messages: Some(found.messages),
+        bytes: Some(found.bytes),
+        max_bytes: Some(found.max_bytes),
+        first_seq: Some(found.first_seq),
+        last_seq: Some(found.last_seq),
+        position: tail.as_ref().map(|tail| tail.position.to_string()),
+        end_lsn: tail
+            .and_then(|tail| tail.end_lsn)
+            .map(|lsn| lsn.to_string()),
+    })
+}
+
+/// An error of the stream as a condition.
+pub(in crate::command) fn stream_condition(error: &stream::StreamError) -> Condition {
+    match error {
+        stream::StreamError::Condition(condition) => condition.clone(),
+        other => Condition::new(
+            Code::StreamUnreachable,
+            chain(other),
+            "check that JetStream is on and permitted",
+        ),
+    }
+}
+
+/// What a sink's target shows.
+#[derive(Debug)]
+pub(super) struct SinkSeen {
+    /// Its state as far as the target shows it.
+    pub(super) part: LivePart,
+    /// Its position row; none where it never ran.
+    pub(super) row: Option<PositionRow>,
+    /// Open dead letters by target table.
+    pub(super) dead_letters: BTreeMap<String, u64>,
+}
+
+/// One sink's target.
+pub(super) async fn sink(sink: &Sink) -> SinkSeen {
+    in_time(Code::SinkUnreachable, read_sink(sink))
+        .await
+        .unwrap_or_else(|condition| SinkSeen {
+            part: LivePart::because("unreachable", &condition),
+            row: None,
+            dead_letters: BTreeMap::new(),
+        })
+}
+
+/// Whether a session of this database holds the lock that elects the sink's worker.
+const ELECTED: &str = "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted \
+    AND objsubid = 1 AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) \
+    AND (classid::bigint << 32 | objid::bigint) = hashtextextended('millrace.sink.' || $1::text, 0))";
+
+const DEAD_LETTERS: &str = "SELECT relation, count(*) FROM millrace.dead_letter \
+    WHERE sink = $1 AND resolved_at IS NULL GROUP BY relation";
+
+async fn read_sink(sink: &Sink) -> Result<SinkSeen, Condition> {
+    let failed =
+        |error: &dyn StdError| Condition::new(Code::SinkUnreachable, chain(error), LATE_REMEDY);
+    let client = connection::postgres(&sink.url, Side::Target, NAME).await?;
+    let row = millrace_sink::postgres::status(&connect(sink), &sink.name).await;
+    let row = row.map_err(|error| error.condition().cloned().unwrap_or_else(|| failed(&error)))?;
+    let mut seen = SinkSeen {
+        part: LivePart::of("new"),
+        row,
+        dead_letters: BTreeMap::new(),
+    };
+    let Some(row) = &seen.row else {
+        return Ok(seen);
+    };
+    let elected = client
+        .query_one(ELECTED, &[&sink.name])
+        .await
+        .map_err(|error| failed(&error))?;
+    let state = match (elected.get(0), row.copy.is_complete()) {
+        (true, true) => "streaming",
+        (true, false) => "snapshotting",
+        (false, _) => "stopped",
+    };
+    seen.part = LivePart::of(state);
+    for row in client
+        .query(DEAD_LETTERS, &[&sink.name])
+        .await
+        .map_err(|error| failed(&error))?
+    {
+        seen.dead_letters
+            .insert(row.get(0), u64::try_from(row.get::<_, i64>(1)).unwrap_or(0));
+    }
+    Ok(seen)
+}
+
+fn connect(sink: &Sink) -> Connect {
+    let url = sink.url.clone();
+    Arc::new(move || {
+        let url = url.clone();
+        Box::pin(async move {
+            connection::postgres(&url, Side::Target, NAME)
+                .await
+                .map_err(|condition| {
+                    let source = Box::new(condition.clone());
+                    SinkError::Transient {
+                        what: "connecting",
+                        condition: Some(Box::new(condition)),
+                        source,
+                    }
+                })
+        })
+    })
+}
+
+async fn in_time<T>(
+    code: Code,
+    answer: impl Future<Output = Result<T, Condition>>,
+) -> Result<T, Condition> {
+    timeout(ANSWER_MAX, answer).await.unwrap_or_else(|_| {
+        let message = format!("no answer within {} s", ANSWER_MAX.as_secs());
+        Err(Condition::new(code, message, LATE_REMEDY))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_that_listens_everywhere_is_found_here() {
+        for (listen, found) in [
+            ("0.0.0.0:9400", "127.0.0.1:9400"),
+            ("[::]:9400", "[::1]:9400"),
+            ("10.0.0.7:1", "10.0.0.7:1"),
+        ] {
+            assert_eq!(
+                local(listen.parse().expect("an address")).to_string(),
+                found
+            );
+        }
+    }
+}

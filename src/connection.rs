@@ -1,0 +1,150 @@
+//! Connections for the verbs, and their failures as conditions.
+
+use std::error::Error;
+
+use async_nats::jetstream;
+use millrace_config::{Code, Condition, Secret, SecretError, Stream};
+use millrace_connect::nats::{NatsError, Reconnect};
+use millrace_connect::postgres::{ConnectError, Dsn, Session};
+use tokio_postgres::Client;
+
+/// Whose database.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Side {
+    /// The captured one.
+    Source,
+    /// A sink's.
+    Target,
+}
+
+/// An error and its causes in one line.
+pub(crate) fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let next = error.to_string();
+        // Several clients repeat their cause in their own text.
+        if !text.ends_with(&next) {
+            text.push_str(": ");
+            text.push_str(&next);
+        }
+        cause = error.source();
+    }
+    text
+}
+
+/// Opens an SQL connection, with the secret read now.
+///
+/// # Errors
+/// Why there is none, for the operator; never with the password.
+pub(crate) async fn postgres(url: &Secret, side: Side, name: &str) -> Result<Client, Condition> {
+    let url = url.read().map_err(|error| unreadable(&error))?;
+    let dsn = Dsn::parse(url.expose()).map_err(|error| {
+        Condition::new(
+            Code::ConfigInvalid,
+            error.to_string(),
+            "correct the URL that the setting refers to",
+        )
+    })?;
+    let session = Session {
+        application_name: name.to_owned(),
+        ..Session::default()
+    };
+    let connected = millrace_connect::postgres::connect(&dsn, session).await;
+    connected.map_err(|error| postgres_condition(side, &error))
+}
+
+fn postgres_condition(side: Side, error: &ConnectError) -> Condition {
+    let (unreachable, auth) = match side {
+        Side::Source => (Code::SourceUnreachable, Code::SourceAuth),
+        Side::Target => (Code::SinkUnreachable, Code::TargetAuth),
+    };
+    let (code, remedy) = match error {
+        ConnectError::Config(_) => (
+            Code::ConfigInvalid,
+            "correct the URL that the setting refers to",
+        ),
+        ConnectError::Auth { .. } => (auth, "check user, password and pg_hba.conf"),
+        ConnectError::Tls { .. } => (
+            unreachable,
+            "check sslmode, sslrootcert and the server's certificate",
+        ),
+        ConnectError::Unreachable { .. } | ConnectError::Other { .. } => (
+            unreachable,
+            "check the address, the network, and whether the server runs",
+        ),
+    };
+    Condition::new(code, chain(error), remedy)
+}
+
+/// Connects to NATS, with the secrets read now. Nothing is retried.
+///
+/// # Errors
+/// Why there is no connection, for the operator.
+pub(crate) async fn nats(
+    stream: &Stream,
+    name: &str,
+    inbox_prefix: &str,
+) -> Result<jetstream::Context, Condition> {
+    let client =
+        millrace_connect::nats::connect(stream, name, inbox_prefix, Reconnect::Never).await;
+    client
+        .map(jetstream::new)
+        .map_err(|error| nats_condition(&error))
+}
+
+fn nats_condition(error: &NatsError) -> Condition {
+    let (code, remedy) = match error {
+        NatsError::Unreachable { .. } => (
+            Code::StreamUnreachable,
+            "check stream.servers, the network, and whether the server runs",
+        ),
+        NatsError::Tls { .. } => (
+            Code::StreamUnreachable,
+            "check tls_ca, tls_cert and tls_key",
+        ),
+        NatsError::Auth { .. } => (Code::StreamAuth, "check the credentials"),
+        NatsError::Secret(error) => return unreadable(error),
+    };
+    Condition::new(code, chain(error), remedy)
+}
+
+fn unreadable(error: &SecretError) -> Condition {
+    Condition::new(
+        Code::SecretUnreadable,
+        chain(error),
+        "set the variable or provide the file",
+    )
+}
+
+/// Where replies to everything but the sinks arrive: what [`crate::command`]'s `init-sql` permits.
+pub(crate) fn capture_inbox(source: &str) -> String {
+    format!("_INBOX_millrace-{source}")
+}
+
+/// Where replies to a sink arrive. A hyphen cannot be part of a name, so no two prefixes are the same.
+pub(crate) fn sink_inbox(source: &str, sink: &str) -> String {
+    format!("_INBOX_millrace-{source}-{sink}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cause_that_is_already_told_is_not_repeated() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("outer: {0}")]
+        struct Outer(#[source] std::io::Error);
+        assert_eq!(
+            chain(&Outer(std::io::Error::other("inner"))),
+            "outer: inner"
+        );
+        let error = std::io::Error::other("inner");
+        let error = NatsError::Unreachable {
+            servers: "nats://h".to_owned(),
+            source: Box::new(error),
+        };
+        assert_eq!(chain(&error), "NATS cannot be reached at nats://h: inner");
+    }
+}
