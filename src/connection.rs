@@ -81,13 +81,8 @@ fn postgres_condition(side: Side, error: &ConnectError) -> Condition {
 ///
 /// # Errors
 /// Why there is no connection, for the operator.
-pub(crate) async fn nats(
-    stream: &Stream,
-    name: &str,
-    inbox_prefix: &str,
-) -> Result<jetstream::Context, Condition> {
-    let client =
-        millrace_connect::nats::connect(stream, name, inbox_prefix, Reconnect::Never).await;
+pub(crate) async fn nats(stream: &Stream, name: &str) -> Result<jetstream::Context, Condition> {
+    let client = millrace_connect::nats::connect(stream, name, INBOX, Reconnect::Never).await;
     client
         .map(jetstream::new)
         .map_err(|error| nats_condition(&error))
@@ -117,15 +112,8 @@ fn unreadable(error: &SecretError) -> Condition {
     )
 }
 
-/// Where replies to everything but the sinks arrive: what [`crate::command`]'s `init-sql` permits.
-pub(crate) fn capture_inbox(source: &str) -> String {
-    format!("_INBOX_millrace-{source}")
-}
-
-/// Where replies to a sink arrive. A hyphen cannot be part of a name, so no two prefixes are the same.
-pub(crate) fn sink_inbox(source: &str, sink: &str) -> String {
-    format!("_INBOX_millrace-{source}-{sink}")
-}
+/// Where replies to the verbs that only look, and to `drop`, arrive.
+pub(crate) const INBOX: &str = "_INBOX_millrace_status";
 
 #[cfg(test)]
 mod tests {

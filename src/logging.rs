@@ -21,6 +21,8 @@ pub(crate) fn start(arguments: LogArguments, log: Log) {
     let terminal = io::stderr().is_terminal();
     let builder = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::builder().parse_lossy(directives))
+        // A module's path is of no use to an operator, and its key, `target`, would meet the field of that name.
+        .with_target(false)
         .with_writer(io::stderr);
     let started = if is_pretty(arguments.log_format.unwrap_or(log.format), terminal) {
         let colour = terminal && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());

@@ -58,9 +58,8 @@ pub(crate) async fn drop(config: &Config, arguments: DropArguments) -> Exit {
         Ok(objects) => objects,
         Err(condition) => return refuse(&condition),
     };
-    let inbox = connection::capture_inbox(name);
     let mut failed = false;
-    let jetstream = match connection::nats(&config.stream, NAME, &inbox).await {
+    let jetstream = match connection::nats(&config.stream, NAME).await {
         Ok(jetstream) => match on_stream(&jetstream, name).await {
             Ok(found) => {
                 objects.extend(found);
@@ -183,7 +182,11 @@ fn postgres_condition(error: &tokio_postgres::Error) -> Condition {
     } else {
         (Code::SourceUnreachable, "look at the source's log")
     };
-    Condition::new(code, chain(error), remedy)
+    // The server's own words where there are any; the client only wraps them.
+    let message = error
+        .as_db_error()
+        .map(|server| server.message().to_owned());
+    Condition::new(code, message.unwrap_or_else(|| chain(error)), remedy)
 }
 
 async fn on_stream(jetstream: &jetstream::Context, source: &str) -> Result<Vec<Object>, Condition> {

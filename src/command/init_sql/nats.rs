@@ -5,7 +5,12 @@ use std::fmt::Write;
 use millrace_config::Config;
 use millrace_event::{subject, work};
 
-use crate::connection::{capture_inbox, sink_inbox};
+use crate::connection::INBOX;
+
+/// Where the replies to capture arrive.
+const CAPTURE_INBOX: &str = "_INBOX_millrace_capture";
+/// Where the replies to `run --once` arrive while it reads its goal.
+const ONCE_INBOX: &str = "_INBOX_millrace_once";
 
 /// What one user may do. Whoever may publish on a subject of the stream can forge changes: nobody else should.
 #[derive(Debug, Default)]
@@ -52,6 +57,12 @@ impl Permissions {
         );
         self.publish.push(format!("$JS.ACK.{stream}.>"));
         self.publish.push(format!("$JS.ACK.*.*.{stream}.>"));
+    }
+
+    /// Receiving replies; every user may read the goal of `--once`.
+    fn replies(&mut self, inbox: &str) {
+        self.subscribe
+            .extend([inbox, ONCE_INBOX].map(|inbox| format!("{inbox}.>")));
     }
 
     /// Reading and watching a bucket.
@@ -150,9 +161,7 @@ fn capture(config: &Config) -> Permissions {
         permissions.read_bucket(&bucket);
         permissions.publish.push(format!("$KV.{bucket}.>"));
     }
-    permissions
-        .subscribe
-        .push(format!("{}.>", capture_inbox(source)));
+    permissions.replies(CAPTURE_INBOX);
     permissions
 }
 
@@ -160,10 +169,7 @@ fn sink(source: &str, sink: &str) -> Permissions {
     let mut permissions = Permissions::default();
     permissions.publish.push("$JS.API.INFO".to_owned());
     permissions.consume(&subject::stream_name(source));
-    let copy = subject::copy_stream_name(source, sink);
-    permissions.consume(&copy);
-    // What the sink has applied of its copy is of no use to anybody: it makes room.
-    permissions.api(&["STREAM.PURGE.{}"], &copy);
+    permissions.consume(&subject::copy_stream_name(source, sink));
     for kind in [work::SCHEMAS, work::SINKS, work::COPIES] {
         permissions.read_bucket(&subject::bucket_name(source, kind));
     }
@@ -171,9 +177,7 @@ fn sink(source: &str, sink: &str) -> Permissions {
     let copies = subject::bucket_name(source, work::COPIES);
     permissions.publish.push(format!("$KV.{sinks}.{sink}"));
     permissions.publish.push(format!("$KV.{copies}.*.{sink}"));
-    permissions
-        .subscribe
-        .push(format!("{}.>", sink_inbox(source, sink)));
+    permissions.replies(&format!("_INBOX_millrace_sink_{sink}"));
     permissions
 }
 
@@ -186,5 +190,6 @@ fn operator(source: &str) -> Permissions {
         let bucket = subject::bucket_name(source, kind);
         permissions.api(&["STREAM.DELETE.{}"], &format!("KV_{bucket}"));
     }
+    permissions.subscribe.push(format!("{INBOX}.>"));
     permissions
 }

@@ -138,7 +138,7 @@ fn table_part(
             "{dead_letters} open dead letters in sink {}",
             sink.name
         ));
-    } else if !copied {
+    } else if !copied && state != "unreachable" {
         part.reason = Some(format!("not yet copied to sink {}", sink.name));
     }
     part

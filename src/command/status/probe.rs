@@ -165,8 +165,7 @@ pub(super) async fn stream(config: &Config) -> StreamReport {
 }
 
 async fn read_stream(config: &Config, name: &str) -> Result<StreamReport, Condition> {
-    let inbox = connection::capture_inbox(&config.source.name);
-    let jetstream = connection::nats(&config.stream, NAME, &inbox).await?;
+    let jetstream = connection::nats(&config.stream, NAME).await?;
     let found = stream::find_stream(&jetstream, name)
         .await
         .map_err(|error| stream_condition(&error))?;
