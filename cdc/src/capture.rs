@@ -257,6 +257,11 @@ impl Capture {
         self.changes
     }
 
+    /// Takes the changes published since the last time, by table and operation.
+    pub fn take_counts(&mut self) -> Vec<(TableName, Op, u64)> {
+        self.relations.take_counts()
+    }
+
     fn report(&mut self, now: Duration) {
         if let Some(boundary) = self.frontier.due(now) {
             let asked = |output: &Output| matches!(output, Output::Verify(_));
@@ -429,7 +434,9 @@ impl Capture {
             lsn,
             sent_at_us,
         };
-        row.write(op, first, &mut writer)
+        row.write(op, first, &mut writer)?;
+        self.relations.count(relid, op);
+        Ok(())
     }
 
     fn on_truncate(
@@ -458,6 +465,7 @@ impl Capture {
                 sent_at_us,
             };
             writer.write(Op::Truncate, Before::None, None, None, open.seq)?;
+            self.relations.count(relid, Op::Truncate);
         }
         Ok(())
     }

@@ -365,8 +365,9 @@ impl<'c> CopyStream<'c> {
             }
             let applied = applied.filter(|applied| applied.request == self.request);
             let applied = applied.map_or(0, |applied| applied.stream_seq);
-            while let Some((_, bytes)) = self.ahead.pop_front_if(|(seq, _)| *seq <= applied) {
+            while let Some((_, bytes)) = self.ahead.front().filter(|(seq, _)| *seq <= applied) {
                 self.ahead_bytes -= bytes;
+                self.ahead.pop_front();
             }
             if self.ahead_bytes >= AHEAD_BYTES_MAX {
                 tokio::time::sleep(LOOK_INTERVAL).await;

@@ -18,6 +18,8 @@ pub(crate) struct Published {
     /// What its events look like.
     pub relation: Arc<Relation>,
     subjects: [SubjectId; Op::ALL.len()],
+    /// Changes published since they were last asked for, by operation.
+    counts: [u64; Op::ALL.len()],
 }
 
 impl Published {
@@ -146,12 +148,41 @@ impl Relations {
             let name = subject::change(&self.source, relation.name(), op);
             self.subject(name)
         });
+        let counts = self
+            .by_oid
+            .get(&announced.relid)
+            .and_then(Option::as_ref)
+            .map(|known| known.counts);
         let published = Published {
             relation: Arc::clone(&relation),
             subjects,
+            counts: counts.unwrap_or_default(),
         };
         self.by_oid.insert(announced.relid, Some(published));
         Ok(Some(relation))
+    }
+
+    /// Counts a change that was published.
+    pub(crate) fn count(&mut self, relid: u32, op: Op) {
+        if let Some(Some(published)) = self.by_oid.get_mut(&relid) {
+            published.counts[op as usize] += 1;
+        }
+    }
+
+    /// Takes the changes published since the last time, by table and operation; zeros are left out.
+    pub(crate) fn take_counts(&mut self) -> Vec<(TableName, Op, u64)> {
+        let published = self.by_oid.values_mut().flatten();
+        published
+            .flat_map(|published| {
+                let name = published.relation.name().clone();
+                let counts = std::mem::take(&mut published.counts);
+                Op::ALL
+                    .into_iter()
+                    .zip(counts)
+                    .map(move |(op, count)| (name.clone(), op, count))
+            })
+            .filter(|(_, _, count)| *count > 0)
+            .collect()
     }
 
     /// A relation that was announced: `Some(None)` if it is not configured, `None` if it was not announced.

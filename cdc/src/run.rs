@@ -43,7 +43,7 @@ pub async fn run(config: &Config, status: &Status, stop: &CancellationToken) -> 
     let mut failures = 0_u32;
     loop {
         let began = Instant::now();
-        let Err(error) = live(config, status, stop).await else {
+        let Err(error) = Box::pin(live(config, status, stop)).await else {
             return Ok(());
         };
         // A life that streamed for a while starts the backoff anew.
@@ -136,6 +136,7 @@ async fn watch(config: &Config, source: &Source) -> Result<std::convert::Infalli
     let publication = source::publication_name(&config.source.name);
     let slot = source::slot_name(&config.source.name);
     let slot_lag = metrics::gauge!("millrace_slot_lag_bytes");
+    let slot_retained = metrics::gauge!("millrace_slot_retained_bytes");
     let mut ticks = tokio::time::interval(WATCH_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -155,7 +156,8 @@ async fn watch(config: &Config, source: &Source) -> Result<std::convert::Infalli
         }
         if let Some(slot) = source::find_slot(&source.client, &slot).await? {
             // Beyond 2^53 bytes precision does not matter.
-            slot_lag.set(slot.retained_bytes as f64);
+            slot_lag.set(slot.lag_bytes as f64);
+            slot_retained.set(slot.retained_bytes as f64);
         }
     }
 }
@@ -229,11 +231,26 @@ impl Line<'_> {
                 Turn::Stop => return self.drain(acks).await,
                 Turn::Acked(acked) => self.acked(acked)?,
                 Turn::Sent => self.sent(),
-                Turn::Tick => self.input(Input::Tick)?,
+                Turn::Tick => self.tick()?,
                 Turn::Batch(None) => return Err(Error::retry_because("the WAL stream ended")),
                 Turn::Batch(Some(batch)) => self.batch(&batch)?,
             }
         }
+    }
+
+    fn tick(&mut self) -> Result<(), Error> {
+        // A source that shuts down ends its SQL sessions first and waits for its walsenders: ours must go too.
+        if self.source.client.is_closed() {
+            return Err(Error::retry_because("the source ended the session"));
+        }
+        for (table, op, changes) in self.capture.take_counts() {
+            metrics::counter!(
+                "millrace_source_changes_total",
+                "table" => table.to_string(), "op" => op.letter()
+            )
+            .increment(changes);
+        }
+        self.input(Input::Tick)
     }
 
     /// Feeds a batch of WAL to the machine.

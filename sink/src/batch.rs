@@ -32,16 +32,22 @@ pub struct PositionRow {
     pub copy: CopyProgress,
 }
 
-/// How far each table's initial copy is.
+/// Which stream a sink is on, and how far each table's initial copy is.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(from = "Vec<CopyEntry>", into = "Vec<CopyEntry>")]
-pub struct CopyProgress(pub BTreeMap<TableName, CopyState>);
+#[serde(from = "Stored", into = "Stored")]
+pub struct CopyProgress {
+    /// When the stream was created, as its server writes it: positions on another stream of that name mean
+    /// nothing. Empty before the sink was ever on one.
+    pub stream: String,
+    /// Each table's copy.
+    pub tables: BTreeMap<TableName, CopyState>,
+}
 
 impl CopyProgress {
     /// Whether every table's copy was applied.
     #[must_use]
     pub fn is_complete(&self) -> bool {
-        self.0
+        self.tables
             .values()
             .all(|state| matches!(state, CopyState::Copied { .. }))
     }
@@ -50,7 +56,7 @@ impl CopyProgress {
     /// the consistent point of the snapshot that the copy read.
     #[must_use]
     pub fn covers(&self, table: &TableName, version: Version) -> bool {
-        match self.0.get(table) {
+        match self.tables.get(table) {
             Some(CopyState::Copied { lsn }) => version.commit_lsn < *lsn,
             _ => false,
         }
@@ -65,7 +71,7 @@ pub enum CopyState {
     Pending,
     /// Chunks are being applied: entered with the first of them. A crash resumes after `number`.
     Copying {
-        /// The copy's request.
+        /// The copy's request; empty for a table of ours that must be copied again.
         request: String,
         /// Which attempt of the request the rows belong to; another attempt starts over.
         attempt: u32,
@@ -83,32 +89,38 @@ pub enum CopyState {
     },
 }
 
+/// The progress as it is stored: names are no keys of a JSON object, because they have two parts.
 #[derive(Clone, Serialize, Deserialize)]
-struct CopyEntry {
+struct Stored {
+    stream: String,
+    tables: Vec<StoredTable>,
+}
+
+#[derive(Clone, Serialize, Deserialize)]
+struct StoredTable {
     #[serde(flatten)]
     table: TableName,
     #[serde(flatten)]
     state: CopyState,
 }
 
-impl From<Vec<CopyEntry>> for CopyProgress {
-    fn from(entries: Vec<CopyEntry>) -> Self {
-        Self(
-            entries
-                .into_iter()
-                .map(|entry| (entry.table, entry.state))
-                .collect(),
-        )
+impl From<Stored> for CopyProgress {
+    fn from(Stored { stream, tables }: Stored) -> Self {
+        let tables = tables
+            .into_iter()
+            .map(|entry| (entry.table, entry.state))
+            .collect();
+        Self { stream, tables }
     }
 }
 
-impl From<CopyProgress> for Vec<CopyEntry> {
-    fn from(progress: CopyProgress) -> Self {
-        progress
-            .0
+impl From<CopyProgress> for Stored {
+    fn from(CopyProgress { stream, tables }: CopyProgress) -> Self {
+        let tables = tables
             .into_iter()
-            .map(|(table, state)| CopyEntry { table, state })
-            .collect()
+            .map(|(table, state)| StoredTable { table, state })
+            .collect();
+        Self { stream, tables }
     }
 }
 
@@ -237,7 +249,8 @@ mod tests {
 
     #[test]
     fn copy_progress_round_trips_as_json() {
-        let progress = CopyProgress(BTreeMap::from([
+        let stream = "2026-11-21T00:00:00Z".to_owned();
+        let tables = BTreeMap::from([
             (TableName::new("a", "b"), CopyState::Pending),
             (
                 TableName::new("a", "c"),
@@ -254,7 +267,8 @@ mod tests {
                     lsn: Lsn(0x1_0000_0001),
                 },
             ),
-        ]));
+        ]);
+        let progress = CopyProgress { stream, tables };
         let json = serde_json::to_string(&progress).expect("is well formed");
         assert!(
             json.contains(r#"{"schema":"a","table":"d","state":"copied","lsn":"1/1"}"#),

@@ -243,7 +243,11 @@ async fn floors_and_tombstones<T: Target>(target: &T) {
     assert_eq!(position.checkpoint, bench.at);
     let schema = schema("floors");
     let progress = CopyState::Copied { lsn: Lsn(1) };
-    let copy = CopyProgress(BTreeMap::from([(schema.name.clone(), progress)]));
+    let tables = BTreeMap::from([(schema.name.clone(), progress)]);
+    let copy = CopyProgress {
+        stream: String::new(),
+        tables,
+    };
     let layout = Arc::clone(&bench.layout);
     bench.fold.sweep(&layout, Version::new(1, Lsn(2), 0));
     let batch = Batch {

@@ -58,7 +58,7 @@ async fn request(life: &Life<'_>) -> Result<CopyRequest, Error> {
     let key = format!("request.{}", life.settings.name);
     let remaining: Vec<TableName> = life
         .progress
-        .0
+        .tables
         .iter()
         .filter(|(_, state)| !matches!(state, CopyState::Copied { .. }))
         .map(|(table, _)| table.clone())

@@ -85,7 +85,7 @@ impl Copying {
         progress: CopyProgress,
     ) -> Self {
         let newest = progress
-            .0
+            .tables
             .values()
             .filter_map(|state| match state {
                 CopyState::Copying {
@@ -174,7 +174,7 @@ impl Copying {
                     let below = Version::new(copied.epoch, copied.lsn, 0);
                     self.fold.sweep(layout, below);
                     let state = CopyState::Copied { lsn: copied.lsn };
-                    self.progress.0.insert(copied.table.clone(), state);
+                    self.progress.tables.insert(copied.table.clone(), state);
                     self.pass_number_on(below);
                 }
             }
@@ -222,7 +222,10 @@ impl Copying {
     }
 
     fn is_copied(&self, table: &TableName) -> bool {
-        matches!(self.progress.0.get(table), Some(CopyState::Copied { .. }))
+        matches!(
+            self.progress.tables.get(table),
+            Some(CopyState::Copied { .. })
+        )
     }
 
     fn note(&mut self, table: &TableName, version: Version) {
@@ -232,13 +235,13 @@ impl Copying {
             number: self.number,
             lsn: version.commit_lsn,
         };
-        self.progress.0.insert(table.clone(), state);
+        self.progress.tables.insert(table.clone(), state);
     }
 
     /// The number reached must outlive the table that reached it: the next table that waits carries it.
     fn pass_number_on(&mut self, below: Version) {
         let waits = |state: &CopyState| !matches!(state, CopyState::Copied { .. });
-        let next = self.progress.0.iter().find(|(_, state)| waits(state));
+        let next = self.progress.tables.iter().find(|(_, state)| waits(state));
         if let Some(next) = next.map(|(table, _)| table.clone()) {
             self.note(&next, below);
         }

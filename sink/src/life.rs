@@ -9,7 +9,7 @@ use millrace_config::{Code, Condition, Config, Sink as Settings, Table};
 use millrace_connect::nats::{self, Reconnect};
 use millrace_connect::postgres::Dsn;
 use millrace_event::work::{self, SinkReport};
-use millrace_event::{Position, TableName, TableSchema, decode_line, subject};
+use millrace_event::{Lsn, Position, TableName, TableSchema, decode_line, subject};
 use tokio::task::JoinHandle;
 
 use crate::batch::{Batch, Checkpoint, CopyProgress, CopyState, PositionRow};
@@ -29,9 +29,9 @@ const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 /// The target, which is in use by one task at a time.
 pub(crate) enum Target {
     /// Nothing is being applied.
-    Idle(PostgresSink),
+    Idle(Box<PostgresSink>),
     /// A batch is being applied; the task brings the sink back.
-    Applying(JoinHandle<(PostgresSink, Batch, Result<Applied, SinkError>)>),
+    Applying(JoinHandle<(Box<PostgresSink>, Batch, Result<Applied, SinkError>)>),
 }
 
 /// One life of a sink.
@@ -93,7 +93,7 @@ impl<'l> Life<'l> {
                 rows: settings.batch.max_rows as usize,
                 bytes: usize::try_from(settings.batch.max_bytes).unwrap_or(usize::MAX),
             },
-            target: Some(Target::Idle(sink)),
+            target: Some(Target::Idle(Box::new(sink))),
             checkpoint,
             progress: copy,
             meters: crate::meters::Meters::new(&settings.name),
@@ -104,47 +104,72 @@ impl<'l> Life<'l> {
 
     /// Finds the stream and, for a sink or a table that is new, stores where it begins: behind everything that
     /// is in the stream now. Copies are asked for later, so their snapshots see all of that.
+    ///
+    /// On another stream than before (it was dropped and begun again) nothing tells what was missed in
+    /// between: every table is copied again, which makes it exact.
     async fn register(&mut self) -> Result<(), Error> {
-        let newest = self.newest().await?;
-        if newest.position.epoch() < self.checkpoint.position.epoch() {
+        let (stream, newest) = self.newest().await?;
+        let mut progress = self.progress.clone();
+        let fresh = progress.stream.is_empty();
+        let moved = !fresh && progress.stream != stream;
+        // Rows keep their versions, so what a new stream brings must outrank them.
+        if newest.position < self.checkpoint.position
+            && (moved || newest.position.epoch() < self.checkpoint.position.epoch())
+        {
             return Err(Error::Halt(Condition::new(
                 Code::EpochLower,
                 format!(
-                    "the stream has epoch {}, this sink has applied epoch {}",
-                    newest.position.epoch(),
-                    self.checkpoint.position.epoch()
+                    "the stream is at {}, this sink has applied {} of another one",
+                    newest.position, self.checkpoint.position
                 ),
-                "this sink belongs to another stream of that name: correct stream.servers or sinks.*.url",
+                "if this is the stream you want, drop the sink's tables and the schema millrace in its target: \
+                 they are copied anew; else correct stream.servers or the sink's url",
             )));
         }
-        let fresh = self.checkpoint == Checkpoint::default();
-        let mut progress = self.progress.clone();
+        if moved {
+            tracing::warn!(sink = %self.settings.name, "the stream was begun anew; copying every table again");
+            for state in progress.tables.values_mut() {
+                let (request, attempt, number, lsn) = (String::new(), 0, 0, Lsn::ZERO);
+                *state = CopyState::Copying {
+                    request,
+                    attempt,
+                    number,
+                    lsn,
+                };
+            }
+        }
+        progress.stream = stream;
         progress
-            .0
+            .tables
             .retain(|table, _| self.tables.contains_key(table));
         for table in self.tables.keys() {
             progress
-                .0
+                .tables
                 .entry(table.clone())
                 .or_insert(CopyState::Pending);
         }
-        if fresh || progress != self.progress {
-            let to = if fresh { newest } else { self.checkpoint };
-            let batch = Batch {
-                from: self.checkpoint,
+        if progress != self.progress {
+            let to = if fresh || moved {
+                newest
+            } else {
+                self.checkpoint
+            };
+            let (from, copy) = (self.checkpoint, Some(progress));
+            self.apply(Batch {
+                from,
                 to,
-                copy: Some(progress),
+                copy,
                 steps: Vec::new(),
                 commit: true,
-            };
-            self.apply(batch).await?;
+            })
+            .await?;
         }
         self.status.set_tables(&self.progress);
         self.report(true).await
     }
 
-    /// The stream's newest message, once capture has begun the stream.
-    async fn newest(&self) -> Result<Checkpoint, Error> {
+    /// When the stream was created, and its newest message, once capture has begun the stream.
+    async fn newest(&self) -> Result<(String, Checkpoint), Error> {
         let name = subject::stream_name(self.source);
         let waiting =
             || Error::retry_because(format!("waiting for capture to begin stream {name}"));
@@ -160,14 +185,18 @@ impl<'l> Life<'l> {
             .await
             .map_err(|error| Error::retry("the stream cannot be read", error))?;
         let last = state.state.last_sequence;
+        let created = state.created.unix_timestamp_nanos().to_string();
         let message = stream.get_raw_message(last).await.map_err(|_| waiting())?;
         let position = position_of(&message.payload)
             .ok_or_else(|| Error::retry_because("the stream's newest message is not ours"))?;
-        Ok(Checkpoint {
-            stream_seq: last,
-            position,
-            source_ts_us: 0,
-        })
+        Ok((
+            created,
+            Checkpoint {
+                stream_seq: last,
+                position,
+                source_ts_us: 0,
+            },
+        ))
     }
 
     /// The schema of a table: a version of it, or the latest.

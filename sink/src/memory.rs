@@ -173,7 +173,7 @@ impl Sink for MemorySink {
         let mut shared = self.target.lock();
         let committed = &mut shared.committed;
         let begun = committed.positions.get(&self.name).is_some_and(|row| {
-            let state = row.copy.0.get(&schema.name);
+            let state = row.copy.tables.get(&schema.name);
             !matches!(state, None | Some(crate::batch::CopyState::Pending))
         });
         let created = !committed.tables.contains_key(&settings.target);

@@ -117,7 +117,7 @@ async fn live(
 enum Turn {
     Stop,
     Applied,
-    Delivery(Delivery),
+    Delivery(Box<Delivery>),
     Tick,
 }
 
@@ -168,7 +168,7 @@ async fn follow(mut life: Life<'_>, stop: &CancellationToken) -> Result<(), Erro
                 applied?;
                 Turn::Applied
             }
-            delivery = reader.next(), if wants => Turn::Delivery(delivery?),
+            delivery = reader.next(), if wants => Turn::Delivery(Box::new(delivery?)),
             _ = ticks.tick() => Turn::Tick,
         };
         match turn {
@@ -237,11 +237,11 @@ async fn take(life: &mut Life<'_>, worker: &mut Worker, delivery: &Delivery) -> 
 /// Forgets the deletes that the sink passed a while ago: nothing at or below its position is applied again.
 async fn clean_up(life: &mut Life<'_>, passed: &mut VecDeque<Version>) -> Result<(), Error> {
     passed.push_back(life.checkpoint.position.0);
-    if passed.len() > CLEAN_UPS_KEPT {
-        if let Some(version) = passed.pop_front() {
-            let forgotten = life.sink().clean_up(version).await?;
-            tracing::debug!(sink = %life.settings.name, forgotten, "old deletes forgotten");
-        }
+    if passed.len() > CLEAN_UPS_KEPT
+        && let Some(version) = passed.pop_front()
+    {
+        let forgotten = life.sink().clean_up(version).await?;
+        tracing::debug!(sink = %life.settings.name, forgotten, "old deletes forgotten");
     }
     Ok(())
 }

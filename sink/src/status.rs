@@ -107,7 +107,7 @@ impl Status {
             CopyState::Pending | CopyState::Copying { .. } => State::Snapshotting,
         };
         self.lock().tables = copies
-            .0
+            .tables
             .iter()
             .map(|(table, copy)| (table.clone(), state(copy)))
             .collect();

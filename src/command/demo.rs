@@ -2,7 +2,7 @@
 
 mod screen;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use millrace_config::Exit;
@@ -159,7 +159,7 @@ struct Seen {
 async fn show(
     screen: &Screen,
     servers: &Servers,
-    bin: &PathBuf,
+    bin: &Path,
     pipeline: &mut Pipeline,
     traffic: &Traffic,
     seconds: Option<Duration>,

@@ -296,20 +296,29 @@ fn by_hand(config: &Config) -> String {
     let mut text = String::new();
     for sink in &config.sinks {
         text.push_str(&format!(
-            "\nThe target of sink {} keeps its rows. To copy anew, empty its tables and forget its position:\n  \
+            "\nThe target of sink {} keeps its rows and its position. By hand, in that database:\n  \
              DROP SCHEMA IF EXISTS millrace CASCADE;\n",
             sink.name
         ));
-        for table in config.tables_of(&sink.name) {
-            text.push_str(&format!("  TRUNCATE {};\n", table.target.quoted()));
-        }
-        text.push_str("To keep the tables for good without Millrace:\n  DROP SCHEMA IF EXISTS millrace CASCADE;\n");
-        for table in config.tables_of(&sink.name) {
-            let table = table.target.quoted();
-            text.push_str(&format!(
-                "  ALTER TABLE {table} DROP COLUMN IF EXISTS \"_millrace_version\";\n"
-            ));
-        }
+        let each = |text: &mut String, title: &str, statement: &dyn Fn(String) -> String| {
+            text.push_str(&format!("{title}\n"));
+            for table in config.tables_of(&sink.name) {
+                text.push_str(&format!("  {};\n", statement(table.target.quoted())));
+            }
+        };
+        let truncate = |table: String| format!("TRUNCATE {table}");
+        each(
+            &mut text,
+            "and, so that the next `millrace run` copies anew,",
+            &truncate,
+        );
+        let column =
+            |table| format!("ALTER TABLE {table} DROP COLUMN IF EXISTS \"_millrace_version\"");
+        each(
+            &mut text,
+            "or, to keep the tables without Millrace,",
+            &column,
+        );
     }
     text
 }

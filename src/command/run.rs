@@ -17,6 +17,9 @@ use crate::arguments::{Part, RunArguments};
 /// How often the parts' states are shown on the board, and a goal is looked at.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
+/// A signal this soon after the first is the same one, sent twice.
+const SAME_SIGNAL: Duration = Duration::from_millis(500);
+
 /// The exit code of a process that a second signal ended: 128 and the signal's number.
 const SIGNALLED: i32 = 128;
 
@@ -146,10 +149,20 @@ async fn drain(running: &mut JoinSet<Ended>, signals: &mut Signals, exit: Exit) 
         }
         exit
     };
+    let repeated = async {
+        // Some senders signal the process and its group: one wish, two signals.
+        let began = tokio::time::Instant::now();
+        loop {
+            let number = signals.next().await;
+            if began.elapsed() >= SAME_SIGNAL {
+                return number;
+            }
+        }
+    };
     tokio::select! {
         biased;
         exit = drained => exit,
-        number = signals.next() => {
+        number = repeated => {
             say("second signal: ending at once; what was under way is done again at the next start");
             std::process::exit(SIGNALLED + number);
         }
@@ -184,7 +197,7 @@ impl Parts {
                 (Arc::clone(&self.config), Arc::clone(status), stop.clone());
             running.spawn(async move {
                 use millrace_cdc::Error;
-                match millrace_cdc::run(&config, &status, &stop).await {
+                match Box::pin(millrace_cdc::run(&config, &status, &stop)).await {
                     Ok(()) => Ended::Stopped,
                     Err(
                         Error::Halt(condition)

@@ -16,7 +16,7 @@ use report::{Report, SinkReport};
 
 /// Looks at everything at once and prints it. What is out of reach is shown as such.
 pub(crate) async fn status(config: &Config, arguments: StatusArguments) -> Exit {
-    let report = look(config).await;
+    let report = Box::pin(look(config)).await;
     match arguments.output {
         Output::Table => super::answer(&report.render()),
         Output::Json => match serde_json::to_string_pretty(&report) {

@@ -22,7 +22,16 @@ pub(crate) struct Stage {
     pub(crate) source: Client,
     pub(crate) target: Client,
     pub(crate) folder: ConfigFolder,
+    pieces: Pieces,
     tables: Vec<&'static str>,
+}
+
+/// What a setting says about the configuration, to write other folders from.
+struct Pieces {
+    source: String,
+    stream: String,
+    sink: String,
+    tables: Vec<(&'static str, String)>,
 }
 
 /// What a scenario changes about the usual stage.
@@ -57,6 +66,17 @@ impl Default for Setting<'_> {
     }
 }
 
+impl Pieces {
+    fn config(&self, source: &str, target: &str, nats: &str) -> ConfigDir {
+        let dir = ConfigDir::new("shop", source, nats)
+            .source(&self.source)
+            .stream(&self.stream)
+            .sink_with("replica", target, &self.sink);
+        let tables = self.tables.iter();
+        tables.fold(dir, |dir, (name, text)| dir.table(name, text))
+    }
+}
+
 impl Stage {
     /// Starts the servers, makes the tables at the source and writes the folder. The product is not started.
     pub(crate) async fn set(setting: Setting<'_>) -> Self {
@@ -70,23 +90,36 @@ impl Stage {
         let source = postgres.connect("source").await.expect("source connects");
         let target = postgres.connect("target").await.expect("target connects");
         source.batch_execute(setting.schema).await.expect("schema");
-        let mut dir = ConfigDir::new("shop", &postgres.url("source"), &nats.url())
-            .source(setting.source)
-            .stream(setting.stream)
-            .sink_with("replica", &postgres.url("target"), setting.sink);
-        for (name, text) in setting.tables {
-            dir = dir.table(name, text);
-        }
-        let folder = dir.write().expect("folder");
+        let text = |(name, text): &(&'static str, &str)| (*name, (*text).to_owned());
+        let pieces = Pieces {
+            source: setting.source.to_owned(),
+            stream: setting.stream.to_owned(),
+            sink: setting.sink.to_owned(),
+            tables: setting.tables.iter().map(text).collect(),
+        };
+        let urls = (postgres.url("source"), postgres.url("target"), nats.url());
+        let folder = pieces.config(&urls.0, &urls.1, &urls.2).write();
         let tables = setting.tables.iter().map(|(name, _)| *name).collect();
         Self {
             postgres,
             nats,
             source,
             target,
-            folder,
+            folder: folder.expect("folder"),
+            pieces,
             tables,
         }
+    }
+
+    /// This stage's configuration with other addresses of source, target and broker.
+    pub(crate) fn config(&self, source: &str, target: &str, nats: &str) -> ConfigDir {
+        self.pieces.config(source, target, nats)
+    }
+
+    /// This stage's configuration as it is.
+    pub(crate) fn same_config(&self) -> ConfigDir {
+        let (source, target) = (self.postgres.url("source"), self.postgres.url("target"));
+        self.config(&source, &target, &self.nats.url())
     }
 
     /// Starts the product on this stage.
@@ -107,28 +140,42 @@ impl Stage {
             .unwrap_or_else(|error| panic!("{sql}: {error:?}"));
     }
 
-    /// Compares every configured table now.
-    pub(crate) async fn compared(&self) -> Result<Comparison, millrace_lab::LabError> {
-        let tables: Vec<_> = self
-            .tables
+    fn replicas(&self) -> Vec<Compared> {
+        self.tables
             .iter()
             .map(|name| Compared::same(name))
-            .collect();
+            .collect()
+    }
+
+    /// Compares every configured table now.
+    pub(crate) async fn compared(&self) -> Result<Comparison, millrace_lab::LabError> {
+        self.compared_as(&self.replicas()).await
+    }
+
+    async fn compared_as(&self, tables: &[Compared]) -> Result<Comparison, millrace_lab::LabError> {
         compare(
             &self.postgres.url("source"),
             &self.postgres.url("target"),
-            &tables,
+            tables,
         )
         .await
     }
 
     /// Waits until every configured table is equal on both sides.
     pub(crate) async fn equal(&self, pipeline: &Pipeline) -> Comparison {
+        self.equal_as(pipeline, &self.replicas()).await
+    }
+
+    /// Waits until these tables are equal to their replicas.
+    pub(crate) async fn equal_as(&self, pipeline: &Pipeline, tables: &[Compared]) -> Comparison {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let compared = self.compared().await;
+            let compared = self.compared_as(tables).await;
             match compared {
-                Ok(comparison) if comparison.is_equal() => return comparison,
+                Ok(comparison) if comparison.is_equal() => {
+                    self.keeps_the_password(pipeline);
+                    return comparison;
+                }
                 _ if Instant::now() < deadline => {}
                 compared => panic!(
                     "the replica did not become equal: {compared:?}\n{}",
@@ -137,6 +184,39 @@ impl Stage {
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
+    }
+
+    /// Runs `run --once`, which must end well; every configured table must then be equal at once.
+    pub(crate) async fn once(&self) -> Comparison {
+        self.run_once().await;
+        let compared = self.compared().await.expect("compare");
+        assert!(compared.is_equal(), "{compared:?}");
+        compared
+    }
+
+    /// Runs `run --once`, which must end well.
+    pub(crate) async fn run_once(&self) {
+        let mut pipeline = self.start_with(&["run", "--once"]);
+        let code = pipeline.wait(PATIENCE).await.expect("ends in time");
+        assert_eq!(code, 0, "{}", pipeline.logs());
+    }
+
+    /// The single text that a query at the source gives.
+    pub(crate) async fn source_text(&self, sql: &str) -> String {
+        text_of(&self.source, sql).await
+    }
+
+    /// The single text that a query at the target gives.
+    pub(crate) async fn target_text(&self, sql: &str) -> String {
+        text_of(&self.target, sql).await
+    }
+
+    /// Runs SQL at the target.
+    pub(crate) async fn target_sql(&self, sql: &str) {
+        self.target
+            .batch_execute(sql)
+            .await
+            .unwrap_or_else(|error| panic!("{sql}: {error:?}"));
     }
 
     /// Waits until a query at the target gives this single text.
@@ -158,5 +238,71 @@ impl Stage {
             );
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
+    }
+}
+
+async fn text_of(client: &Client, sql: &str) -> String {
+    let row = client
+        .query_one(sql, &[])
+        .await
+        .unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+    row.get::<_, Option<String>>(0).unwrap_or_default()
+}
+
+impl Stage {
+    /// A single text of the source.
+    pub(crate) async fn ask(&self, sql: &str) -> Option<String> {
+        let row = self.source.query_opt(sql, &[]).await;
+        let row = row.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+        row.and_then(|row| row.get(0))
+    }
+
+    /// Connects to both databases anew, after the cluster was down.
+    pub(crate) async fn reconnect(&mut self) {
+        self.source = self.postgres.connect("source").await.expect("source");
+        self.target = self.postgres.connect("target").await.expect("target");
+    }
+
+    /// Starts the product with another configuration.
+    pub(crate) fn start_in(folder: &ConfigFolder, arguments: &[&str]) -> Pipeline {
+        Pipeline::spawn(Path::new(BIN), folder.path(), arguments).expect("millrace starts")
+    }
+
+    /// Waits until /readyz answers with this status and a body that contains `text`.
+    pub(crate) async fn readyz(pipeline: &mut Pipeline, status: u16, text: &str) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let found = pipeline.get("/readyz").await;
+            if let Ok((code, body)) = &found
+                && *code == status
+                && body.contains(text)
+            {
+                return body.clone();
+            }
+            assert!(
+                Instant::now() < deadline && pipeline.is_running(),
+                "/readyz gives {found:?} instead of {status} with {text:?}\n{}",
+                pipeline.logs()
+            );
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Waits for the product's end with this exit code, and an output that contains all of these.
+    pub(crate) async fn ends(&self, mut pipeline: Pipeline, code: i32, texts: &[&str]) -> String {
+        let ended = pipeline.wait(PATIENCE).await.expect("ends in time");
+        let logs = pipeline.logs();
+        assert_eq!(ended, code, "{logs}");
+        for text in texts {
+            assert!(logs.contains(text), "{text:?} is not said:\n{logs}");
+        }
+        self.keeps_the_password(&pipeline);
+        logs
+    }
+
+    /// Checks that the product has not written the password anywhere.
+    pub(crate) fn keeps_the_password(&self, pipeline: &Pipeline) {
+        let told = pipeline.logs().contains(self.postgres.password());
+        assert!(!told, "the password is in the output");
     }
 }

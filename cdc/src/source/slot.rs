@@ -26,6 +26,8 @@ pub struct SlotState {
     pub wal_status: Option<String>,
     /// How many bytes of WAL the source keeps for it.
     pub retained_bytes: u64,
+    /// How many bytes of WAL were written since what it has forgotten.
+    pub lag_bytes: u64,
     /// Its output plugin.
     pub plugin: String,
     /// Its database.
@@ -40,9 +42,10 @@ pub async fn find_slot(client: &Client, name: &str) -> Result<Option<SlotState>,
     let row = client
         .query_opt(
             "SELECT active_pid, coalesce(confirmed_flush_lsn, '0/0')::text, restart_lsn::text, wal_status, \
-             coalesce(pg_wal_lsn_diff(CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() \
-             ELSE pg_current_wal_insert_lsn() END, restart_lsn), 0)::bigint, coalesce(plugin::text, ''), \
-             database::text FROM pg_replication_slots WHERE slot_name = $1",
+             coalesce(pg_wal_lsn_diff(now.lsn, restart_lsn), 0)::bigint, coalesce(plugin::text, ''), \
+             database::text, coalesce(pg_wal_lsn_diff(now.lsn, confirmed_flush_lsn), 0)::bigint \
+             FROM pg_replication_slots, (SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() \
+             ELSE pg_current_wal_insert_lsn() END) now(lsn) WHERE slot_name = $1",
             &[&name],
         )
         .await?;
@@ -57,6 +60,7 @@ pub async fn find_slot(client: &Client, name: &str) -> Result<Option<SlotState>,
         restart,
         wal_status: row.get(3),
         retained_bytes: u64::try_from(row.get::<_, i64>(4)).unwrap_or(0),
+        lag_bytes: u64::try_from(row.get::<_, i64>(7)).unwrap_or(0),
         plugin: row.get(5),
         database: row.get(6),
     }))

@@ -11,7 +11,7 @@ CREATE TABLE millrace.position (
     source_ts  timestamptz NOT NULL DEFAULT 'epoch',
     applied_at timestamptz NOT NULL DEFAULT now(),
     fence      bigint      NOT NULL DEFAULT 0,
-    copy       jsonb       NOT NULL DEFAULT '[]',
+    copy       jsonb       NOT NULL DEFAULT '{"stream": "", "tables": []}',
     PRIMARY KEY (sink, partition)
 ) WITH (fillfactor = 50, autovacuum_vacuum_threshold = 1000);
 

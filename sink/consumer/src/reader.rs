@@ -355,8 +355,8 @@ impl Reader {
             search.answer(position_at(stream, stream_seq).await?);
         }
         let after = search.after();
-        // Nothing above the first message is known to have been seen: what came before it may be missing.
-        if after < first && first > 1 {
+        // Not even the oldest message was seen, although something was: what lies between may be missing.
+        if after < first {
             return Err(Fault::Fatal(ReadError::Gap {
                 wanted,
                 found: first,

@@ -42,7 +42,7 @@ pub(super) async fn ensure(
     create: Create,
 ) -> Result<Ensured, SinkError> {
     session.forget(&schema.name);
-    let copied = session.copied.0.get(&schema.name);
+    let copied = session.copied.tables.get(&schema.name);
     let begun = !matches!(copied, None | Some(CopyState::Pending));
     let ensuring = Ensuring {
         client: &session.client,

@@ -113,12 +113,12 @@ pub(super) fn permissions(config: &Config, as_comment: bool) -> String {
             self::sink(source, &sink.name),
         ));
     }
-    let mut text = format!(
+    let mut text = String::from(
         "# NATS: merge this into the configuration of every server. The first user is for a process that is\n\
          # everything at once (`millrace run` without --only) and for `millrace status` and `millrace drop`;\n\
          # the others are for --only capture and --only sink:NAME. Nkeys and credentials take the same\n\
          # permissions. With accounts, the users belong into one that has JetStream.\n\
-         authorization {{\n  users: [\n"
+         authorization {\n  users: [\n",
     );
     all.write(&mut text, &format!("millrace_{source}"));
     capture.write(&mut text, &format!("millrace_{source}_capture"));

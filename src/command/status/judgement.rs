@@ -98,7 +98,10 @@ pub(super) fn tables(
                 .unwrap_or(0);
             let row = seen.and_then(|seen| seen.row.as_ref());
             let copied = row.is_some_and(|row| {
-                matches!(row.copy.0.get(&table.name), Some(CopyState::Copied { .. }))
+                matches!(
+                    row.copy.tables.get(&table.name),
+                    Some(CopyState::Copied { .. })
+                )
             });
             let part = table_part(&report.name, sink, live, copied, letters);
             report.complete &= copied && letters == 0 && part.state != "parked";

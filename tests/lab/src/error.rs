@@ -65,7 +65,8 @@ impl LabError {
         move |source| Self::Io { what, source }
     }
 
-    pub(crate) fn postgres(what: impl Into<String>) -> impl FnOnce(tokio_postgres::Error) -> Self {
+    /// A refused statement or connection while `what` was being done.
+    pub fn postgres(what: impl Into<String>) -> impl FnOnce(tokio_postgres::Error) -> Self {
         let what = what.into();
         move |source| Self::Postgres { what, source }
     }

@@ -97,6 +97,12 @@ impl Nats {
         self.port
     }
 
+    /// The process id; `None` while the broker is stopped.
+    #[must_use]
+    pub fn pid(&self) -> Option<u32> {
+        self.process.as_ref().map(Process::pid)
+    }
+
     /// A client without credentials.
     ///
     /// # Errors

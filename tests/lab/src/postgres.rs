@@ -92,6 +92,12 @@ impl Postgres {
         self.port
     }
 
+    /// The postmaster's process id; `None` while the server is stopped.
+    #[must_use]
+    pub fn pid(&self) -> Option<u32> {
+        self.process.as_ref().map(Process::pid)
+    }
+
     /// The superuser's password.
     #[must_use]
     pub fn password(&self) -> &str {

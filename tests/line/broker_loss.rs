@@ -1,0 +1,168 @@
+//! A broker that acknowledged what it then loses: the slot still has it, and gives it again.
+
+use std::time::{Duration, Instant};
+
+use millrace_event::Lsn;
+use millrace_lab::Pipeline;
+use rand::rngs::StdRng;
+
+use crate::kill::{random_moment, seeded, shop_setting, traffic};
+use crate::stage::{PATIENCE, Setting, Stage};
+
+/// The broker syncs so seldom that nothing is confirmed in the scenario.
+const SYNCED: &str = "confirm = \"synced\"\nsync_interval = \"1h\"";
+
+async fn confirmed(stage: &Stage) -> Lsn {
+    let sql = "SELECT confirmed_flush_lsn::text FROM pg_replication_slots \
+               WHERE slot_name = 'millrace_shop'";
+    let text = stage.ask(sql).await.expect("a slot");
+    text.parse().expect("an LSN")
+}
+
+async fn wal_end(stage: &Stage) -> Lsn {
+    let text = stage.ask("SELECT pg_current_wal_insert_lsn()::text").await;
+    text.expect("a text").parse().expect("an LSN")
+}
+
+/// Loses what the broker stored after the snapshot.
+async fn loses_its_tail(stage: &mut Stage, rng: &mut StdRng) {
+    stage.nats.snapshot_store().await.expect("snapshot");
+    random_moment(rng, 1500).await;
+    stage.nats.roll_back_store().expect("rolled back");
+    stage.nats.start_again().await.expect("broker");
+}
+
+async fn still_runs(stage: &Stage, mut pipeline: Pipeline) {
+    stage.equal(&pipeline).await;
+    Stage::readyz(&mut pipeline, 200, "streaming").await;
+    assert!(!pipeline.logs().contains("E1206"), "{}", pipeline.logs());
+}
+
+#[tokio::test]
+async fn a_tail_lost_while_everything_runs_is_published_again() {
+    let mut rng = seeded();
+    let mut stage = Stage::set(Setting {
+        stream: SYNCED,
+        ..shop_setting()
+    })
+    .await;
+    let traffic = traffic(&stage, &mut rng, 150).await;
+    let mut pipeline = stage.start();
+    Stage::readyz(&mut pipeline, 200, "streaming").await;
+    for _ in 0..3 {
+        random_moment(&mut rng, 500).await;
+        loses_its_tail(&mut stage, &mut rng).await;
+    }
+    traffic.stop().await.expect("traffic");
+    still_runs(&stage, pipeline).await;
+}
+
+#[tokio::test]
+async fn a_tail_lost_without_further_traffic_is_published_again() {
+    let mut stage = Stage::set(Setting {
+        stream: SYNCED,
+        ..Setting::default()
+    })
+    .await;
+    let mut pipeline = stage.start();
+    Stage::readyz(&mut pipeline, 200, "streaming").await;
+    stage.nats.snapshot_store().await.expect("snapshot");
+    stage
+        .sql("INSERT INTO t SELECT i, 'row' FROM generate_series(1, 300) i")
+        .await;
+    stage.equal(&pipeline).await;
+    stage.nats.roll_back_store().expect("rolled back");
+    stage.nats.start_again().await.expect("broker");
+    stage
+        .sql("UPDATE t SET v = 'changed' WHERE id <= 10; DELETE FROM t WHERE id > 290")
+        .await;
+    still_runs(&stage, pipeline).await;
+}
+
+#[tokio::test]
+async fn a_tail_lost_while_nothing_runs_is_published_again() {
+    let mut rng = seeded();
+    let mut stage = Stage::set(Setting {
+        stream: SYNCED,
+        ..shop_setting()
+    })
+    .await;
+    let traffic = traffic(&stage, &mut rng, 150).await;
+    let mut pipeline = stage.start();
+    Stage::readyz(&mut pipeline, 200, "streaming").await;
+    stage.nats.snapshot_store().await.expect("snapshot");
+    random_moment(&mut rng, 1500).await;
+    pipeline.terminate().expect("signal");
+    let code = pipeline.wait(PATIENCE).await.expect("ends in time");
+    assert_eq!(code, 0, "{}", pipeline.logs());
+    random_moment(&mut rng, 300).await;
+    stage.nats.roll_back_store().expect("rolled back");
+    stage.nats.start_again().await.expect("broker");
+    let pipeline = stage.start();
+    traffic.stop().await.expect("traffic");
+    still_runs(&stage, pipeline).await;
+}
+
+/// With `acked` a lost tail cannot be repaired: the slot has let go of it. That must be seen and said.
+#[tokio::test]
+async fn a_lost_tail_that_was_confirmed_is_a_gap() {
+    let mut stage = Stage::set(Setting::default()).await;
+    let mut pipeline = stage.start();
+    Stage::readyz(&mut pipeline, 200, "streaming").await;
+    stage.nats.snapshot_store().await.expect("snapshot");
+    stage
+        .sql("INSERT INTO t SELECT i, 'row' FROM generate_series(1, 300) i")
+        .await;
+    let written = wal_end(&stage).await;
+    stage.equal(&pipeline).await;
+    let deadline = Instant::now() + PATIENCE;
+    while confirmed(&stage).await < written {
+        assert!(Instant::now() < deadline, "nothing is confirmed");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    stage.nats.roll_back_store().expect("rolled back");
+    stage.nats.start_again().await.expect("broker");
+    let body = Stage::readyz(&mut pipeline, 503, "halted").await;
+    assert!(body.contains("E1103") || body.contains("E1206"), "{body}");
+}
+
+#[tokio::test]
+async fn what_is_acknowledged_is_confirmed_promptly_even_at_an_idle_source() {
+    let stage = Stage::set(Setting::default()).await;
+    let mut pipeline = stage.start();
+    Stage::readyz(&mut pipeline, 200, "streaming").await;
+    for _ in 0..2 {
+        let written = wal_end(&stage).await;
+        let deadline = Instant::now() + Duration::from_secs(8);
+        while confirmed(&stage).await < written {
+            assert!(Instant::now() < deadline, "nothing is confirmed");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_the_broker_may_lose_is_not_confirmed_before_its_time() {
+    let stage = Stage::set(Setting {
+        stream: "confirm = \"synced\"\nsync_interval = \"1s\"",
+        ..Setting::default()
+    })
+    .await;
+    let mut pipeline = stage.start();
+    Stage::readyz(&mut pipeline, 200, "streaming").await;
+    let before = confirmed(&stage).await;
+    let began = Instant::now();
+    stage.sql("INSERT INTO t VALUES (1, 'one')").await;
+    let written = wal_end(&stage).await;
+    stage.equal(&pipeline).await;
+    // The margin is 30 s.
+    while began.elapsed() < Duration::from_secs(30) {
+        let now = confirmed(&stage).await;
+        assert!(now < written, "confirmed after {:?}", began.elapsed());
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    while confirmed(&stage).await < written {
+        assert!(began.elapsed() < PATIENCE, "still at {before}");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}

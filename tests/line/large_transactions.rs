@@ -1,0 +1,91 @@
+//! A transaction of any size arrives as a whole, in modest memory.
+
+use std::fs;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use crate::stage::{Setting, Stage};
+
+const ROWS: u64 = 100_000;
+/// What the process may ever hold, in a debug build.
+const MEMORY_KIB_MAX: u64 = 200 * 1024;
+
+/// Reads `query` at the target until told to stop, and checks every answer.
+struct Reader {
+    stop: Arc<AtomicBool>,
+    reads: Arc<AtomicU64>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Reader {
+    async fn start(stage: &Stage, query: &'static str, allowed: &'static [&'static str]) -> Self {
+        let client = stage.postgres.connect("target").await.expect("connects");
+        let (stop, reads) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (stopped, counted) = (Arc::clone(&stop), Arc::clone(&reads));
+        let task = tokio::spawn(async move {
+            while !stopped.load(Ordering::Relaxed) {
+                let row = client.query_one(query, &[]).await.expect("reads");
+                let found: String = row.get(0);
+                assert!(allowed.contains(&found.as_str()), "{query} shows {found}");
+                counted.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        Self { stop, reads, task }
+    }
+
+    async fn finish(self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.task.await.expect("the reader saw half a transaction");
+        assert!(
+            self.reads.load(Ordering::Relaxed) > 3,
+            "it hardly ever looked"
+        );
+    }
+}
+
+fn peak_memory_kib(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))
+        .expect("a peak");
+    line.trim()
+        .trim_end_matches(" kB")
+        .parse()
+        .expect("a number")
+}
+
+#[tokio::test]
+async fn a_reader_never_sees_half_of_a_hundred_thousand_rows() {
+    let stage = Stage::set(Setting {
+        schema: "CREATE TABLE t (id int PRIMARY KEY, marker int NOT NULL, v text)",
+        ..Setting::default()
+    })
+    .await;
+    let pipeline = stage.start();
+    stage.equal(&pipeline).await;
+
+    let count = "SELECT count(*)::text FROM t";
+    let reader = Reader::start(&stage, count, &["0", "100000"]).await;
+    stage
+        .sql(&format!(
+            "INSERT INTO t SELECT i, 0, 'the row number ' || i FROM generate_series(1, {ROWS}) i"
+        ))
+        .await;
+    assert_eq!(stage.equal(&pipeline).await.rows, ROWS);
+    reader.finish().await;
+
+    let query = "SELECT min(marker) || ' to ' || max(marker) || ' in ' || count(*) FROM t";
+    let reader = Reader::start(&stage, query, &["0 to 0 in 100000", "1 to 1 in 100000"]).await;
+    stage.sql("UPDATE t SET marker = 1").await;
+    assert_eq!(stage.equal(&pipeline).await.rows, ROWS);
+    reader.finish().await;
+
+    let reader = Reader::start(&stage, count, &["0", "100000"]).await;
+    stage.sql("DELETE FROM t").await;
+    assert_eq!(stage.equal(&pipeline).await.rows, 0);
+    reader.finish().await;
+
+    let peak = peak_memory_kib(pipeline.pid());
+    assert!(peak < MEMORY_KIB_MAX, "peak memory: {peak} KiB");
+}

@@ -1,0 +1,130 @@
+//! A reader of the stream, as `millrace_consumer` is: what it drops, and where it resumes.
+
+use bytes::Bytes;
+use millrace_event::{Control, Position};
+
+use crate::broker::{Assembly, Broker};
+
+/// One message that is new.
+pub(crate) struct Delivery {
+    pub(crate) stream_seq: u64,
+    pub(crate) floor: Position,
+    pub(crate) body: Body,
+}
+
+pub(crate) enum Body {
+    Changes(Bytes),
+    Control(Control),
+}
+
+/// A reader.
+#[derive(Debug)]
+pub(crate) struct Reader {
+    pub(crate) stream_seq: u64,
+    highest: Position,
+    assembly: Assembly,
+    before_chunks: u64,
+    is_connected: bool,
+    /// How often its place had to be searched.
+    pub(crate) searches: u64,
+    /// Sabotage: resume behind a message that is new.
+    pub(crate) resume_late: bool,
+}
+
+impl Reader {
+    pub(crate) fn new(stream_seq: u64, position: Position) -> Self {
+        Self {
+            stream_seq,
+            highest: position,
+            assembly: Assembly::default(),
+            before_chunks: 0,
+            is_connected: false,
+            searches: 0,
+            resume_late: false,
+        }
+    }
+
+    pub(crate) fn disconnect(&mut self) {
+        self.is_connected = false;
+    }
+
+    /// Older messages come again.
+    pub(crate) fn rewind(&mut self, stream_seq: u64) {
+        if self.is_connected {
+            self.stream_seq = stream_seq.min(self.stream_seq);
+            self.assembly.clear();
+        }
+    }
+
+    /// The next message that is new, if there is one.
+    pub(crate) fn next(&mut self, broker: &Broker) -> Option<Delivery> {
+        if !self.is_connected && !self.connect(broker) {
+            return None;
+        }
+        while let Some(stored) = broker.get(self.stream_seq + 1) {
+            let before = self.stream_seq;
+            self.stream_seq += 1;
+            let message = &stored.message;
+            let payload = match &message.chunk {
+                None => message.payload.clone(),
+                Some((_, place)) => {
+                    if self.assembly.is_empty() {
+                        self.before_chunks = before;
+                    }
+                    match self.assembly.push(*place, &message.payload) {
+                        Some(whole) => whole,
+                        None => continue,
+                    }
+                }
+            };
+            if stored.position <= self.highest {
+                continue;
+            }
+            self.assembly.clear();
+            let floor = std::mem::replace(&mut self.highest, stored.position);
+            let body = match message.control() {
+                Some(control) if message.is_control() => Body::Control(control),
+                _ => Body::Changes(payload),
+            };
+            let stream_seq = self.stream_seq;
+            return Some(Delivery { stream_seq, floor, body });
+        }
+        None
+    }
+
+    /// Makes a consumer, behind what was read.
+    fn connect(&mut self, broker: &Broker) -> bool {
+        if !self.assembly.is_empty() {
+            self.stream_seq = self.before_chunks;
+            self.assembly.clear();
+        }
+        if broker.last_seq() < self.stream_seq {
+            return false;
+        }
+        let same = self.stream_seq == 0 || broker.position_at(self.stream_seq) == Some(self.highest);
+        if !same {
+            self.stream_seq = resume_after(broker, self.highest);
+            self.searches += 1;
+        }
+        if self.resume_late {
+            self.resume_late = false;
+            self.stream_seq = (self.stream_seq + 1).min(broker.last_seq());
+        }
+        self.is_connected = true;
+        true
+    }
+}
+
+/// By bisection: the newest message whose position is not above the reader's own.
+fn resume_after(broker: &Broker, own: Position) -> u64 {
+    let (mut low, mut high) = (1, broker.last_seq() + 1);
+    while low < high {
+        let probe = low + (high - low) / 2;
+        if broker.position_at(probe) > Some(own) {
+            high = probe;
+        } else {
+            low = probe + 1;
+        }
+    }
+    low - 1
+}
