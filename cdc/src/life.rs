@@ -12,7 +12,7 @@ use millrace_connect::nats::{self, Reconnect};
 use millrace_connect::postgres::{Dsn, Session, connect};
 use millrace_event::work::{self, Origin};
 use millrace_event::{
-    Control, ControlKind, Position, StreamOrigin, TableName, TableSchema, subject,
+    Control, ControlKind, Lsn, Position, StreamOrigin, TableName, TableSchema, subject,
 };
 use tokio_postgres::Client;
 
@@ -93,7 +93,8 @@ pub(crate) async fn open(config: &Config, now: Duration) -> Result<Life, Error> 
     let plan = decide(config, &client, &facts, &stream).await?;
     let mut replication = ReplicationConnection::connect(&dsn, "millrace").await?;
     let identity = replication.identify_system().await?;
-    let known = stream_tail(&stream).await?.map(|(_, tail)| tail);
+    let known = stream_tail(&stream, Lsn::ZERO).await?;
+    let known = known.map(|(_, tail)| tail);
     let epoch = check_identity(&stream, &mut replication, &identity, known.as_ref()).await?;
     prepare(config, &client, &mut replication, plan, &tables, &stream).await?;
     describe_tables(&client, &stream.schemas, &tables).await?;
@@ -104,7 +105,7 @@ pub(crate) async fn open(config: &Config, now: Duration) -> Result<Life, Error> 
         config.source.origin == OriginFilter::None && facts.version >= ORIGIN_VERSION_MIN;
     let options = StartOptions {
         slot: &slot,
-        start: millrace_event::Lsn::ZERO,
+        start: Lsn::ZERO,
         publications: &[&publication],
         messages: true,
         origin_none,
@@ -116,10 +117,10 @@ pub(crate) async fn open(config: &Config, now: Duration) -> Result<Life, Error> 
         .await?
         .ok_or_else(|| Error::retry_because("the slot vanished while it was read"))?
         .confirmed;
-    if matches!(plan, Plan::Begin { .. }) && stream_tail(&stream).await?.is_none() {
+    if matches!(plan, Plan::Begin { .. }) && stream_tail(&stream, confirmed).await?.is_none() {
         publish_start(config, &stream, &identity, epoch, confirmed).await?;
     }
-    let (state, tail) = stream_tail(&stream)
+    let (state, tail) = stream_tail(&stream, confirmed)
         .await?
         .ok_or_else(|| Error::retry_because("the stream's start is gone again"))?;
     let found = TailFound {
@@ -179,11 +180,14 @@ async fn open_buckets(config: &Config, jetstream: jetstream::Context) -> Result<
     })
 }
 
-async fn stream_tail(stream: &Stream) -> Result<Option<(StreamState, Tail)>, Error> {
+async fn stream_tail(
+    stream: &Stream,
+    confirmed: Lsn,
+) -> Result<Option<(StreamState, Tail)>, Error> {
     let Some(state) = stream::find_stream(&stream.jetstream, &stream.name).await? else {
         return Ok(None);
     };
-    let tail = stream::tail(&stream.jetstream, &stream.name).await?;
+    let tail = stream::tail_covering(&stream.jetstream, &stream.name, confirmed).await?;
     Ok(tail.map(|tail| (state, tail)))
 }
 
@@ -206,10 +210,14 @@ async fn decide(
             }
         }
     };
+    let confirmed = match slot {
+        SlotFound::Inactive { confirmed } => confirmed,
+        SlotFound::Missing | SlotFound::Active { .. } => Lsn::ZERO,
+    };
     let found = match stream::find_stream(&stream.jetstream, &stream.name).await? {
         None => StreamFound::Missing,
         Some(state) if state.last_seq == 0 => StreamFound::Empty,
-        Some(_) => match stream::tail(&stream.jetstream, &stream.name).await? {
+        Some(_) => match stream::tail_covering(&stream.jetstream, &stream.name, confirmed).await? {
             None => StreamFound::Emptied,
             Some(tail) => StreamFound::Tail(TailFound {
                 position: tail.position,
@@ -217,6 +225,11 @@ async fn decide(
             }),
         },
     };
+    // The slot was looked for first: a stream that another process has begun since is no gap.
+    let began = slot == SlotFound::Missing && matches!(found, StreamFound::Tail(_));
+    if began && source::find_slot(client, &name).await?.is_some() {
+        return Err(Error::retry_because("another process begins the stream"));
+    }
     let sink_position = has_sink_position(&stream.sinks).await?;
     let found = Found {
         name: &name,
@@ -435,7 +448,7 @@ async fn publish_start(
     stream: &Stream,
     identity: &SystemIdentity,
     epoch: u32,
-    confirmed: millrace_event::Lsn,
+    confirmed: Lsn,
 ) -> Result<(), Error> {
     let ts_us = SystemTime::now()
         .duration_since(SystemTime::UNIX_EPOCH)
@@ -530,7 +543,7 @@ fn settings(
     }
 }
 
-fn resume(state: &StreamState, tail: &Tail, confirmed: millrace_event::Lsn) -> Resume {
+fn resume(state: &StreamState, tail: &Tail, confirmed: Lsn) -> Resume {
     let age = state.now.duration_since(tail.stored_at).unwrap_or_default();
     let boundary = tail.end_lsn.map(|end_lsn| {
         (

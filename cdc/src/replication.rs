@@ -14,9 +14,6 @@ mod reader;
 mod session;
 mod wal;
 
-#[cfg(test)]
-mod tests;
-
 pub use command::{CreatedSlot, SlotKind, Snapshot, StartOptions, SystemIdentity};
 pub use connection::ReplicationConnection;
 pub use error::{AuthError, ServerError, WalError};

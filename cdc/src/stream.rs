@@ -13,7 +13,7 @@ use async_nats::jetstream::{Context, ErrorCode};
 use async_nats::{HeaderMap, jetstream};
 use bytes::Bytes;
 use millrace_config::{Code, Condition};
-use millrace_event::Position;
+use millrace_event::{Lsn, Position};
 use serde::Deserialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::json;
@@ -320,6 +320,19 @@ pub async fn position_at(
 /// What JetStream answers.
 pub async fn tail(jetstream: &Context, name: &str) -> Result<Option<Tail>, StreamError> {
     tail::tail(jetstream, name).await
+}
+
+/// How the stream ends for its readers, who drop what a publisher that was taken over sent late: as [`tail`],
+/// unless the stream's last messages do not represent the source up to `confirmed` and one before them does.
+///
+/// # Errors
+/// What JetStream answers.
+pub async fn tail_covering(
+    jetstream: &Context,
+    name: &str,
+    confirmed: Lsn,
+) -> Result<Option<Tail>, StreamError> {
+    tail::tail_covering(jetstream, name, confirmed).await
 }
 
 /// The KV bucket `MILLRACE_<source>_<kind>`, created where it is missing.

@@ -47,9 +47,7 @@ impl CopyProgress {
     /// Whether every table's copy was applied.
     #[must_use]
     pub fn is_complete(&self) -> bool {
-        self.tables
-            .values()
-            .all(|state| matches!(state, CopyState::Copied { .. }))
+        self.tables.values().all(CopyState::is_copied)
     }
 
     /// Whether a streamed change of this table is already part of its copy: its transaction committed below
@@ -61,9 +59,28 @@ impl CopyProgress {
             _ => false,
         }
     }
+
+    /// The tables that are parked.
+    #[must_use]
+    pub fn parked(&self) -> Vec<TableName> {
+        let parked = |state: &CopyState| matches!(state, CopyState::Parked { .. });
+        self.tables
+            .iter()
+            .filter(|(_, state)| parked(state))
+            .map(|(table, _)| table.clone())
+            .collect()
+    }
 }
 
-/// The state of one table's initial copy.
+impl CopyState {
+    /// Whether the table's existing rows were all applied.
+    #[must_use]
+    pub fn is_copied(&self) -> bool {
+        matches!(self, Self::Copied { .. } | Self::Parked { .. })
+    }
+}
+
+/// The state of one table: its initial copy, and whether it keeps up with the sink.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "state", rename_all = "lowercase")]
 pub enum CopyState {
@@ -81,11 +98,22 @@ pub enum CopyState {
         #[serde(with = "lsn_text")]
         lsn: Lsn,
     },
-    /// All rows applied: entered with the sweep at the copy's end. Final.
+    /// All rows applied: entered with the sweep at the copy's end.
     Copied {
         /// The consistent point: changes committed below it are part of the copy.
         #[serde(with = "lsn_text")]
         lsn: Lsn,
+    },
+    /// The target refuses the table: entered from `Copied`, and left to it once the table has caught up. A
+    /// crash goes on from the table's own position.
+    Parked {
+        /// The consistent point of its copy.
+        #[serde(with = "lsn_text")]
+        lsn: Lsn,
+        /// The last message of the stream that was applied to it.
+        stream_seq: u64,
+        /// That message's position.
+        position: Position,
     },
 }
 

@@ -7,7 +7,6 @@ use millrace_event::work::{Copied, CopyApplied, CopyRequest, CopyStatus};
 use millrace_event::{ChangeEvent, TableName, header, subject};
 use tokio_util::sync::CancellationToken;
 
-use crate::batch::CopyState;
 use crate::copying::{CopyError, CopyMark, Copying, Input};
 use crate::error::Error;
 use crate::life::{LOOK_INTERVAL, Life};
@@ -60,7 +59,7 @@ async fn request(life: &Life<'_>) -> Result<CopyRequest, Error> {
         .progress
         .tables
         .iter()
-        .filter(|(_, state)| !matches!(state, CopyState::Copied { .. }))
+        .filter(|(_, state)| !state.is_copied())
         .map(|(table, _)| table.clone())
         .collect();
     let failed = |error| Error::retry("copy requests cannot be read", error);

@@ -240,7 +240,7 @@ impl Copying {
 
     /// The number reached must outlive the table that reached it: the next table that waits carries it.
     fn pass_number_on(&mut self, below: Version) {
-        let waits = |state: &CopyState| !matches!(state, CopyState::Copied { .. });
+        let waits = |state: &CopyState| !state.is_copied();
         let next = self.progress.tables.iter().find(|(_, state)| waits(state));
         if let Some(next) = next.map(|(table, _)| table.clone()) {
             self.note(&next, below);

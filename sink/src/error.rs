@@ -5,6 +5,7 @@ use std::error::Error as StdError;
 use millrace_config::{Code, Condition, SecretError};
 use millrace_connect::nats::NatsError;
 use millrace_consumer::ReadError;
+use millrace_event::TableName;
 
 use crate::sink::{Cause, SinkError};
 
@@ -18,6 +19,15 @@ pub enum Error {
     /// about to change, so it is read again and tried again.
     #[error(transparent)]
     Refused(Condition),
+    /// The target refuses one table. Before the sink ever worked that is for an operator; later the table is
+    /// parked and the others go on.
+    #[error("the target refuses table {table}: {condition}")]
+    Table {
+        /// The table.
+        table: TableName,
+        /// What to tell the operator.
+        condition: Condition,
+    },
     /// Another process is this sink's worker: stand by and try again.
     #[error("another process is the sink's worker")]
     Standby,
@@ -97,13 +107,10 @@ impl From<SinkError> for Error {
                 }
             }
             SinkError::Table {
+                table, condition, ..
+            } => Self::Table {
                 table,
-                condition,
-                source,
-            } => Self::Retry {
-                reason: format!("the target refuses table {table}"),
-                condition: Some(*condition),
-                source,
+                condition: *condition,
             },
         }
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use async_nats::jetstream::{self, kv};
-use millrace_config::{Code, Condition, Config, Sink as Settings, Table};
+use millrace_config::{Code, Condition, Config, OnDelete, OnTruncate, Sink as Settings, Table};
 use millrace_connect::nats::{self, Reconnect};
 use millrace_connect::postgres::Dsn;
 use millrace_event::work::{self, SinkReport};
@@ -49,6 +49,8 @@ pub(crate) struct Life<'l> {
     target: Option<Target>,
     pub(crate) checkpoint: Checkpoint,
     pub(crate) progress: CopyProgress,
+    /// The newest layout of each table that was asked for.
+    layouts: HashMap<TableName, Arc<TableLayout>>,
     meters: crate::meters::Meters,
 }
 
@@ -96,6 +98,7 @@ impl<'l> Life<'l> {
             target: Some(Target::Idle(Box::new(sink))),
             checkpoint,
             progress: copy,
+            layouts: HashMap::new(),
             meters: crate::meters::Meters::new(&settings.name),
         };
         life.register().await?;
@@ -298,6 +301,53 @@ impl<'l> Life<'l> {
         }
     }
 
+    /// The oldest place of the stream that is still needed: the sink's own, or a parked table's.
+    pub(crate) fn kept_from(&self) -> (u64, Position) {
+        let own = (self.checkpoint.stream_seq, self.checkpoint.position);
+        let parked = self
+            .progress
+            .tables
+            .values()
+            .filter_map(|state| match state {
+                CopyState::Parked {
+                    stream_seq,
+                    position,
+                    ..
+                } => Some((*stream_seq, *position)),
+                _ => None,
+            });
+        parked.fold(own, std::cmp::min)
+    }
+
+    /// Whether a table's deletes and truncates are applied.
+    pub(crate) fn rule(&self, table: &TableName) -> (bool, bool) {
+        let settings = self.tables.get(table);
+        settings.map_or((false, false), |table| {
+            (
+                table.on_delete == OnDelete::Delete,
+                table.on_truncate == OnTruncate::Apply,
+            )
+        })
+    }
+
+    /// The layout of a version of a table, asked for once.
+    pub(crate) async fn layout_of(
+        &mut self,
+        table: &TableName,
+        version: &str,
+    ) -> Result<Arc<TableLayout>, Error> {
+        if let Some(known) = self
+            .layouts
+            .get(table)
+            .filter(|known| known.shape == version)
+        {
+            return Ok(Arc::clone(known));
+        }
+        let layout = self.layout(table, Some(version)).await?;
+        self.layouts.insert(table.clone(), Arc::clone(&layout));
+        Ok(layout)
+    }
+
     /// Tells capture what the stream need not keep for this sink any longer.
     pub(crate) async fn report(&mut self, at_once: bool) -> Result<(), Error> {
         let now = tokio::time::Instant::now();
@@ -308,11 +358,8 @@ impl<'l> Life<'l> {
             return Ok(());
         }
         self.reported_at = Some(now);
-        let Checkpoint {
-            stream_seq,
-            position,
-            ..
-        } = self.checkpoint;
+        let Checkpoint { position, .. } = self.checkpoint;
+        let stream_seq = self.kept_from().0;
         let report = SinkReport {
             stream_seq,
             position,

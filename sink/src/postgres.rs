@@ -7,6 +7,7 @@ mod isolate;
 mod parameters;
 mod session;
 mod tables;
+mod types;
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;

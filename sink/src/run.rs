@@ -4,17 +4,16 @@
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use millrace_config::{
-    Backoff, Code, Condition, Config, OnDelete, OnTruncate, Sink as Settings, State, limits,
-};
+use millrace_config::{Backoff, Code, Condition, Config, Sink as Settings, State, limits};
 use millrace_consumer::{Body, Delivery, Reader, ReaderOptions, Start, Token};
-use millrace_event::{ChangeEvent, Version};
+use millrace_event::{ChangeEvent, TableName, Version};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use crate::copy::copy;
 use crate::error::Error;
 use crate::life::Life;
+use crate::rejoin;
 use crate::sink::Sink;
 use crate::status::Status;
 use crate::worker::{Input, TableRule, Worker};
@@ -24,6 +23,9 @@ const TICK: Duration = Duration::from_millis(250);
 
 /// How often a standby tries to take over.
 const STANDBY_INTERVAL: Duration = Duration::from_secs(2);
+
+/// How often the target is asked whether it takes a parked table again.
+const PROBE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// How often deletes are forgotten that no older row can follow.
 const CLEAN_UP_INTERVAL: Duration = Duration::from_secs(60);
@@ -47,10 +49,14 @@ pub async fn run(
     let sink = settings.name.as_str();
     let backoff = Backoff::default();
     let mut failures = 0_u32;
+    // The table that the target has just refused.
+    let mut parking = None;
     loop {
         let began = Instant::now();
-        let Err(error) = live(config, settings, status, stop).await else {
-            return Ok(());
+        let error = match live(config, settings, status, parking.take(), stop).await {
+            Ok(Ended::Stopped) => return Ok(()),
+            Ok(Ended::Rejoin) => continue,
+            Err(error) => error,
         };
         failures = if began.elapsed() > limits::BACKOFF_MAX {
             1
@@ -61,6 +67,13 @@ pub async fn run(
             Error::Halt(condition) => {
                 status.set_state(sink, State::Halted(condition.code), Some(condition.clone()));
                 return Err(Error::Halt(condition));
+            }
+            Error::Table { condition, .. } if !status.snapshot().begun => {
+                return Err(Error::Halt(condition));
+            }
+            Error::Table { table, condition } => {
+                parking = Some((table, condition));
+                limits::BACKOFF_FIRST
             }
             Error::Refused(_) if !status.snapshot().begun => return Err(error),
             Error::Standby => {
@@ -73,7 +86,7 @@ pub async fn run(
                 let condition = match error {
                     Error::Refused(condition) => Some(condition),
                     Error::Retry { condition, .. } => condition,
-                    Error::Halt(_) | Error::Standby => None,
+                    Error::Halt(_) | Error::Standby | Error::Table { .. } => None,
                 };
                 if let Some(condition) = &condition {
                     tracing::warn!(code = condition.code.as_str(), remedy = %condition.remedy, "{}", condition.message);
@@ -89,26 +102,39 @@ pub async fn run(
     }
 }
 
+/// Why a life ended without a failure.
+enum Ended {
+    /// The process stops.
+    Stopped,
+    /// The target takes a parked table again.
+    Rejoin,
+}
+
 /// One life: opens the target, copies what is missing, follows the stream; returns at `stop` or with what
 /// ended it.
 async fn live(
     config: &Config,
     settings: &Settings,
     status: &Status,
+    parking: Option<(TableName, Condition)>,
     stop: &CancellationToken,
-) -> Result<(), Error> {
+) -> Result<Ended, Error> {
     let mut life = tokio::select! {
         biased;
-        () = stop.cancelled() => return Ok(()),
+        () = stop.cancelled() => return Ok(Ended::Stopped),
         life = Box::pin(Life::open(config, settings, status)) => life?,
     };
+    if let Some((table, condition)) = parking {
+        Box::pin(rejoin::park(&mut life, &table, &condition)).await?;
+    }
     if !life.progress.is_complete() {
         status.set_state(&settings.name, State::Snapshotting, None);
         Box::pin(copy(&mut life, stop)).await?;
         if stop.is_cancelled() {
-            return Ok(());
+            return Ok(Ended::Stopped);
         }
     }
+    Box::pin(rejoin::rejoin(&mut life, stop)).await?;
     status.set_state(&settings.name, State::Streaming, None);
     Box::pin(follow(life, stop)).await
 }
@@ -121,7 +147,7 @@ enum Turn {
     Tick,
 }
 
-async fn follow(mut life: Life<'_>, stop: &CancellationToken) -> Result<(), Error> {
+async fn follow(mut life: Life<'_>, stop: &CancellationToken) -> Result<Ended, Error> {
     let began = Instant::now();
     let checkpoint = life.checkpoint;
     let token = Token {
@@ -130,12 +156,13 @@ async fn follow(mut life: Life<'_>, stop: &CancellationToken) -> Result<(), Erro
     };
     let options = ReaderOptions::new(life.jetstream.clone(), life.source, Start::After(token));
     let mut reader = Reader::open(options);
+    let parked = life.progress.parked();
     let rules: HashMap<_, _> = life
         .tables
-        .iter()
-        .map(|(name, table)| {
-            let deletes = table.on_delete == OnDelete::Delete;
-            let truncates = table.on_truncate == OnTruncate::Apply;
+        .keys()
+        .filter(|name| !parked.contains(name))
+        .map(|name| {
+            let (deletes, truncates) = life.rule(name);
             (name.clone(), TableRule { deletes, truncates })
         })
         .collect();
@@ -145,6 +172,7 @@ async fn follow(mut life: Life<'_>, stop: &CancellationToken) -> Result<(), Erro
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut passed = VecDeque::new();
     let mut cleaned_at = Instant::now();
+    let mut probed_at = Instant::now();
     loop {
         // Everything that has arrived already, as far as there is room.
         while worker.wants_delivery() && !stop.is_cancelled() {
@@ -172,7 +200,7 @@ async fn follow(mut life: Life<'_>, stop: &CancellationToken) -> Result<(), Erro
             _ = ticks.tick() => Turn::Tick,
         };
         match turn {
-            Turn::Stop => return drain(life).await,
+            Turn::Stop => return drain(life).await.map(|()| Ended::Stopped),
             Turn::Applied => {
                 worker.handle(Input::Flushed).map_err(no_key)?;
                 life.report(false).await?;
@@ -182,6 +210,13 @@ async fn follow(mut life: Life<'_>, stop: &CancellationToken) -> Result<(), Erro
                 if !life.is_applying() && cleaned_at.elapsed() >= CLEAN_UP_INTERVAL {
                     cleaned_at = Instant::now();
                     clean_up(&mut life, &mut passed).await?;
+                }
+                let due = !parked.is_empty() && probed_at.elapsed() >= PROBE_INTERVAL;
+                if due && worker.is_at_rest() && !life.is_applying() {
+                    probed_at = Instant::now();
+                    if rejoin::is_wanted(&mut life, &parked).await? {
+                        return Ok(Ended::Rejoin);
+                    }
                 }
             }
         }
@@ -236,7 +271,7 @@ async fn take(life: &mut Life<'_>, worker: &mut Worker, delivery: &Delivery) -> 
 
 /// Forgets the deletes that the sink passed a while ago: nothing at or below its position is applied again.
 async fn clean_up(life: &mut Life<'_>, passed: &mut VecDeque<Version>) -> Result<(), Error> {
-    passed.push_back(life.checkpoint.position.0);
+    passed.push_back(life.kept_from().1.0);
     if passed.len() > CLEAN_UPS_KEPT
         && let Some(version) = passed.pop_front()
     {

@@ -102,14 +102,15 @@ impl Status {
     }
 
     pub(crate) fn set_tables(&self, copies: &CopyProgress) {
-        let state = |copy: &CopyState| match copy {
+        let state = |table: &TableName, copy: &CopyState| match copy {
+            CopyState::Parked { .. } => State::Parked(table.clone()),
             CopyState::Copied { .. } => State::Streaming,
             CopyState::Pending | CopyState::Copying { .. } => State::Snapshotting,
         };
         self.lock().tables = copies
             .tables
             .iter()
-            .map(|(table, copy)| (table.clone(), state(copy)))
+            .map(|(table, copy)| (table.clone(), state(table, copy)))
             .collect();
     }
 

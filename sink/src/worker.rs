@@ -169,6 +169,12 @@ impl Worker {
         self.flight == Flight::Idle || !self.is_full()
     }
 
+    /// Whether the target has no transaction open and nothing to apply.
+    #[must_use]
+    pub fn is_at_rest(&self) -> bool {
+        self.flight == Flight::Idle && !self.target_open
+    }
+
     /// Where the target stands once everything handed out is applied.
     #[must_use]
     pub fn checkpoint(&self) -> Checkpoint {

@@ -35,7 +35,7 @@ impl Goal {
                     && snapshot
                         .tables
                         .iter()
-                        .all(|(_, state)| *state == State::Streaming);
+                        .all(|(_, state)| matches!(state, State::Streaming | State::Parked(_)));
                 let reached = match self {
                     // A heartbeat written after the goal was read lies above it.
                     Self::Source(goal) => snapshot.checkpoint.position.commit_lsn() >= *goal,
@@ -44,6 +44,18 @@ impl Goal {
                 copied && reached
             })
     }
+}
+
+/// Whether a sink of this process left a table behind.
+pub(super) fn is_incomplete(parts: &Parts) -> bool {
+    let parked = |state: &State| matches!(state, State::Parked(_));
+    parts.sinks.iter().any(|(_, status)| {
+        status
+            .snapshot()
+            .tables
+            .iter()
+            .any(|(_, state)| parked(state))
+    })
 }
 
 /// Reads the goal: from the source where capture runs here, else from the stream.

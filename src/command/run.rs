@@ -128,6 +128,10 @@ async fn supervise(
             _ = looks.tick() => {
                 parts.show(board);
                 if goal.as_ref().is_some_and(|goal| goal.is_reached(parts)) {
+                    if once::is_incomplete(parts) {
+                        say("a table is parked; see `millrace status`");
+                        break Exit::Finding;
+                    }
                     break Exit::Ok;
                 }
             }
@@ -228,7 +232,7 @@ impl Parts {
                         let begun = status.snapshot().begun;
                         Ended::Failed { condition, begun }
                     }
-                    Err(Error::Retry { .. } | Error::Standby) => {
+                    Err(Error::Retry { .. } | Error::Standby | Error::Table { .. }) => {
                         unreachable!("what passes is tried again, for ever")
                     }
                 }

@@ -1,5 +1,7 @@
 //! A broker that acknowledged what it then loses: the slot still has it, and gives it again.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use millrace_event::Lsn;
@@ -8,6 +10,7 @@ use rand::rngs::StdRng;
 
 use crate::kill::{random_moment, seeded, shop_setting, traffic};
 use crate::stage::{PATIENCE, Setting, Stage};
+use crate::two_captures::{ordered, whole, write};
 
 /// The broker syncs so seldom that nothing is confirmed in the scenario.
 const SYNCED: &str = "confirm = \"synced\"\nsync_interval = \"1h\"";
@@ -55,6 +58,28 @@ async fn a_tail_lost_while_everything_runs_is_published_again() {
     }
     traffic.stop().await.expect("traffic");
     still_runs(&stage, pipeline).await;
+}
+
+#[tokio::test]
+async fn after_a_lost_tail_the_stream_has_no_hole_and_nothing_is_reordered() {
+    let mut rng = seeded();
+    let mut stage = Stage::set(Setting {
+        stream: SYNCED,
+        ..ordered()
+    })
+    .await;
+    let mut pipeline = stage.start();
+    Stage::readyz(&mut pipeline, 200, "streaming").await;
+    let stop = Arc::new(AtomicBool::new(false));
+    let writer = write(&stage, &stop).await;
+    for _ in 0..2 {
+        random_moment(&mut rng, 500).await;
+        loses_its_tail(&mut stage, &mut rng).await;
+    }
+    stop.store(true, Ordering::Relaxed);
+    let count = writer.await.expect("writer");
+    stage.equal(&pipeline).await;
+    whole(&stage, count).await;
 }
 
 #[tokio::test]

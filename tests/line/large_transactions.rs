@@ -3,10 +3,13 @@
 use std::fs;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use crate::stage::{Setting, Stage};
 
 const ROWS: u64 = 100_000;
+/// Between two looks of a reader: it should not take the machine from the product.
+const READ_INTERVAL: Duration = Duration::from_millis(10);
 /// What the process may ever hold, in a debug build.
 const MEMORY_KIB_MAX: u64 = 200 * 1024;
 
@@ -20,7 +23,10 @@ struct Reader {
 impl Reader {
     async fn start(stage: &Stage, query: &'static str, allowed: &'static [&'static str]) -> Self {
         let client = stage.postgres.connect("target").await.expect("connects");
-        let (stop, reads) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (stop, reads) = (
+            Arc::new(AtomicBool::new(false)),
+            Arc::new(AtomicU64::new(0)),
+        );
         let (stopped, counted) = (Arc::clone(&stop), Arc::clone(&reads));
         let task = tokio::spawn(async move {
             while !stopped.load(Ordering::Relaxed) {
@@ -28,6 +34,7 @@ impl Reader {
                 let found: String = row.get(0);
                 assert!(allowed.contains(&found.as_str()), "{query} shows {found}");
                 counted.fetch_add(1, Ordering::Relaxed);
+                tokio::time::sleep(READ_INTERVAL).await;
             }
         });
         Self { stop, reads, task }
@@ -62,7 +69,10 @@ async fn a_reader_never_sees_half_of_a_hundred_thousand_rows() {
         ..Setting::default()
     })
     .await;
+    stage.sql("INSERT INTO t VALUES (0, 0, 'copied')").await;
     let pipeline = stage.start();
+    stage.equal(&pipeline).await;
+    stage.sql("DELETE FROM t").await;
     stage.equal(&pipeline).await;
 
     let count = "SELECT count(*)::text FROM t";

@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use millrace_lab::{NatsOptions, Place, Postgres};
+use millrace_lab::{NatsOptions, Pipeline, Place, Postgres};
 
 use crate::bad_input::edit;
-use crate::stage::{PATIENCE, Setting, Stage};
+use crate::stage::{BIN, PATIENCE, Setting, Stage};
 
 /// A private authority, and a server's certificate for 127.0.0.1.
 struct Certificates {
@@ -198,12 +198,15 @@ async fn no_output_holds_a_password_whatever_goes_wrong() {
     let url = stage.nats.url();
     let with_login = url.replace("nats://", "nats://user:brokerpassword@");
     edit(&stage.folder, &url, &with_login);
-    let quiet = |stage: &Stage, run: &millrace_lab::Pipeline| {
+    let quiet = |stage: &Stage, run: &Pipeline| {
         stage.keeps_the_password(run);
         assert!(!run.logs().contains("brokerpassword"), "{}", run.logs());
     };
-    let mut pipeline = stage.start_with(&["run", "--log-level", "trace"]);
-    stage.equal(&pipeline).await;
+    // The libraries' own traces too.
+    let arguments = ["RUST_LOG=trace", BIN, "run"];
+    let pipeline = Pipeline::spawn(Path::new("env"), stage.folder.path(), &arguments);
+    let mut pipeline = pipeline.expect("millrace starts");
+    Stage::readyz(&mut pipeline, 200, "streaming").await;
     stage.nats.kill9();
     tokio::time::sleep(Duration::from_secs(1)).await;
     stage.postgres.stop_fast().await.expect("stopped");
@@ -218,6 +221,11 @@ async fn no_output_holds_a_password_whatever_goes_wrong() {
         run.wait(PATIENCE).await.expect("ends");
         quiet(&stage, &run);
     }
+    assert!(
+        pipeline.logs().contains("\"level\":\"TRACE\""),
+        "{}",
+        pipeline.logs()
+    );
     quiet(&stage, &pipeline);
     stage.nats.start_again().await.expect("broker");
     stage.postgres.start_again().await.expect("postgres");

@@ -12,8 +12,8 @@ use crate::stage::{Setting, Stage};
 async fn what_was_rolled_back_never_arrives() {
     let stage = Stage::set(Setting::default()).await;
     stage.target_sql("CREATE TABLE seen (id int, v text)").await;
+    stage.once().await;
     let pipeline = stage.start();
-    stage.equal(&pipeline).await;
     // Whatever is ever written to the replica leaves a trace.
     stage
         .target_sql(

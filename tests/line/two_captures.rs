@@ -7,13 +7,15 @@ use std::time::{Duration, Instant};
 
 use millrace_event::{Control, Position, decode_line};
 use millrace_lab::PostgresOptions;
-use tokio_postgres::Client;
+use tokio::task::JoinHandle;
 
 use crate::kill::{random_moment, seeded, shop_setting, traffic};
 use crate::stage::{PATIENCE, Setting, Stage};
 
 const CAPTURE: [&str; 3] = ["run", "--only", "capture"];
 const SINK: [&str; 3] = ["run", "--only", "sink:replica"];
+/// What a part logs when it begins to stream.
+const STREAMING: &str = "\"to\":\"streaming\"";
 const TAKE_OVER_MAX: Duration = Duration::from_secs(10);
 
 #[tokio::test]
@@ -68,9 +70,21 @@ async fn two_that_start_at_the_same_moment_begin_one_stream() {
     }
 }
 
+/// The tables of [`write`].
+pub(crate) fn ordered() -> Setting<'static> {
+    Setting {
+        schema: "CREATE TABLE a (id int PRIMARY KEY, v text); \
+                 CREATE TABLE b (k int PRIMARY KEY, n int NOT NULL); INSERT INTO b VALUES (1, 0)",
+        tables: &[("public.a", ""), ("public.b", "")],
+        ..Setting::default()
+    }
+}
+
 /// One writer, so that the order of each table's changes is known: transaction `n` inserts row `n` into `a`
 /// and changes the single row of `b`.
-fn write(client: Client, stop: Arc<AtomicBool>) -> tokio::task::JoinHandle<i32> {
+pub(crate) async fn write(stage: &Stage, stop: &Arc<AtomicBool>) -> JoinHandle<i32> {
+    let client = stage.postgres.connect("source").await.expect("source");
+    let stop = Arc::clone(stop);
     tokio::spawn(async move {
         let mut number = 0;
         while !stop.load(Ordering::Relaxed) {
@@ -120,26 +134,57 @@ async fn seen(stage: &Stage) -> (BTreeMap<String, Vec<String>>, u64) {
     (tables, dropped)
 }
 
+/// Checks that the readers of the stream see every change of each table once and in its order.
+pub(crate) async fn whole(stage: &Stage, count: i32) {
+    let (tables, dropped) = seen(stage).await;
+    println!("{count} transactions, {dropped} changes dropped by readers");
+    let expected: Vec<String> = (1..=count).map(|number| number.to_string()).collect();
+    for table in ["a", "b"] {
+        let found = &tables[table];
+        assert!(*found == expected, "table {table}: {found:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_killed_capture_leaves_no_hole_and_reorders_nothing() {
+    let mut rng = seeded();
+    let stage = Stage::set(ordered()).await;
+    let mut sink = stage.start_with(&SINK);
+    let mut capture = stage.start_with(&CAPTURE);
+    sink.wait_for_log(STREAMING, PATIENCE)
+        .await
+        .expect("copied");
+    let stop = Arc::new(AtomicBool::new(false));
+    let writer = write(&stage, &stop).await;
+    for _ in 0..6 {
+        random_moment(&mut rng, 900).await;
+        capture.kill9();
+        capture = stage.start_with(&CAPTURE);
+    }
+    stop.store(true, Ordering::Relaxed);
+    let count = writer.await.expect("writer");
+    stage.equal(&sink).await;
+    whole(&stage, count).await;
+}
+
 #[tokio::test]
 async fn a_zombie_leaves_no_hole_and_reorders_nothing() {
     let settings = vec![("wal_sender_timeout".to_owned(), "2s".to_owned())];
     let stage = Stage::set(Setting {
-        schema: "CREATE TABLE a (id int PRIMARY KEY, v text); \
-                 CREATE TABLE b (k int PRIMARY KEY, n int NOT NULL); INSERT INTO b VALUES (1, 0)",
-        tables: &[("public.a", ""), ("public.b", "")],
         postgres: PostgresOptions {
             settings,
             ..PostgresOptions::default()
         },
-        ..Setting::default()
+        ..ordered()
     })
     .await;
     let mut sink = stage.start_with(&SINK);
     let mut captures = [stage.start_with(&CAPTURE), stage.start_with(&CAPTURE)];
-    sink.wait_for_log("\"to\":\"streaming\"", PATIENCE).await.expect("copied");
+    sink.wait_for_log(STREAMING, PATIENCE)
+        .await
+        .expect("copied");
     let stop = Arc::new(AtomicBool::new(false));
-    let client = stage.postgres.connect("source").await.expect("source");
-    let writer = write(client, stop.clone());
+    let writer = write(&stage, &stop).await;
     let mut rng = seeded();
     for _ in 0..2 {
         random_moment(&mut rng, 800).await;
@@ -156,15 +201,6 @@ async fn a_zombie_leaves_no_hole_and_reorders_nothing() {
     stop.store(true, Ordering::Relaxed);
     let count = writer.await.expect("writer");
     stage.equal(&sink).await;
-    let (tables, dropped) = seen(&stage).await;
-    println!("{count} transactions, {dropped} changes dropped by readers");
-    let expected: Vec<String> = (1..=count).map(|number| number.to_string()).collect();
-    assert!(count > 500);
-    for table in ["a", "b"] {
-        assert!(
-            tables[table] == expected,
-            "table {table}: {:?}",
-            tables[table]
-        );
-    }
+    assert!(count > 500, "{count}");
+    whole(&stage, count).await;
 }

@@ -49,7 +49,10 @@ fn read(message: &Message, payload: &[u8]) -> (Position, Option<Lsn>) {
         let control = message.control().expect("a control message of ours");
         return (control.position, Some(control.end_lsn));
     }
-    let line = payload.rsplit(|byte| *byte == b'\n').next().unwrap_or_default();
+    let line = payload
+        .rsplit(|byte| *byte == b'\n')
+        .next()
+        .unwrap_or_default();
     let event = decode_line(line).expect("an event of ours");
     (event.source.version.into(), event.source.end_lsn)
 }
@@ -89,7 +92,10 @@ impl Assembly {
     }
 
     pub(crate) fn push(&mut self, place: Place, payload: &Bytes) -> Option<Bytes> {
-        let known = self.0.iter().position(|(set, _)| set.publisher == place.publisher);
+        let known = self
+            .0
+            .iter()
+            .position(|(set, _)| set.publisher == place.publisher);
         let set = known.map(|at| self.0.remove(at));
         let mut bytes = match set {
             _ if place.index == 1 => BytesMut::new(),
@@ -137,7 +143,10 @@ impl Broker {
     }
 
     pub(crate) fn append(&mut self, message: Message, now: Duration) -> u64 {
-        let before = self.messages.last().map_or(Position::ZERO, |stored| stored.highest);
+        let before = self
+            .messages
+            .last()
+            .map_or(Position::ZERO, |stored| stored.highest);
         let (mut position, mut end_lsn, mut whole) = (Position::ZERO, None, false);
         match &message.chunk {
             _ if message.mark.is_some() => {}
@@ -152,7 +161,13 @@ impl Broker {
         }
         let highest = if whole { before.max(position) } else { before };
         let stored_at = now;
-        self.messages.push(Stored { message, position, end_lsn, stored_at, highest });
+        self.messages.push(Stored {
+            message,
+            position,
+            end_lsn,
+            stored_at,
+            highest,
+        });
         self.last_seq()
     }
 
@@ -174,7 +189,10 @@ impl Broker {
         self.synced = kept;
         let messages = std::mem::take(&mut self.messages);
         self.assembly.clear();
-        for Stored { message, stored_at, .. } in messages {
+        for Stored {
+            message, stored_at, ..
+        } in messages
+        {
             self.append(message, stored_at);
         }
     }
@@ -187,13 +205,22 @@ impl Broker {
             _ => newest.position,
         };
         let (stored_at, end_lsn) = (newest.stored_at, newest.end_lsn);
-        Tail { stream_seq: self.last_seq(), position, stored_at, end_lsn }
+        Tail {
+            stream_seq: self.last_seq(),
+            position,
+            stored_at,
+            end_lsn,
+        }
     }
 
     /// Sabotage: two neighbours change places.
     pub(crate) fn swap_last_two(&mut self) -> bool {
         let count = self.messages.len();
-        if count < 3 || self.messages[count - 2..].iter().any(|stored| stored.message.is_control()) {
+        if count < 3
+            || self.messages[count - 2..]
+                .iter()
+                .any(|stored| stored.message.is_control())
+        {
             return false;
         }
         self.messages.swap(count - 1, count - 2);
@@ -202,7 +229,10 @@ impl Broker {
 
     /// Sabotage: the newest message was never stored.
     pub(crate) fn forget_last(&mut self) -> bool {
-        let ours = self.messages.last().is_some_and(|stored| !stored.message.is_control());
+        let ours = self
+            .messages
+            .last()
+            .is_some_and(|stored| !stored.message.is_control());
         if ours {
             self.messages.pop();
         }
@@ -230,7 +260,13 @@ pub(crate) struct BatchFailed;
 
 impl Pipe {
     pub(crate) fn new(publisher: u64, base: u64) -> Self {
-        Self { publisher, sent: VecDeque::new(), stored: 0, base, batch: None }
+        Self {
+            publisher,
+            sent: VecDeque::new(),
+            stored: 0,
+            base,
+            batch: None,
+        }
     }
 
     /// The next message arrives.

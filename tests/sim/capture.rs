@@ -70,7 +70,11 @@ impl World {
         }
         let boundary = tail.end_lsn.map(|end_lsn| {
             let (stream_seq, position) = (tail.stream_seq, tail.position);
-            let boundary = Boundary { stream_seq, position, end_lsn };
+            let boundary = Boundary {
+                stream_seq,
+                position,
+                end_lsn,
+            };
             (boundary, self.now.saturating_sub(tail.stored_at))
         });
         let tables = self.source.specs.iter().filter(|spec| spec.configured);
@@ -78,12 +82,19 @@ impl World {
             source: "shop".to_owned(),
             db: "db".to_owned(),
             epoch: EPOCH,
-            tables: tables.map(|spec| (spec.name.clone(), spec.key_names())).collect(),
+            tables: tables
+                .map(|spec| (spec.name.clone(), spec.key_names()))
+                .collect(),
             limits: self.limits,
             confirm: self.confirm,
         };
         let last_seq = last_seq.max(tail.stream_seq);
-        let resume = Resume { last_seq, tail: tail.position, boundary, confirmed };
+        let resume = Resume {
+            last_seq,
+            tail: tail.position,
+            boundary,
+            confirmed,
+        };
         self.publishers += 1;
         self.counts.lives += 1;
         self.life = Some(Life {
@@ -105,7 +116,9 @@ impl World {
 
     /// A batch of WAL.
     fn read_wal(&mut self) -> Result<(), Failure> {
-        let Some(life) = &mut self.life else { return Ok(()) };
+        let Some(life) = &mut self.life else {
+            return Ok(());
+        };
         let sent_at_us = self.source.now_us();
         let failed = |error| format!("capture failed: {error}");
         for _ in 0..self.rng.random_range(1..25) {
@@ -114,36 +127,47 @@ impl World {
                 if next.is_none() || self.rng.random_bool(0.1) {
                     // Sometimes the WAL is decoded up to the very commit record that comes next.
                     let wal_end = next.map_or(self.source.wal_end, |next| next.commit_lsn);
-                    let input = Input::Keepalive { wal_end, sent_at_us };
+                    let input = Input::Keepalive {
+                        wal_end,
+                        sent_at_us,
+                    };
                     life.capture.handle(input, self.now).map_err(failed)?;
                 }
                 if next.is_none() {
                     break;
                 }
-                life.frames.extend(self.source.frames(life.next, &mut life.known));
+                life.frames
+                    .extend(self.source.frames(life.next, &mut life.known));
                 life.next += 1;
             }
             if let Some((start, payload)) = life.frames.pop_front() {
                 let payload = &payload;
-                let input = Input::Data { start, sent_at_us, payload };
+                let input = Input::Data {
+                    start,
+                    sent_at_us,
+                    payload,
+                };
                 life.capture.handle(input, self.now).map_err(failed)?;
             }
         }
-        life.capture.handle(Input::EndOfBatch, self.now).map_err(failed)?;
+        life.capture
+            .handle(Input::EndOfBatch, self.now)
+            .map_err(failed)?;
         self.perform()
     }
 
     /// Does what the machine asks for.
     fn perform(&mut self) -> Result<(), Failure> {
         loop {
-            let Some(life) = &mut self.life else { return Ok(()) };
+            let Some(life) = &mut self.life else {
+                return Ok(());
+            };
             match life.capture.poll() {
                 None => return Ok(()),
                 Some(Output::Describe(relation)) => {
-                    let known = self.schemas.contains_key(&(
-                        relation.name().clone(),
-                        relation.version().to_owned(),
-                    ));
+                    let known = self
+                        .schemas
+                        .contains_key(&(relation.name().clone(), relation.version().to_owned()));
                     if !known {
                         return Err(format!("a shape of {} that never was", relation.name()));
                     }
@@ -152,12 +176,24 @@ impl World {
                     let publisher = life.pipe.publisher;
                     let chunk = outgoing.chunk.map(|chunk| {
                         let (index, count) = (chunk.index, chunk.count);
-                        (outgoing.position, Place { index, count, publisher })
+                        (
+                            outgoing.position,
+                            Place {
+                                index,
+                                count,
+                                publisher,
+                            },
+                        )
                     });
                     let subject = life.capture.subjects()[outgoing.subject.0 as usize].clone();
                     let payload = outgoing.payload;
                     if !life.is_cut_off {
-                        life.pipe.sent.push_back(Message { subject, payload, chunk, mark: None });
+                        life.pipe.sent.push_back(Message {
+                            subject,
+                            payload,
+                            chunk,
+                            mark: None,
+                        });
                     }
                     if let Some(end_lsn) = outgoing.boundary
                         && self.sabotage(Sabotage::ConfirmEarly)
@@ -169,7 +205,10 @@ impl World {
                 Some(Output::Verify(boundary)) => {
                     let stored = self.broker.position_at(boundary.stream_seq);
                     if stored != Some(boundary.position) {
-                        self.note(format!("sequence {} is not ours any more", boundary.stream_seq));
+                        self.note(format!(
+                            "sequence {} is not ours any more",
+                            boundary.stream_seq
+                        ));
                         self.life = None;
                         return Ok(());
                     }
@@ -193,7 +232,9 @@ impl World {
 
     /// Messages reach the stream.
     fn store(&mut self, count: u64) {
-        let Some(mut life) = self.life.take() else { return };
+        let Some(mut life) = self.life.take() else {
+            return;
+        };
         for _ in 0..count {
             if life.pipe.sent.is_empty() {
                 break;
@@ -214,7 +255,9 @@ impl World {
 
     /// Acknowledgements reach capture: all, or some, or of the whole batch.
     fn acknowledge(&mut self) -> Result<(), Failure> {
-        let Some(life) = &mut self.life else { return Ok(()) };
+        let Some(life) = &mut self.life else {
+            return Ok(());
+        };
         if life.is_cut_off {
             return Ok(());
         }
@@ -231,7 +274,10 @@ impl World {
         let input = Input::Acked { count: life.acked };
         let failed = |error| format!("capture failed: {error}");
         life.capture.handle(input, self.now).map_err(failed)?;
-        let unsynced = self.broker.get(self.broker.last_seq()).and_then(|stored| stored.end_lsn);
+        let unsynced = self
+            .broker
+            .get(self.broker.last_seq())
+            .and_then(|stored| stored.end_lsn);
         if let (Some(end_lsn), ConfirmPolicy::Synced(_)) = (unsynced, self.confirm)
             && self.sabotage(Sabotage::ConfirmUnsynced)
         {
@@ -242,7 +288,9 @@ impl World {
     }
 
     pub(crate) fn capture_tick(&mut self) -> Result<(), Failure> {
-        let Some(life) = &mut self.life else { return Ok(()) };
+        let Some(life) = &mut self.life else {
+            return Ok(());
+        };
         let failed = |error| format!("capture failed: {error}");
         life.capture.handle(Input::Tick, self.now).map_err(failed)?;
         self.perform()
@@ -251,7 +299,9 @@ impl World {
     /// Kill -9. What was sent may still arrive: nothing of it, a part at once, or a part later.
     pub(crate) fn kill_life(&mut self) {
         self.copier.forget_attempt();
-        let Some(mut life) = self.life.take() else { return };
+        let Some(mut life) = self.life.take() else {
+            return;
+        };
         let publisher = life.pipe.publisher;
         let in_flight = life.capture.in_flight();
         self.note(format!("capture {publisher} killed, {in_flight} in flight"));
@@ -274,14 +324,19 @@ impl World {
 
     /// A dead publisher's messages arrive.
     pub(crate) fn zombie_turn(&mut self) {
-        let Some(mut zombie) = self.zombie.take() else { return };
+        let Some(mut zombie) = self.zombie.take() else {
+            return;
+        };
         for _ in 0..self.rng.random_range(1..4) {
             if zombie.sent.is_empty() || zombie.store(&mut self.broker, self.now).is_err() {
                 return;
             }
         }
         let at = self.broker.tail().position;
-        self.note(format!("publisher {} still stores, now at {at}", zombie.publisher));
+        self.note(format!(
+            "publisher {} still stores, now at {at}",
+            zombie.publisher
+        ));
         if self.rng.random_bool(0.8) {
             self.zombie = Some(zombie);
         }
@@ -293,8 +348,14 @@ impl World {
             ConfirmPolicy::Acked => self.broker.last_seq(),
             ConfirmPolicy::Synced(_) => self.broker.synced(),
         };
-        let highest = self.broker.get(durable).map_or(Position::ZERO, |stored| stored.highest);
-        let below = self.source.expected.partition_point(|event| event.version.commit_lsn < lsn);
+        let highest = self
+            .broker
+            .get(durable)
+            .map_or(Position::ZERO, |stored| stored.highest);
+        let below = self
+            .source
+            .expected
+            .partition_point(|event| event.version.commit_lsn < lsn);
         if let Some(last) = self.source.expected[..below].last()
             && Position::from(last.version) > highest
         {
@@ -305,13 +366,18 @@ impl World {
         }
         let represents = |seq| {
             let end_lsn = self.broker.get(seq).and_then(|stored| stored.end_lsn);
-            let chunk = self.broker.get(seq).is_some_and(|stored| stored.message.chunk.is_some());
+            let chunk = self
+                .broker
+                .get(seq)
+                .is_some_and(|stored| stored.message.chunk.is_some());
             // The last chunk of a transaction's last event says it inside its row.
             chunk || end_lsn.is_some_and(|end_lsn| end_lsn >= lsn)
         };
         if (1..=durable).rev().any(represents) {
             return Ok(());
         }
-        Err(format!("confirmed {lsn}, which nothing in the stream represents"))
+        Err(format!(
+            "confirmed {lsn}, which nothing in the stream represents"
+        ))
     }
 }

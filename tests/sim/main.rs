@@ -1,1 +1,206 @@
+//! The line in a seeded simulation: the real capture and sink machines between a model source, a model broker
+//! and a target in memory, without network, threads or clock.
+//!
+//! One seed is one history with its faults. `MILLRACE_SIM_SEED=n cargo test --test sim one_seed -- --nocapture`
+//! runs one and prints its log.
 
+mod broker;
+mod capture;
+mod check;
+mod copier;
+mod reader;
+mod replica;
+mod source;
+mod transaction;
+mod wire;
+mod world;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use world::{Counts, Outcome, Sabotage, run};
+
+/// How many histories are run.
+const SEEDS: u64 = 150;
+/// On so many threads: each runs seeds of its own.
+const THREADS: u64 = 2;
+/// Runs only this seed.
+const SEED: &str = "MILLRACE_SIM_SEED";
+
+fn chosen() -> Option<u64> {
+    std::env::var(SEED).ok()?.parse().ok()
+}
+
+/// A panic of a machine is a failure like any other.
+fn run_caught(seed: u64, sabotage: Sabotage) -> Outcome {
+    catch_unwind(AssertUnwindSafe(|| run(seed, sabotage))).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().cloned();
+        let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
+        Outcome {
+            log: Vec::new(),
+            result: Err(format!("panic: {}", text.unwrap_or_default())),
+            sabotaged: sabotage != Sabotage::None,
+            counts: Counts::default(),
+        }
+    })
+}
+
+fn report(seed: u64, failure: &str) -> String {
+    format!(
+        "seed {seed}: {failure}\nrun it again with\n  {SEED}={seed} cargo test --test sim one_seed -- --nocapture"
+    )
+}
+
+#[test]
+fn the_same_seed_gives_the_same_log() {
+    for seed in [1, 7, 42, 1_000_003] {
+        let (first, second) = (run(seed, Sabotage::None), run(seed, Sabotage::None));
+        assert!(first.log.len() > 100, "seed {seed}: something happens");
+        assert_eq!(first.log, second.log, "seed {seed}");
+        assert_ne!(
+            first.log,
+            run(seed + 1, Sabotage::None).log,
+            "another seed is another history"
+        );
+    }
+}
+
+#[test]
+fn one_seed() {
+    let seed = chosen().unwrap_or(1);
+    let outcome = run(seed, Sabotage::None);
+    if chosen().is_some() {
+        println!("{}", outcome.log.join("\n"));
+    }
+    if let Err(failure) = outcome.result {
+        panic!("{}", report(seed, &failure));
+    }
+}
+
+#[test]
+fn one_thousand_seeds_end_equal() {
+    if chosen().is_some() {
+        return;
+    }
+    let began = Instant::now();
+    let next = AtomicU64::new(0);
+    let work = || {
+        let (mut counts, mut failures) = (Counts::default(), Vec::new());
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed >= SEEDS {
+                return (counts, failures);
+            }
+            let outcome = run_caught(seed, Sabotage::None);
+            counts.add(outcome.counts);
+            if let Err(failure) = outcome.result {
+                failures.push((seed, failure));
+            }
+        }
+    };
+    let (mut counts, mut failures) = (Counts::default(), Vec::new());
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..THREADS).map(|_| scope.spawn(work)).collect();
+        for thread in threads {
+            let (part, failed) = thread.join().expect("failures are values");
+            counts.add(part);
+            failures.extend(failed);
+        }
+    });
+    failures.sort();
+    println!("{SEEDS} seeds in {:?}: {counts:?}", began.elapsed());
+    if let Some((seed, failure)) = failures.first() {
+        let seeds: Vec<_> = failures.iter().map(|(seed, _)| *seed).collect();
+        for (seed, failure) in &failures {
+            println!(
+                "{seed} {}",
+                failure
+                    .chars()
+                    .take(100)
+                    .collect::<String>()
+                    .replace('\n', " ")
+            );
+        }
+        panic!(
+            "{} seeds fail: {seeds:?}\n{}",
+            seeds.len(),
+            report(*seed, failure)
+        );
+    }
+    // A simulation in which nothing goes wrong proves nothing.
+    assert!(
+        counts.tails_lost > SEEDS / 10 && counts.zombies > SEEDS / 10,
+        "{counts:?}"
+    );
+    assert!(
+        counts.deposed > SEEDS / 10 && counts.copies_lost > 0,
+        "{counts:?}"
+    );
+    assert!(
+        counts.source_crashes > SEEDS / 10 && counts.resumes_searched > 0,
+        "{counts:?}"
+    );
+    assert!(counts.commits_checked > SEEDS * 5, "{counts:?}");
+}
+
+/// The checker must see this fault whenever it matters, and that is often.
+fn is_noticed(sabotage: Sabotage) {
+    let outcomes = (0..60).map(|seed| run_caught(seed, sabotage));
+    let sabotaged: Vec<_> = outcomes.filter(|outcome| outcome.sabotaged).collect();
+    let noticed = sabotaged
+        .iter()
+        .filter(|outcome| outcome.result.is_err())
+        .count();
+    println!("{sabotage:?}: {noticed} of {} noticed", sabotaged.len());
+    assert!(
+        sabotaged.len() >= 10,
+        "{sabotage:?} happened {} times",
+        sabotaged.len()
+    );
+    assert!(
+        noticed * 2 >= sabotaged.len(),
+        "{sabotage:?}: {noticed} of {}",
+        sabotaged.len()
+    );
+}
+
+#[test]
+fn a_dropped_message_is_noticed() {
+    is_noticed(Sabotage::DropMessage);
+}
+
+#[test]
+fn two_swapped_messages_are_noticed() {
+    is_noticed(Sabotage::SwapMessages);
+}
+
+#[test]
+fn an_early_confirmation_is_noticed() {
+    is_noticed(Sabotage::ConfirmEarly);
+}
+
+#[test]
+fn a_confirmation_before_the_sync_is_noticed() {
+    is_noticed(Sabotage::ConfirmUnsynced);
+}
+
+#[test]
+fn a_change_past_the_guard_is_noticed() {
+    is_noticed(Sabotage::IgnoreGuard);
+}
+
+#[test]
+fn half_a_transaction_is_noticed() {
+    is_noticed(Sabotage::CommitHalf);
+}
+
+#[test]
+fn a_copy_that_claims_too_much_is_noticed() {
+    is_noticed(Sabotage::CopyTooNew);
+}
+
+#[test]
+fn a_reader_that_skips_a_message_is_noticed() {
+    is_noticed(Sabotage::ResumeLate);
+}

@@ -87,7 +87,11 @@ impl Reader {
                 _ => Body::Changes(payload),
             };
             let stream_seq = self.stream_seq;
-            return Some(Delivery { stream_seq, floor, body });
+            return Some(Delivery {
+                stream_seq,
+                floor,
+                body,
+            });
         }
         None
     }
@@ -101,7 +105,8 @@ impl Reader {
         if broker.last_seq() < self.stream_seq {
             return false;
         }
-        let same = self.stream_seq == 0 || broker.position_at(self.stream_seq) == Some(self.highest);
+        let same =
+            self.stream_seq == 0 || broker.position_at(self.stream_seq) == Some(self.highest);
         if !same {
             self.stream_seq = resume_after(broker, self.highest);
             self.searches += 1;

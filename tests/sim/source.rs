@@ -57,7 +57,13 @@ impl TableSpec {
     }
 
     pub(crate) fn relation(&self) -> Relation {
-        Relation::new("shop", "db", self.name.clone(), &self.shapes(), self.key.clone())
+        Relation::new(
+            "shop",
+            "db",
+            self.name.clone(),
+            &self.shapes(),
+            self.key.clone(),
+        )
     }
 
     /// The schema as capture would describe it.
@@ -239,7 +245,12 @@ impl Source {
     /// A transaction as WAL messages with their places; relations are announced once per connection.
     pub(crate) fn frames(&self, at: usize, known: &mut BTreeSet<u32>) -> Vec<(Lsn, Vec<u8>)> {
         let transaction = &self.transactions[at];
-        let Committed { commit_lsn, end_lsn, ts_us, .. } = *transaction;
+        let Committed {
+            commit_lsn,
+            end_lsn,
+            ts_us,
+            ..
+        } = *transaction;
         let mut frames = vec![(commit_lsn, wire::begin(commit_lsn, ts_us, transaction.xid))];
         for (lsn, record) in &transaction.records {
             for table in record.tables() {
@@ -263,6 +274,9 @@ impl Source {
     pub(crate) fn snapshot(&mut self) -> (Lsn, State) {
         // Making a slot writes a record of the running transactions.
         self.wal_end = Lsn(self.wal_end.0 + 56);
-        (self.wal_end, self.states.last().cloned().unwrap_or_default())
+        (
+            self.wal_end,
+            self.states.last().cloned().unwrap_or_default(),
+        )
     }
 }

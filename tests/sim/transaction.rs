@@ -95,7 +95,10 @@ impl Builder {
         let key = if self.specs[table].key.len() == 1 {
             vec![id.to_string()]
         } else {
-            vec![(id % 3).to_string(), ["", "1:", "x\"y\\", "ü\n"][id as usize % 4].to_owned()]
+            vec![
+                (id % 3).to_string(),
+                ["", "1:", "x\"y\\", "ü\n"][id as usize % 4].to_owned(),
+            ]
         };
         (!self.state[table].contains_key(&key)).then_some(key)
     }
@@ -111,7 +114,11 @@ impl Builder {
     fn insert(&mut self, table: usize, key: &[String], rng: &mut SmallRng) {
         let specs = Arc::clone(&self.specs);
         let spec = &specs[table];
-        let mut row: Row = spec.columns.iter().map(|column| value(column.1, rng)).collect();
+        let mut row: Row = spec
+            .columns
+            .iter()
+            .map(|column| value(column.1, rng))
+            .collect();
         for (index, part) in spec.key.iter().zip(key) {
             row[*index] = Some(part.clone());
         }
@@ -126,7 +133,9 @@ impl Builder {
     fn delete(&mut self, table: usize, key: &[String]) {
         let specs = Arc::clone(&self.specs);
         let spec = &specs[table];
-        let Some((_, row)) = self.table(table).remove(key) else { return };
+        let Some((_, row)) = self.table(table).remove(key) else {
+            return;
+        };
         self.seq += 1;
         let old = old_tuple(spec, &row);
         self.expect(spec, Op::Delete, Some(&old), None, &row);
@@ -136,7 +145,9 @@ impl Builder {
     fn update(&mut self, table: usize, key: &[String], to: Option<&[String]>, rng: &mut SmallRng) {
         let specs = Arc::clone(&self.specs);
         let spec = &specs[table];
-        let Some((_, old_row)) = self.table(table).remove(key) else { return };
+        let Some((_, old_row)) = self.table(table).remove(key) else {
+            return;
+        };
         let mut row = old_row.clone();
         let mut new_cells: Option<usize> = None;
         for (index, column) in spec.columns.iter().enumerate() {
@@ -237,14 +248,19 @@ pub(crate) fn event_text(
 ) -> String {
     let part = |part: Option<String>| part.unwrap_or_else(|| "-".to_owned());
     let (before, after, key) = (part(before), part(after), part(key));
-    format!("{version} {} {table} before {before} after {after} key {key}", op.letter())
+    format!(
+        "{version} {} {table} before {before} after {after} key {key}",
+        op.letter()
+    )
 }
 
 /// Named values as text.
 pub(crate) fn columns_text<'a>(
     columns: impl Iterator<Item = (&'a str, Option<&'a str>)>,
 ) -> String {
-    let texts: Vec<_> = columns.map(|(name, value)| format!("{name}={value:?}")).collect();
+    let texts: Vec<_> = columns
+        .map(|(name, value)| format!("{name}={value:?}"))
+        .collect();
     format!("{{{}}}", texts.join(","))
 }
 

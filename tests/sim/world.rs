@@ -163,15 +163,20 @@ impl World {
         };
         for spec in world.source.specs.iter().filter(|spec| spec.configured) {
             let schema = spec.schema();
-            world.schemas.insert((schema.name.clone(), schema.version.clone()), schema);
+            world
+                .schemas
+                .insert((schema.name.clone(), schema.version.clone()), schema);
         }
-        world.note(format!("seed {seed}: {confirm:?}, {limits:?}, {rows} rows a batch"));
+        world.note(format!(
+            "seed {seed}: {confirm:?}, {limits:?}, {rows} rows a batch"
+        ));
         world
     }
 
     /// Writes a line of the log.
     pub(crate) fn note(&mut self, line: impl std::fmt::Display) {
-        self.log.push(format!("{:>9.1} {line}", self.now.as_secs_f64()));
+        self.log
+            .push(format!("{:>9.1} {line}", self.now.as_secs_f64()));
     }
 
     /// Whether something rare happens, while faults are on.
@@ -223,7 +228,8 @@ impl World {
             self.broker.on_time(self.now, SYNC_INTERVAL);
         }
         // A file that was due is never late by more than the margin.
-        self.broker.on_time(self.now, SYNC_INTERVAL + CONFIRM_MARGIN / 2);
+        self.broker
+            .on_time(self.now, SYNC_INTERVAL + CONFIRM_MARGIN / 2);
         self.capture_tick()
     }
 
@@ -277,7 +283,11 @@ impl World {
                 return self.check_rest();
             }
         }
-        Err(format!("not everything arrived: slot {}, target {:?}", self.source.confirmed(), self.replica.position()))
+        Err(format!(
+            "not everything arrived: slot {}, target {:?}",
+            self.source.confirmed(),
+            self.replica.position()
+        ))
     }
 
     fn has_arrived(&self, committed: usize) -> bool {
@@ -285,7 +295,8 @@ impl World {
         let reached = Position::new(EPOCH, last.end_lsn, 0);
         let applied = self.replica.position();
         self.source.confirmed() >= last.end_lsn
-            && applied.is_some_and(|row| row.copy.is_complete() && row.checkpoint.position >= reached)
+            && applied
+                .is_some_and(|row| row.copy.is_complete() && row.checkpoint.position >= reached)
             && self.replica.is_consistent()
     }
 }
@@ -293,7 +304,13 @@ impl World {
 fn start(confirmed: millrace_event::Lsn) -> Message {
     let kind = ControlKind::Start;
     let position = Position::new(EPOCH, confirmed, 0);
-    let control = Control { kind, position, end_lsn: confirmed, ts_us: 0, origin: None };
+    let control = Control {
+        kind,
+        position,
+        end_lsn: confirmed,
+        ts_us: 0,
+        origin: None,
+    };
     Message {
         subject: subject::control("shop", kind),
         payload: serde_json::to_vec(&control).expect("plain JSON").into(),

@@ -1,6 +1,6 @@
 //! What the source's catalog says about tables and types.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::BTreeSet;
 
 use millrace_config::{Code, Condition, Table};
 use millrace_event::{
@@ -276,12 +276,26 @@ const TYPE: &str = "SELECT n.nspname::text, t.typname::text, t.typtype::text, t.
     ORDER BY conname), t.typcategory::text \
     FROM pg_type t JOIN pg_namespace n ON n.oid = t.typnamespace WHERE t.oid = $1";
 
+/// What remains to be done about a type.
+enum Ahead {
+    Look(u32),
+    /// What it is made of was looked at.
+    Take(TypeSchema),
+}
+
 /// The enums and domains among these types and under them, those first that others are made of.
 async fn types_of(client: &Client, oids: Vec<u32>) -> Result<Vec<TypeSchema>, Error> {
-    let mut queue: VecDeque<u32> = oids.into();
+    let mut ahead: Vec<Ahead> = oids.into_iter().map(Ahead::Look).collect();
     let mut seen = BTreeSet::new();
     let mut types = Vec::new();
-    while let Some(oid) = queue.pop_front() {
+    while let Some(next) = ahead.pop() {
+        let oid = match next {
+            Ahead::Look(oid) => oid,
+            Ahead::Take(schema) => {
+                types.push(schema);
+                continue;
+            }
+        };
         // Types below this OID are built in everywhere.
         if oid < 16_384 || !seen.insert(oid) {
             continue;
@@ -296,19 +310,18 @@ async fn types_of(client: &Client, oids: Vec<u32>) -> Result<Vec<TypeSchema>, Er
                 labels: row.get(7),
             }),
             "d" => {
-                queue.push_back(row.get(4));
                 let (base, not_null, checks) = (row.get(5), row.get(6), row.get(8));
-                types.push(TypeSchema::Domain {
+                ahead.push(Ahead::Take(TypeSchema::Domain {
                     name,
                     base,
                     not_null,
                     checks,
-                });
+                }));
+                ahead.push(Ahead::Look(row.get(4)));
             }
-            "b" if row.get::<_, &str>(9) == "A" => queue.push_back(row.get(3)),
+            "b" if row.get::<_, &str>(9) == "A" => ahead.push(Ahead::Look(row.get(3))),
             _ => {}
         }
     }
-    types.reverse();
     Ok(types)
 }

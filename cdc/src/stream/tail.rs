@@ -12,6 +12,9 @@ use super::{StoredMessage, StreamError};
 /// Messages without a position that are stepped over at the end of a stream before it counts as empty.
 const FOREIGN_MAX: u64 = 1_000;
 
+/// Messages that publishers which were taken over may have sent late. One has 2,000 under way at most.
+const STRAGGLERS_MAX: u64 = 4_000;
+
 /// How a stream ends.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tail {
@@ -61,6 +64,40 @@ pub(super) async fn message(
             )),
         },
     }
+}
+
+impl Tail {
+    /// A slot that has forgotten more than this has forgotten what the stream does not have.
+    #[must_use]
+    pub fn represented(&self) -> Lsn {
+        self.end_lsn.unwrap_or(self.position.commit_lsn())
+    }
+}
+
+/// The newest message that represents the source up to `confirmed`. Messages behind it that do not are a late
+/// publisher's, which readers drop. Where none is found, the stream's end is what it is.
+pub(super) async fn tail_covering(
+    jetstream: &Context,
+    name: &str,
+    confirmed: Lsn,
+) -> Result<Option<Tail>, StreamError> {
+    let Some(newest) = tail(jetstream, name).await? else {
+        return Ok(None);
+    };
+    if newest.represented() >= confirmed {
+        return Ok(Some(newest));
+    }
+    let oldest = newest.stream_seq.saturating_sub(STRAGGLERS_MAX).max(1);
+    for stream_seq in (oldest..newest.stream_seq).rev() {
+        let Some(message) = message(jetstream, name, stream_seq).await? else {
+            break;
+        };
+        match end(&message) {
+            Some(earlier) if earlier.represented() >= confirmed => return Ok(Some(earlier)),
+            _ => {}
+        }
+    }
+    Ok(Some(newest))
 }
 
 pub(super) async fn tail(jetstream: &Context, name: &str) -> Result<Option<Tail>, StreamError> {

@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use millrace_config::{Code, Condition, Create, Table};
-use millrace_event::{TableName, TableSchema, TypeSchema, quote_identifier, quote_literal};
+use millrace_event::{TableName, TableSchema, TypeSchema, quote_identifier};
 use tokio_postgres::{Client, Error};
 
 use super::fault::{self, Cause};
 use super::session::Session;
+use super::types;
 use crate::batch::CopyState;
 use crate::row::{LayoutColumn, TableLayout};
 use crate::sink::{Ensured, SinkError};
@@ -163,7 +164,7 @@ impl Ensuring<'_> {
                 continue;
             }
             self.create_schema(name).await?;
-            let created = self.client.batch_execute(&create_type(definition)).await;
+            let created = types::create(self.client, definition).await;
             created.map_err(|error| self.failed(error))?;
         }
         Ok(())
@@ -470,30 +471,4 @@ fn takes(has: &Found, full: &str, base: &str) -> bool {
         || (has.type_name == "character varying" && base == "text")
         || matches!((rank(&has.base), rank(base)), (Some(has), Some(wanted)) if has >= wanted)
         || matches!((length(&has.type_name), length(full)), (Some(has), Some(wanted)) if has >= wanted)
-}
-
-fn create_type(definition: &TypeSchema) -> String {
-    match definition {
-        TypeSchema::Enum { name, labels } => {
-            let labels: Vec<_> = labels.iter().map(|label| quote_literal(label)).collect();
-            format!(
-                "CREATE TYPE {} AS ENUM ({})",
-                name.quoted(),
-                labels.join(", ")
-            )
-        }
-        TypeSchema::Domain {
-            name,
-            base,
-            not_null,
-            checks,
-        } => {
-            let not_null = if *not_null { " NOT NULL" } else { "" };
-            let checks: String = checks.iter().map(|check| format!(" {check}")).collect();
-            format!(
-                "CREATE DOMAIN {} AS {base}{not_null}{checks}",
-                name.quoted()
-            )
-        }
-    }
 }
