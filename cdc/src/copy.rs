@@ -16,9 +16,9 @@ use std::time::{Duration, SystemTime};
 use async_nats::jetstream::context::PublishAckFuture;
 use async_nats::jetstream::message::PublishMessage;
 use async_nats::jetstream::{Context, kv};
-use bytes::Bytes;
+use bytes::{Buf as _, Bytes};
 use futures_util::StreamExt;
-use millrace_config::Config;
+use millrace_config::{Code, Condition, Config, limits};
 use millrace_connect::postgres::{Session, connect};
 use millrace_event::work::{Copied, CopyApplied, CopyRequest, CopyStatus};
 use millrace_event::{
@@ -29,12 +29,13 @@ use tokio_postgres::Client;
 
 use self::text::CopyRow;
 use crate::Error;
-use crate::life::{Source, Stream, slot_blocked};
+use crate::life::{MESSAGE_OVERHEAD_BYTES, Source, Stream, slot_blocked};
 use crate::replication::{ReplicationConnection, SlotKind, Snapshot};
 use crate::source::SourceTable;
 use crate::stream;
 
-/// A message of the copy stream holds at most this many payload bytes, unless one row alone is larger.
+/// A message of the copy stream holds at most this many payload bytes, unless one row alone is larger. It
+/// travels in chunks where the broker takes less.
 const MESSAGE_BYTES: usize = 256 * 1024;
 
 /// So many messages may be published and not acknowledged.
@@ -104,7 +105,8 @@ impl<'c> Copier<'c> {
         let remaining: Vec<_> = request
             .tables
             .iter()
-            .filter(|table| !copied.contains(table))
+            // A table that is not configured here (yet) waits; the sink goes on asking.
+            .filter(|table| !copied.contains(table) && self.table(table).is_some())
             .cloned()
             .collect();
         if remaining.is_empty() {
@@ -118,6 +120,10 @@ impl<'c> Copier<'c> {
             last_seq: 0,
         };
         Box::pin(self.attempt(sink, status, &remaining)).await
+    }
+
+    fn table(&self, name: &TableName) -> Option<&SourceTable> {
+        self.source.tables.iter().find(|table| table.name == *name)
     }
 
     /// Copies tables under one snapshot.
@@ -163,10 +169,7 @@ impl<'c> Copier<'c> {
         tracing::info!(sink, consistent_point = %lsn, tables = tables.len(), "copying");
         let mut out = CopyStream::new(self, sink, &status);
         for name in tables {
-            let Some(table) = self.source.tables.iter().find(|table| table.name == *name) else {
-                // Not configured here (yet): the sink goes on asking, nothing is lost.
-                continue;
-            };
+            let table = self.table(name).expect("only configured tables are copied");
             let rows = self.copy_table(&client, table, lsn, &mut out).await?;
             let epoch = self.source.epoch;
             let copied = Copied {
@@ -226,7 +229,8 @@ impl<'c> Copier<'c> {
             row.read(&line)
                 .map_err(|error| Error::retry("COPY cannot be read", error))?;
             let data: Vec<Datum<'_>> = row.data().collect();
-            if !payload.is_empty() {
+            let before = payload.len();
+            if before > 0 {
                 payload.push(b'\n');
             }
             let change = Change {
@@ -245,7 +249,16 @@ impl<'c> Copier<'c> {
             if payload.len() >= MESSAGE_BYTES {
                 let full =
                     std::mem::replace(&mut payload, Vec::with_capacity(MESSAGE_BYTES * 5 / 4));
-                out.publish(subject.clone(), full.into()).await?;
+                let mut full = Bytes::from(full);
+                // A large row does not share a message: it alone must keep to the limit of a row.
+                if before > 0 && full.len() - before > MESSAGE_BYTES {
+                    out.publish(subject.clone(), full.split_to(before)).await?;
+                    full.advance(1);
+                }
+                if full.len() > limits::ROW_BYTES_MAX {
+                    return Err(too_large(&table.name, full.len()));
+                }
+                out.publish(subject.clone(), full).await?;
             }
         }
         if !payload.is_empty() {
@@ -263,6 +276,17 @@ impl<'c> Copier<'c> {
             .map(|_| ())
             .map_err(|error| Error::retry("a copy's progress cannot be stored", error))
     }
+}
+
+fn too_large(table: &TableName, bytes: usize) -> Error {
+    Error::halt(Condition::new(
+        Code::RowTooLarge,
+        format!(
+            "a row of table {table} needs {bytes} bytes on the stream and may have {}",
+            limits::ROW_BYTES_MAX
+        ),
+        "make the row's values smaller in the source",
+    ))
 }
 
 async fn read<T: serde::de::DeserializeOwned>(
@@ -285,9 +309,12 @@ struct CopyStream<'c> {
     copies: &'c kv::Store,
     stream_name: String,
     sink: &'c str,
+    /// Whose rows these are: `<request>/<attempt>`.
+    copy: String,
     request: String,
-    attempt: u32,
     number: u64,
+    /// How many payload bytes the broker takes in one message.
+    chunk_bytes: usize,
     unacked: VecDeque<(PublishAckFuture, u64)>,
     /// Acknowledged messages that the sink has not applied: sequence and bytes.
     ahead: VecDeque<(u64, u64)>,
@@ -297,14 +324,16 @@ struct CopyStream<'c> {
 
 impl<'c> CopyStream<'c> {
     fn new(copier: &Copier<'c>, sink: &'c str, status: &CopyStatus) -> Self {
+        let max_payload = copier.stream.jetstream.client().server_info().max_payload;
         Self {
             jetstream: &copier.stream.jetstream,
             copies: &copier.stream.copies,
             stream_name: subject::copy_stream_name(&copier.config.source.name, sink),
             sink,
+            copy: format!("{}/{}", status.request, status.attempt),
             request: status.request.clone(),
-            attempt: status.attempt,
             number: 0,
+            chunk_bytes: max_payload.saturating_sub(MESSAGE_OVERHEAD_BYTES).max(1024),
             unacked: VecDeque::new(),
             ahead: VecDeque::new(),
             ahead_bytes: 0,
@@ -313,22 +342,32 @@ impl<'c> CopyStream<'c> {
     }
 
     async fn publish(&mut self, subject: String, payload: Bytes) -> Result<(), Error> {
-        while self.unacked.len() >= UNACKED_MAX {
-            self.next_ack().await?;
-        }
+        // Not between chunks: the sink applies none of them before it has them all.
         self.wait_for_sink().await?;
-        let bytes = payload.len() as u64;
         self.number += 1;
-        let message = PublishMessage::build()
-            .payload(payload)
-            .header(header::COPY, format!("{}/{}", self.request, self.attempt))
-            .header(header::COPY_NUMBER, self.number.to_string());
-        let ack = self
-            .jetstream
-            .send_publish(subject, message)
-            .await
-            .map_err(|error| Error::retry("copied rows cannot be published", error))?;
-        self.unacked.push_back((ack, bytes));
+        let count = payload.len().div_ceil(self.chunk_bytes);
+        for index in 0..count {
+            while self.unacked.len() >= UNACKED_MAX {
+                self.next_ack().await?;
+            }
+            let end = payload.len().min((index + 1) * self.chunk_bytes);
+            let part = payload.slice(index * self.chunk_bytes..end);
+            let bytes = part.len() as u64;
+            let mut message = PublishMessage::build()
+                .payload(part)
+                .header(header::COPY, self.copy.as_str())
+                .header(header::COPY_NUMBER, self.number.to_string());
+            if count > 1 {
+                let place = format!("{}/{count}/{}", index + 1, self.copy);
+                message = message.header(header::CHUNK, place);
+            }
+            let ack = self
+                .jetstream
+                .send_publish(subject.clone(), message)
+                .await
+                .map_err(|error| Error::retry("copied rows cannot be published", error))?;
+            self.unacked.push_back((ack, bytes));
+        }
         Ok(())
     }
 

@@ -9,6 +9,7 @@ mod birth;
 mod copy;
 mod error;
 mod heartbeat;
+mod identity;
 mod life;
 mod relation;
 mod retention;

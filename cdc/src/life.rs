@@ -10,7 +10,7 @@ use millrace_config::{
 };
 use millrace_connect::nats::{self, Reconnect};
 use millrace_connect::postgres::{Dsn, Session, connect};
-use millrace_event::work::{self, Origin};
+use millrace_event::work;
 use millrace_event::{
     Control, ControlKind, Lsn, Position, StreamOrigin, TableName, TableSchema, subject,
 };
@@ -21,6 +21,7 @@ use crate::assemble::MessageLimits;
 use crate::birth::{self, Found, Plan, SlotFound, SlotPlan, StreamFound, TailFound};
 use crate::capture::{Capture, Resume, Settings};
 use crate::frontier::{Boundary, ConfirmPolicy};
+use crate::identity;
 use crate::publish::{self, Acks, Sender};
 use crate::replication::{
     ReplicationConnection, SlotKind, Snapshot, StartOptions, SystemIdentity, WalReader,
@@ -32,13 +33,10 @@ use crate::stream::{self, StreamShape, StreamState, Tail};
 const INBOX: &str = "_INBOX_millrace_capture";
 
 /// What stays free of a message below the server's limit: subject, headers and protocol around the payload.
-const MESSAGE_OVERHEAD_BYTES: usize = 16 * 1024;
+pub(crate) const MESSAGE_OVERHEAD_BYTES: usize = 16 * 1024;
 
 /// The oldest server whose `origin` option can be set: 16.
 const ORIGIN_VERSION_MIN: i32 = 160_000;
-
-/// The key, in the bucket [`work::STATE`], of what the source was.
-const ORIGIN_KEY: &str = "origin";
 
 /// How long creating the slot may wait for transactions that are open at the source.
 const SLOT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -69,7 +67,7 @@ pub(crate) struct Stream {
     pub(crate) schemas: kv::Store,
     pub(crate) sinks: kv::Store,
     pub(crate) copies: kv::Store,
-    state: kv::Store,
+    pub(crate) state: kv::Store,
 }
 
 /// Connects, checks, begins or resumes, and starts replication.
@@ -95,7 +93,7 @@ pub(crate) async fn open(config: &Config, now: Duration) -> Result<Life, Error> 
     let identity = replication.identify_system().await?;
     let known = stream_tail(&stream, Lsn::ZERO).await?;
     let known = known.map(|(_, tail)| tail);
-    let epoch = check_identity(&stream, &mut replication, &identity, known.as_ref()).await?;
+    let epoch = identity::check(&stream, &mut replication, &identity, known.as_ref()).await?;
     prepare(config, &client, &mut replication, plan, &tables, &stream).await?;
     describe_tables(&client, &stream.schemas, &tables).await?;
 
@@ -128,7 +126,7 @@ pub(crate) async fn open(config: &Config, now: Duration) -> Result<Life, Error> 
         end_lsn: tail.end_lsn,
     };
     birth::check_tail(&slot, found, confirmed).map_err(Error::halt)?;
-    remember_origin(&stream, &identity, epoch).await?;
+    identity::remember(&stream, &identity, epoch).await?;
 
     let publisher = nats::connect(
         &config.stream,
@@ -255,122 +253,6 @@ async fn has_sink_position(sinks: &kv::Store) -> Result<bool, Error> {
     Ok(keys.next().await.is_some())
 }
 
-/// The epoch of this life: the one that the stream has, if the source is still the same.
-async fn check_identity(
-    stream: &Stream,
-    replication: &mut ReplicationConnection,
-    identity: &SystemIdentity,
-    tail: Option<&Tail>,
-) -> Result<u32, Error> {
-    let stored = read_origin(stream).await?;
-    let newest = tail.map_or(1, |tail| tail.position.epoch());
-    let Some(origin) = stored else {
-        return Ok(newest);
-    };
-    let remedy = "if this server is to be captured from now on: run `millrace drop`, then `millrace run`: \
-                  the tables are copied again";
-    if origin.system_id != identity.system_id {
-        return Err(Error::halt(Condition::new(
-            Code::SourceChanged,
-            format!(
-                "the source is another cluster (system identifier {}, was {})",
-                identity.system_id, origin.system_id
-            ),
-            remedy,
-        )));
-    }
-    if origin.epoch < newest {
-        return Err(Error::halt(Condition::new(
-            Code::EpochLower,
-            format!(
-                "the stream has epoch {newest}, but {} was stored last",
-                origin.epoch
-            ),
-            remedy,
-        )));
-    }
-    if identity.timeline < origin.timeline {
-        return Err(Error::halt(Condition::new(
-            Code::SourceWentBack,
-            format!(
-                "the source is on timeline {}, was {}",
-                identity.timeline, origin.timeline
-            ),
-            remedy,
-        )));
-    }
-    if identity.timeline > origin.timeline {
-        // The history names where each timeline was left: nothing of ours may lie beyond.
-        let history = replication.timeline_history(identity.timeline).await?;
-        let left = history
-            .iter()
-            .find(|(timeline, _)| *timeline == origin.timeline);
-        let reached = tail.map(|tail| {
-            TailFound {
-                position: tail.position,
-                end_lsn: tail.end_lsn,
-            }
-            .represented()
-        });
-        let safe = match (left, reached) {
-            (Some((_, switch)), Some(reached)) => reached <= *switch,
-            (_, None) => true,
-            (None, Some(_)) => false,
-        };
-        if !safe {
-            return Err(Error::halt(Condition::new(
-                Code::SourceChanged,
-                format!(
-                    "the source was promoted (timeline {}, was {}) and lost commits that were already published",
-                    identity.timeline, origin.timeline
-                ),
-                remedy,
-            )));
-        }
-    }
-    if tail.is_some_and(|tail| tail.position.commit_lsn() > identity.flushed) {
-        return Err(Error::halt(Condition::new(
-            Code::SourceWentBack,
-            format!(
-                "the source's WAL ends at {}, below what was published",
-                identity.flushed
-            ),
-            remedy,
-        )));
-    }
-    Ok(origin.epoch)
-}
-
-async fn read_origin(stream: &Stream) -> Result<Option<Origin>, Error> {
-    let failed = |error| Error::retry("the stored origin cannot be read", error);
-    let Some(entry) = stream.state.get(ORIGIN_KEY).await.map_err(failed)? else {
-        return Ok(None);
-    };
-    serde_json::from_slice(&entry)
-        .map(Some)
-        .map_err(|error| Error::retry("the stored origin cannot be understood", error))
-}
-
-async fn remember_origin(
-    stream: &Stream,
-    identity: &SystemIdentity,
-    epoch: u32,
-) -> Result<(), Error> {
-    let (system_id, timeline) = (identity.system_id.clone(), identity.timeline);
-    let origin = Origin {
-        epoch,
-        system_id,
-        timeline,
-    };
-    let value = serde_json::to_vec(&origin).expect("plain JSON");
-    stream
-        .state
-        .put(ORIGIN_KEY, value.into())
-        .await
-        .map(|_| ())
-        .map_err(|error| Error::retry("the origin cannot be stored", error))
-}
-
 /// Makes what is missing: stream, then publication, then slot.
 async fn prepare(
     config: &Config,
@@ -389,7 +271,11 @@ async fn prepare(
     stream::ensure_stream(&stream.jetstream, &shape).await?;
     let names: Vec<TableName> = tables.iter().map(|table| table.name.clone()).collect();
     let publication = source::publication_name(&config.source.name);
+    if plan == Plan::Resume {
+        identity::check_published(stream, client, &publication, &names).await?;
+    }
     source::ensure_publication(client, &publication, &names, config.source.create).await?;
+    identity::remember_published(stream, &names).await?;
     let slot = source::slot_name(&config.source.name);
     let Plan::Begin { slot: slot_plan } = plan else {
         return Ok(());

@@ -34,12 +34,22 @@ pub(crate) async fn copy(life: &mut Life<'_>, stop: &CancellationToken) -> Resul
             Followed::Stopped => return Ok(()),
         }
         // Whatever was lost on the way is asked for again, under a new name.
-        life.copies
-            .delete(format!("request.{}", life.settings.name))
-            .await
-            .map_err(|error| Error::retry("a copy request cannot be withdrawn", error))?;
+        withdraw(life).await?;
     }
     Ok(())
+}
+
+/// Withdraws a request that has no table left to copy: capture then clears the copy stream away.
+pub(crate) async fn withdraw(life: &Life<'_>) -> Result<(), Error> {
+    let key = format!("request.{}", life.settings.name);
+    let failed = |error| Error::retry("copy requests cannot be read", error);
+    if life.copies.get(&key).await.map_err(failed)?.is_none() {
+        return Ok(());
+    }
+    life.copies
+        .delete(&key)
+        .await
+        .map_err(|error| Error::retry("a copy request cannot be withdrawn", error))
 }
 
 /// How a copy stream ended for its reader.

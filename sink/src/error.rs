@@ -31,6 +31,9 @@ pub enum Error {
     /// Another process is this sink's worker: stand by and try again.
     #[error("another process is the sink's worker")]
     Standby,
+    /// Capture has not made something yet that a sink begins with: look again soon.
+    #[error("waiting for capture to {0}")]
+    Waiting(String),
     /// Try again after a while.
     #[error("{reason}")]
     Retry {
@@ -69,8 +72,12 @@ impl Error {
         let mut text = self.to_string();
         let mut cause = self.source();
         while let Some(error) = cause {
-            text.push_str(": ");
-            text.push_str(&error.to_string());
+            let next = error.to_string();
+            // Several errors repeat their cause in their own text.
+            if !text.ends_with(&next) {
+                text.push_str(": ");
+                text.push_str(&next);
+            }
             cause = error.source();
         }
         text

@@ -174,8 +174,7 @@ impl<'l> Life<'l> {
     /// When the stream was created, and its newest message, once capture has begun the stream.
     async fn newest(&self) -> Result<(String, Checkpoint), Error> {
         let name = subject::stream_name(self.source);
-        let waiting =
-            || Error::retry_because(format!("waiting for capture to begin stream {name}"));
+        let waiting = || Error::Waiting(format!("begin stream {name}"));
         let mut stream = self.jetstream.get_stream(&name).await.map_err(|error| {
             if error.kind() == jetstream::context::GetStreamErrorKind::JetStream(not_found()) {
                 waiting()
@@ -210,9 +209,7 @@ impl<'l> Life<'l> {
         };
         let failed = |error| Error::retry("a table's schema cannot be read", error);
         let entry = self.schemas.get(&key).await.map_err(failed)?;
-        let entry = entry.ok_or_else(|| {
-            Error::retry_because(format!("waiting for capture to describe table {table}"))
-        })?;
+        let entry = entry.ok_or_else(|| Error::Waiting(format!("describe table {table}")))?;
         serde_json::from_slice(&entry)
             .map_err(|error| Error::retry("a table's schema cannot be understood", error))
     }
@@ -392,7 +389,7 @@ async fn bucket(
     jetstream
         .get_key_value(&name)
         .await
-        .map_err(|_| Error::retry_because(format!("waiting for capture to create bucket {name}")))
+        .map_err(|_| Error::Waiting(format!("create bucket {name}")))
 }
 
 fn position_of(payload: &[u8]) -> Option<Position> {

@@ -39,7 +39,9 @@ pub(crate) async fn park(
         },
         Fold::new(),
     )
-    .await
+    .await?;
+    life.status.set_parked(table, condition.clone());
+    Ok(())
 }
 
 /// Lets every parked table rejoin that the target takes again.
@@ -48,6 +50,7 @@ pub(crate) async fn rejoin(life: &mut Life<'_>, stop: &CancellationToken) -> Res
         match life.layout(&table, None).await {
             Ok(_) => catch_up(life, &table, stop).await?,
             Err(Error::Table { condition, .. }) => {
+                life.status.set_parked(&table, condition.clone());
                 tracing::warn!(
                     sink = %life.settings.name, %table, code = condition.code.as_str(),
                     remedy = %condition.remedy, "table still parked: {}", condition.message

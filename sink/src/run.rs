@@ -10,9 +10,9 @@ use millrace_event::{ChangeEvent, TableName, Version};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
-use crate::copy::copy;
+use crate::copy::{copy, withdraw};
 use crate::error::Error;
-use crate::life::Life;
+use crate::life::{LOOK_INTERVAL, Life};
 use crate::rejoin;
 use crate::sink::Sink;
 use crate::status::Status;
@@ -51,6 +51,7 @@ pub async fn run(
     let mut failures = 0_u32;
     // The table that the target has just refused.
     let mut parking = None;
+    let mut waited_for: Option<String> = None;
     loop {
         let began = Instant::now();
         let error = match live(config, settings, status, parking.take(), stop).await {
@@ -80,13 +81,21 @@ pub async fn run(
                 status.set_state(sink, State::Standby, None);
                 STANDBY_INTERVAL
             }
+            Error::Waiting(what) => {
+                failures = 0;
+                if waited_for.as_deref() != Some(what.as_str()) {
+                    tracing::info!(part = "sink", sink, "waiting for capture to {what}");
+                }
+                waited_for = Some(what);
+                LOOK_INTERVAL
+            }
             Error::Refused(_) | Error::Retry { .. } => {
                 let reason = error.chain();
                 tracing::warn!(part = "sink", sink, %reason, "trying again");
                 let condition = match error {
                     Error::Refused(condition) => Some(condition),
                     Error::Retry { condition, .. } => condition,
-                    Error::Halt(_) | Error::Standby | Error::Table { .. } => None,
+                    _ => None,
                 };
                 if let Some(condition) = &condition {
                     tracing::warn!(code = condition.code.as_str(), remedy = %condition.remedy, "{}", condition.message);
@@ -134,6 +143,8 @@ async fn live(
             return Ok(Ended::Stopped);
         }
     }
+    // A crash may have left a request behind whose last table was applied.
+    withdraw(&life).await?;
     Box::pin(rejoin::rejoin(&mut life, stop)).await?;
     status.set_state(&settings.name, State::Streaming, None);
     Box::pin(follow(life, stop)).await

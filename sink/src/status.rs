@@ -1,5 +1,6 @@
 //! What a running sink tells others: its state, and how far it is.
 
+use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use millrace_config::{Condition, State};
@@ -22,6 +23,8 @@ struct Inner {
     /// This machine's clock when the checkpoint was committed, microseconds since 1970.
     applied_at_us: i64,
     tables: Vec<(TableName, State)>,
+    /// Why tables are parked.
+    parked: HashMap<TableName, Condition>,
     written: u64,
     stale: u64,
     dead_letters: u64,
@@ -40,8 +43,8 @@ pub struct Snapshot {
     pub checkpoint: Checkpoint,
     /// This machine's clock when that was committed, microseconds since 1970.
     pub applied_at_us: i64,
-    /// Each table's state.
-    pub tables: Vec<(TableName, State)>,
+    /// Each table's state, and the condition behind that where there is one.
+    pub tables: Vec<(TableName, State, Option<Condition>)>,
     /// Rows written in this process, deletes included.
     pub written: u64,
     /// Rows that the version guard rejected in this process.
@@ -59,6 +62,7 @@ impl Default for Status {
             checkpoint: Checkpoint::default(),
             applied_at_us: 0,
             tables: Vec::new(),
+            parked: HashMap::new(),
             written: 0,
             stale: 0,
             dead_letters: 0,
@@ -80,7 +84,17 @@ impl Status {
             begun: inner.begun,
             checkpoint: inner.checkpoint,
             applied_at_us: inner.applied_at_us,
-            tables: inner.tables.clone(),
+            tables: inner
+                .tables
+                .iter()
+                .map(|(table, state)| {
+                    (
+                        table.clone(),
+                        state.clone(),
+                        inner.parked.get(table).cloned(),
+                    )
+                })
+                .collect(),
             written: inner.written,
             stale: inner.stale,
             dead_letters: inner.dead_letters,
@@ -101,13 +115,20 @@ impl Status {
         (inner.checkpoint, inner.applied_at_us) = (checkpoint, applied_at_us);
     }
 
+    pub(crate) fn set_parked(&self, table: &TableName, condition: Condition) {
+        self.lock().parked.insert(table.clone(), condition);
+    }
+
     pub(crate) fn set_tables(&self, copies: &CopyProgress) {
         let state = |table: &TableName, copy: &CopyState| match copy {
             CopyState::Parked { .. } => State::Parked(table.clone()),
             CopyState::Copied { .. } => State::Streaming,
             CopyState::Pending | CopyState::Copying { .. } => State::Snapshotting,
         };
-        self.lock().tables = copies
+        let mut inner = self.lock();
+        let parked = copies.parked();
+        inner.parked.retain(|table, _| parked.contains(table));
+        inner.tables = copies
             .tables
             .iter()
             .map(|(table, copy)| (table.clone(), state(table, copy)))

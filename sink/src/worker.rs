@@ -238,7 +238,8 @@ impl Worker {
             Urgency::Position => self.drained && boundary && (!idle || self.target_open),
             Urgency::Now => self.drained && boundary,
         };
-        if !due && !self.is_full() {
+        // A delete that was held back counts as a row, and is nothing new to apply.
+        if !due && (!self.is_full() || self.urgency == Urgency::None) {
             return None;
         }
         self.stored_at = now;

@@ -220,6 +220,15 @@ impl Board {
         self.update_sink(name, |sink| sink.part = halted(condition));
     }
 
+    /// One table of a sink cannot go on; the others do.
+    pub(crate) fn park_table(&self, sink: &str, table: &TableName, condition: Condition) {
+        let part = Part {
+            state: State::Parked(table.clone()),
+            condition: Some(condition),
+        };
+        self.update_sink(sink, |sink| drop(sink.tables.insert(table.clone(), part)));
+    }
+
     /// One table of a sink has a state of its own, such as [`State::Snapshotting`]; `None`: that of its sink.
     pub(crate) fn set_table(&self, sink: &str, table: &TableName, state: Option<State>) {
         self.update_sink(sink, |sink| match state {

@@ -8,6 +8,7 @@ mod report;
 mod stage;
 mod turn;
 mod usage;
+mod wal;
 
 use std::path::Path;
 

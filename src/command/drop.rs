@@ -296,29 +296,17 @@ fn by_hand(config: &Config) -> String {
     let mut text = String::new();
     for sink in &config.sinks {
         text.push_str(&format!(
-            "\nThe target of sink {} keeps its rows and its position. By hand, in that database:\n  \
+            "\nThe target of sink {} keeps its rows; the next `millrace run` copies its tables again and makes \
+             them exact.\nTo keep the tables without Millrace instead, in that database:\n  \
              DROP SCHEMA IF EXISTS millrace CASCADE;\n",
             sink.name
         ));
-        let each = |text: &mut String, title: &str, statement: &dyn Fn(String) -> String| {
-            text.push_str(&format!("{title}\n"));
-            for table in config.tables_of(&sink.name) {
-                text.push_str(&format!("  {};\n", statement(table.target.quoted())));
-            }
-        };
-        let truncate = |table: String| format!("TRUNCATE {table}");
-        each(
-            &mut text,
-            "and, so that the next `millrace run` copies anew,",
-            &truncate,
-        );
-        let column =
-            |table| format!("ALTER TABLE {table} DROP COLUMN IF EXISTS \"_millrace_version\"");
-        each(
-            &mut text,
-            "or, to keep the tables without Millrace,",
-            &column,
-        );
+        for table in config.tables_of(&sink.name) {
+            let table = table.target.quoted();
+            text.push_str(&format!(
+                "  ALTER TABLE {table} DROP COLUMN IF EXISTS \"_millrace_version\";\n"
+            ));
+        }
     }
     text
 }

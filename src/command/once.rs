@@ -35,7 +35,7 @@ impl Goal {
                     && snapshot
                         .tables
                         .iter()
-                        .all(|(_, state)| matches!(state, State::Streaming | State::Parked(_)));
+                        .all(|(_, state, _)| matches!(state, State::Streaming | State::Parked(_)));
                 let reached = match self {
                     // A heartbeat written after the goal was read lies above it.
                     Self::Source(goal) => snapshot.checkpoint.position.commit_lsn() >= *goal,
@@ -54,7 +54,7 @@ pub(super) fn is_incomplete(parts: &Parts) -> bool {
             .snapshot()
             .tables
             .iter()
-            .any(|(_, state)| parked(state))
+            .any(|(_, state, _)| parked(state))
     })
 }
 

@@ -109,15 +109,15 @@ async fn supervise(
             Some(ended) = running.join_next() => match ended {
                 Ok(Ended::Stopped) => {}
                 Ok(Ended::Failed { condition, begun }) => {
-                    tracing::error!(
-                        code = condition.code.as_str(), remedy = %condition.remedy,
-                        "halted: {}", condition.message
-                    );
                     // Once it has worked the process lives on to say why it does no more.
                     if !begun || goal.is_some() || arguments.exit_on_halt {
                         fail(&condition);
                         break if begun { Exit::Halted } else { Exit::Environment };
                     }
+                    tracing::error!(
+                        code = condition.code.as_str(), remedy = %condition.remedy,
+                        "halted: {}", condition.message
+                    );
                 }
                 Err(panic) => {
                     tracing::error!(error = %panic, "a part of the process broke");
@@ -232,7 +232,7 @@ impl Parts {
                         let begun = status.snapshot().begun;
                         Ended::Failed { condition, begun }
                     }
-                    Err(Error::Retry { .. } | Error::Standby | Error::Table { .. }) => {
+                    Err(_) => {
                         unreachable!("what passes is tried again, for ever")
                     }
                 }
@@ -255,12 +255,14 @@ impl Parts {
                 (State::Halted(_), Some(condition)) => board.halt_sink(name, condition),
                 (state, _) => board.set_sink(name, state),
             }
-            for (table, state) in snapshot.tables {
-                board.set_table(
-                    name,
-                    &table,
-                    Some(state).filter(|state| *state != State::Streaming),
-                );
+            for (table, state, condition) in snapshot.tables {
+                match (state, condition) {
+                    (State::Streaming, _) => board.set_table(name, &table, None),
+                    (State::Parked(_), Some(condition)) => {
+                        board.park_table(name, &table, condition)
+                    }
+                    (state, _) => board.set_table(name, &table, Some(state)),
+                }
             }
             if snapshot.checkpoint.position > Position::ZERO
                 && snapshot.checkpoint.source_ts_us != 0

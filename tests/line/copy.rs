@@ -12,7 +12,7 @@ use crate::stage::{PATIENCE, Setting, Stage};
 
 const ROWS: u64 = 200_000;
 
-/// A copy that a fault interrupts begins again: it may take longer than a change.
+/// How often the copy is killed in the middle.
 const FAULTS: usize = 3;
 
 async fn filled(setting: Setting<'_>) -> Stage {

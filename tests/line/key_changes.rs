@@ -242,7 +242,7 @@ async fn any_mixture_of_moves_and_partial_updates_leaves_the_replica_equal() {
     let mut rng = StdRng::seed_from_u64(20_240_501);
     let mut pipeline = stage.start();
     stage.equal(&pipeline).await;
-    for round in 0..60 {
+    for round in 0..40 {
         // Now and then a backlog, so that much of it is folded into one batch.
         if round % 3 == 0 {
             pipeline.pause().expect("signal");

@@ -93,7 +93,7 @@ async fn names_that_need_quoting_are_quoted() {
                 r#"INSERT INTO "My Schema"."Order Items" SELECT i, 's', 1, 'say', 'dot', 'dollar', 'ü', 'b', 'v', 'k', 't'
                        FROM generate_series(1, 5) i ON CONFLICT ("Id") DO UPDATE SET "select" = 'again', "it's" = 2;
                    UPDATE "My Schema"."Order Items" SET "Id" = 100 WHERE "Id" = 1;
-                   INSERT INTO "select"."from" VALUES (1, 2), (2, 1) ON CONFLICT DO NOTHING;
+                   DELETE FROM "select"."from"; INSERT INTO "select"."from" VALUES (1, 2), (2, 1);
                    UPDATE "select"."from" SET "where" = 5 WHERE "order" = 2;
                    INSERT INTO "_cdc"."it's ""quoted"" > * " VALUES (1, 'a'), (2, 'b') ON CONFLICT DO NOTHING;
                    DELETE FROM "_cdc"."it's ""quoted"" > * " WHERE id = 2;

@@ -41,7 +41,7 @@ impl World {
         let Some(row) = self.replica.position() else {
             return Ok(());
         };
-        if !row.copy.is_complete() {
+        if row.copy.stream.is_empty() || !row.copy.is_complete() {
             return Ok(());
         }
         let position = row.checkpoint.position;
@@ -158,6 +158,16 @@ impl World {
                 }
             }
         }
+        let from = row.checkpoint;
+        let batch = Batch {
+            from,
+            to: from,
+            copy: None,
+            steps: Vec::new(),
+            commit: true,
+        };
+        let sink = self.replica.sink().ok_or("no sink at rest")?;
+        now(sink.apply(&batch)).map_err(|error| error.to_string())?;
         if self.replica.target.position(NAME) != Some(row) {
             return Err("a replay moved the position".to_owned());
         }

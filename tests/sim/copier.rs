@@ -55,12 +55,15 @@ impl Copier {
         self.attempt = None;
     }
 
-    pub(crate) fn lose_tail(&mut self, rng: &mut SmallRng) {
-        let kept = rng.random_range(self.stream.synced()..=self.stream.last_seq());
+    /// The copy stream loses its tail; returns how much.
+    pub(crate) fn lose_tail(&mut self, rng: &mut SmallRng) -> u64 {
+        let last = self.stream.last_seq();
+        let kept = rng.random_range(self.stream.synced()..=last);
         self.stream.crash(kept);
         if rng.random_bool(0.5) {
             self.attempt = None;
         }
+        last - kept
     }
 }
 

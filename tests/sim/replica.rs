@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use futures_util::FutureExt;
 use millrace_config::{Columns, OnDelete, OnRowError, OnSchemaChange, OnTruncate, Table};
+use millrace_event::work::CopyStatus;
 use millrace_event::{ChangeEvent, TableName, Version, decode, decode_line};
 use millrace_sink::batch::{Batch, Checkpoint, CopyState, PositionRow, Step};
 use millrace_sink::copying::{CopyMark, Copying, Input as CopyInput};
@@ -179,10 +180,7 @@ impl World {
             .map(|spec| (spec.name.clone(), rule.clone()))
             .collect();
         let worker = Worker::new(self.replica.limits, rules, checkpoint, copy, self.now);
-        let mut reader = Reader::new(checkpoint.stream_seq, checkpoint.position);
-        if self.sabotage(Sabotage::ResumeLate) {
-            reader.resume_late = true;
-        }
+        let reader = Reader::new(checkpoint.stream_seq, checkpoint.position);
         let seen = |event: &crate::transaction::Expected| checkpoint.position.0 >= event.version;
         self.replica.cursor = self.source.expected.partition_point(seen);
         self.replica.stage = Stage::Following(Box::new(worker), reader, None);
@@ -275,9 +273,11 @@ impl World {
                     .status
                     .as_ref()
                     .filter(|status| status.request == request.id);
-                let told = |status: &millrace_event::work::CopyStatus| {
+                // The stream may end before what was told: the broker lost it.
+                let end = self.copier.stream.last_seq();
+                let told = |status: &CopyStatus| {
                     let told = |table| status.copied.contains(table);
-                    request.tables.iter().all(told) && read_seq >= status.last_seq
+                    request.tables.iter().all(told) && read_seq >= status.last_seq.min(end)
                 };
                 if row.copy.is_complete() || status.is_some_and(told) {
                     self.end_copy(row.copy.is_complete());
@@ -352,6 +352,10 @@ impl World {
                     .stream_seq
                     .saturating_sub(self.rng.random_range(1..10)),
             );
+        }
+        if reader.stream_seq < self.broker.last_seq() && self.sabotage(Sabotage::SkipMessage) {
+            reader.skip();
+            self.sabotaged = true;
         }
         for _ in 0..self.rng.random_range(1..30) {
             if !worker.wants_delivery() {

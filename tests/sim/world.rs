@@ -40,8 +40,8 @@ pub(crate) enum Sabotage {
     CommitHalf,
     /// A copy's rows claim to be newer than their snapshot.
     CopyTooNew,
-    /// A reader resumes one message too late.
-    ResumeLate,
+    /// A reader passes over a message.
+    SkipMessage,
 }
 
 /// Why a run is wrong.
@@ -243,7 +243,10 @@ impl World {
                 self.note(line);
                 self.kill_life();
             }
-            4 => self.copier.lose_tail(&mut self.rng),
+            4 => {
+                let lost = self.copier.lose_tail(&mut self.rng);
+                self.note(format!("broker lost {lost} messages of the copy stream"));
+            }
             5..7 if self.confirm != ConfirmPolicy::Acked => self.lose_tail()?,
             _ => self.kill_replica(),
         }

@@ -77,11 +77,8 @@ pub async fn connect(
         Reconnect::Always => options.max_reconnects(None),
     };
     let options = authenticate(encrypt(options, stream), stream)?;
-    let servers: Vec<&str> = stream
-        .servers
-        .iter()
-        .map(|server| server.expose())
-        .collect();
+    // Without user and password, which the options have: the client logs the addresses that it tries.
+    let servers: Vec<String> = stream.servers.iter().map(ToString::to_string).collect();
     options
         .connect(servers.as_slice())
         .await

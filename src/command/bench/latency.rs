@@ -9,6 +9,7 @@ use tokio_postgres::Client;
 use super::contender::Contender;
 use super::stage::{DATABASE, LIMIT, Stage, TABLE};
 use super::turn::subscription;
+use super::wal;
 
 /// Single-row transactions a second.
 pub(super) const RATE: u32 = 1_000;
@@ -22,7 +23,8 @@ const WARM_UP_SECONDS: u64 = 1;
 /// Between the first row's arrival and the load.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// What both Postgres servers must record.
+/// What the source must record. The target's record would not do: a native subscription commits with the
+/// source's time there. Its WAL has the true one.
 pub(super) const SETTINGS: [(&str, &str); 1] = [("track_commit_timestamp", "on")];
 
 /// What was seen.
@@ -60,6 +62,7 @@ pub(super) async fn measure(
     arrived.await?;
     tokio::time::sleep(PAUSE).await;
 
+    let wal_start = wal::position(&stage.target.connect(contender.name()).await?).await?;
     let began = Instant::now();
     shop::pace_orders(&stage.source.url(DATABASE), first + 1, total, RATE).await?;
     let rate = total as f64 / began.elapsed().as_secs_f64();
@@ -73,9 +76,9 @@ pub(super) async fn measure(
         }
         None => subscription(stage, contender, "DISABLE").await?,
     }
-    let target = stage.target.connect(contender.name()).await?;
     let committed = commits(&stage.client, range).await?;
-    let visible = commits(&target, range).await?;
+    let target = stage.target.connect(contender.name()).await?;
+    let visible = wal::commits(stage, &target, &wal_start, range).await?;
     let millis = latencies(&committed, &visible);
     Ok(Latency {
         contender,
@@ -87,7 +90,7 @@ pub(super) async fn measure(
     })
 }
 
-/// When each row was committed, in microseconds, by id.
+/// When each row was committed at the source, in microseconds, by id.
 async fn commits(client: &Client, (first, last): (u64, u64)) -> Result<Vec<(i64, i64)>, LabError> {
     let query = format!(
         "SELECT id, (extract(epoch FROM pg_xact_commit_timestamp(xmin)) * 1000000)::bigint \

@@ -40,7 +40,7 @@ impl Permissions {
         self.publish.extend(requests.iter().map(subject));
     }
 
-    /// Reading a stream with a consumer of one's own, and acknowledging: both forms of the ack subject.
+    /// Reading a stream with a consumer of one's own. Nothing is acknowledged: positions live in the targets.
     fn consume(&mut self, stream: &str) {
         self.api(
             &[
@@ -48,15 +48,12 @@ impl Permissions {
                 "STREAM.MSG.GET.{}",
                 "CONSUMER.CREATE.{}",
                 "CONSUMER.CREATE.{}.>",
-                "CONSUMER.DURABLE.CREATE.{}.>",
                 "CONSUMER.INFO.{}.>",
                 "CONSUMER.DELETE.{}.>",
                 "CONSUMER.MSG.NEXT.{}.>",
             ],
             stream,
         );
-        self.publish.push(format!("$JS.ACK.{stream}.>"));
-        self.publish.push(format!("$JS.ACK.*.*.{stream}.>"));
     }
 
     /// Receiving replies; every user may read the goal of `--once`.

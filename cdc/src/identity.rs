@@ -1,0 +1,180 @@
+//! What a source was when its stream was written, and what its publication published: kept beside the stream,
+//! so that a start notices what changed while nobody was looking.
+
+use async_nats::jetstream::kv;
+use millrace_config::{Code, Condition};
+use millrace_event::TableName;
+use millrace_event::work::Origin;
+use tokio_postgres::Client;
+
+use crate::birth::TailFound;
+use crate::life::Stream;
+use crate::replication::{ReplicationConnection, SystemIdentity};
+use crate::stream::Tail;
+use crate::{Error, source};
+
+/// The key of what the source was.
+const ORIGIN_KEY: &str = "origin";
+
+/// The key of the tables that were in the publication.
+const PUBLISHED_KEY: &str = "published";
+
+/// The epoch of this life: the one that the stream has, if the source is still the same.
+pub(crate) async fn check(
+    stream: &Stream,
+    replication: &mut ReplicationConnection,
+    identity: &SystemIdentity,
+    tail: Option<&Tail>,
+) -> Result<u32, Error> {
+    let stored = read::<Origin>(&stream.state, ORIGIN_KEY).await?;
+    let newest = tail.map_or(1, |tail| tail.position.epoch());
+    let Some(origin) = stored else {
+        return Ok(newest);
+    };
+    let remedy = "if this server is to be captured from now on: run `millrace drop`, then `millrace run`: \
+                  the tables are copied again";
+    if origin.system_id != identity.system_id {
+        return Err(Error::halt(Condition::new(
+            Code::SourceChanged,
+            format!(
+                "the source is another cluster (system identifier {}, was {})",
+                identity.system_id, origin.system_id
+            ),
+            remedy,
+        )));
+    }
+    if origin.epoch < newest {
+        return Err(Error::halt(Condition::new(
+            Code::EpochLower,
+            format!(
+                "the stream has epoch {newest}, but {} was stored last",
+                origin.epoch
+            ),
+            remedy,
+        )));
+    }
+    if identity.timeline < origin.timeline {
+        return Err(Error::halt(Condition::new(
+            Code::SourceWentBack,
+            format!(
+                "the source is on timeline {}, was {}",
+                identity.timeline, origin.timeline
+            ),
+            remedy,
+        )));
+    }
+    if identity.timeline > origin.timeline {
+        // The history names where each timeline was left: nothing of ours may lie beyond.
+        let history = replication.timeline_history(identity.timeline).await?;
+        let left = history
+            .iter()
+            .find(|(timeline, _)| *timeline == origin.timeline);
+        let reached = tail.map(|tail| {
+            TailFound {
+                position: tail.position,
+                end_lsn: tail.end_lsn,
+            }
+            .represented()
+        });
+        let safe = match (left, reached) {
+            (Some((_, switch)), Some(reached)) => reached <= *switch,
+            (_, None) => true,
+            (None, Some(_)) => false,
+        };
+        if !safe {
+            return Err(Error::halt(Condition::new(
+                Code::SourceChanged,
+                format!(
+                    "the source was promoted (timeline {}, was {}) and lost commits that were already published",
+                    identity.timeline, origin.timeline
+                ),
+                remedy,
+            )));
+        }
+    }
+    if tail.is_some_and(|tail| tail.position.commit_lsn() > identity.flushed) {
+        return Err(Error::halt(Condition::new(
+            Code::SourceWentBack,
+            format!(
+                "the source's WAL ends at {}, below what was published",
+                identity.flushed
+            ),
+            remedy,
+        )));
+    }
+    Ok(origin.epoch)
+}
+
+/// Stores what the source is, for the next life.
+pub(crate) async fn remember(
+    stream: &Stream,
+    identity: &SystemIdentity,
+    epoch: u32,
+) -> Result<(), Error> {
+    let (system_id, timeline) = (identity.system_id.clone(), identity.timeline);
+    let value = serde_json::to_vec(&Origin {
+        epoch,
+        system_id,
+        timeline,
+    })
+    .expect("plain JSON");
+    store(&stream.state, ORIGIN_KEY, value).await
+}
+
+/// Checks that every table that was published still is. One that left the publication has lost the changes made
+/// since, even if it is back.
+pub(crate) async fn check_published(
+    stream: &Stream,
+    client: &Client,
+    publication: &str,
+    tables: &[TableName],
+) -> Result<(), Error> {
+    let remembered: Vec<TableName> = read(&stream.state, PUBLISHED_KEY)
+        .await?
+        .unwrap_or_default();
+    let missing = source::missing_tables(client, publication, tables).await?;
+    let left: Vec<String> = missing
+        .iter()
+        .filter(|table| remembered.contains(table))
+        .map(ToString::to_string)
+        .collect();
+    if left.is_empty() {
+        return Ok(());
+    }
+    Err(Error::halt(Condition::new(
+        Code::PublicationDrift,
+        format!(
+            "publication \"{publication}\" no longer has {}",
+            left.join(", ")
+        ),
+        "changes made meanwhile are lost: run `millrace drop`, then `millrace run`, \
+         which copies the tables again",
+    )))
+}
+
+/// Stores which tables are published, for the next life.
+pub(crate) async fn remember_published(stream: &Stream, tables: &[TableName]) -> Result<(), Error> {
+    let value = serde_json::to_vec(tables).expect("plain JSON");
+    store(&stream.state, PUBLISHED_KEY, value).await
+}
+
+async fn read<T: serde::de::DeserializeOwned>(
+    state: &kv::Store,
+    key: &str,
+) -> Result<Option<T>, Error> {
+    let failed = |error| Error::retry("what was stored beside the stream cannot be read", error);
+    let Some(entry) = state.get(key).await.map_err(failed)? else {
+        return Ok(None);
+    };
+    serde_json::from_slice(&entry)
+        .map(Some)
+        .map_err(|error| Error::retry("what was stored beside the stream is not understood", error))
+}
+
+async fn store(state: &kv::Store, key: &str, value: Vec<u8>) -> Result<(), Error> {
+    state
+        .put(key, value.into())
+        .await
+        .map(|_| ())
+        .map_err(|error| Error::retry("nothing can be stored beside the stream", error))
+}
