@@ -42,12 +42,11 @@ pub async fn run(config: &Config, status: &Status, stop: &CancellationToken) -> 
     let backoff = Backoff::default();
     let mut failures = 0_u32;
     loop {
-        let began = Instant::now();
         let Err(error) = Box::pin(live(config, status, stop)).await else {
             return Ok(());
         };
-        // A life that streamed for a while starts the backoff anew.
-        failures = if began.elapsed() > limits::BACKOFF_MAX {
+        // A life that got as far as streaming starts the backoff anew.
+        failures = if status.state().0 == State::Streaming {
             1
         } else {
             failures + 1

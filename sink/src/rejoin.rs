@@ -20,9 +20,11 @@ pub(crate) async fn park(
     table: &TableName,
     condition: &Condition,
 ) -> Result<(), Error> {
-    let Some(CopyState::Copied { lsn }) = life.progress.tables.get(table).cloned() else {
-        // Already parked; or its copy is what the target refused, and that begins again anyway.
-        return Ok(());
+    let lsn = match life.progress.tables.get(table) {
+        Some(CopyState::Copied { lsn }) => *lsn,
+        Some(CopyState::Parked { .. }) => return Ok(()),
+        // Its copy is what the target refuses: nothing of it is there to be left behind.
+        _ => return Err(Error::Halt(condition.clone())),
     };
     tracing::error!(
         sink = %life.settings.name, %table, code = condition.code.as_str(), remedy = %condition.remedy,

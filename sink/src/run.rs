@@ -53,17 +53,13 @@ pub async fn run(
     let mut parking = None;
     let mut waited_for: Option<String> = None;
     loop {
-        let began = Instant::now();
         let error = match live(config, settings, status, parking.take(), stop).await {
             Ok(Ended::Stopped) => return Ok(()),
             Ok(Ended::Rejoin) => continue,
             Err(error) => error,
         };
-        failures = if began.elapsed() > limits::BACKOFF_MAX {
-            1
-        } else {
-            failures + 1
-        };
+        let streamed = status.snapshot().state == State::Streaming;
+        failures = if streamed { 1 } else { failures + 1 };
         let wait = match error {
             Error::Halt(condition) => {
                 status.set_state(sink, State::Halted(condition.code), Some(condition.clone()));

@@ -103,7 +103,7 @@ impl Status {
 
     pub(crate) fn set_state(&self, sink: &str, state: State, condition: Option<Condition>) {
         let mut inner = self.lock();
-        inner.begun |= matches!(state, State::Streaming | State::Snapshotting);
+        inner.begun |= state == State::Streaming;
         if inner.state != state {
             tracing::info!(part = "sink", sink, from = %inner.state, to = %state, "state changed");
         }

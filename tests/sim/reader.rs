@@ -48,7 +48,13 @@ impl Reader {
     /// Older messages come again.
     pub(crate) fn rewind(&mut self, stream_seq: u64) {
         if self.is_connected {
-            self.stream_seq = stream_seq.min(self.stream_seq);
+            // Never into a set of chunks that is in progress: its beginning would be missing.
+            let newest = if self.assembly.is_empty() {
+                self.stream_seq
+            } else {
+                self.before_chunks
+            };
+            self.stream_seq = stream_seq.min(newest);
             self.assembly.clear();
         }
     }
@@ -118,12 +124,16 @@ impl Reader {
     }
 }
 
-/// Before the first message whose position is above the reader's own. Not behind the newest that is not above:
-/// an overtaken publisher's late message can lie behind messages that the reader has not seen.
+/// By bisection: the newest message whose position is not above the reader's own.
 fn resume_after(broker: &Broker, own: Position) -> u64 {
-    let above = |seq: &u64| broker.position_at(*seq) > Some(own);
-    (1..=broker.last_seq())
-        .find(above)
-        .unwrap_or(broker.last_seq() + 1)
-        - 1
+    let (mut low, mut high) = (1, broker.last_seq() + 1);
+    while low < high {
+        let probe = low + (high - low) / 2;
+        if broker.position_at(probe) > Some(own) {
+            high = probe;
+        } else {
+            low = probe + 1;
+        }
+    }
+    low - 1
 }
