@@ -24,12 +24,12 @@ pub(crate) async fn copy(life: &mut Life<'_>, stop: &CancellationToken) -> Resul
             return Ok(());
         }
         let options = ReaderOptions {
-            stream,
+            stream: stream.clone(),
             ordering: Ordering::ByStream,
             ..ReaderOptions::new(life.jetstream.clone(), life.source, Start::Beginning)
         };
         let reader = Reader::open(options);
-        match follow(life, &request, reader, stop).await? {
+        match follow(life, &request, &stream, reader, stop).await? {
             Followed::Complete | Followed::Lost => {}
             Followed::Stopped => return Ok(()),
         }
@@ -124,6 +124,7 @@ async fn wait_for_status(
 async fn follow(
     life: &mut Life<'_>,
     request: &CopyRequest,
+    stream: &str,
     mut reader: Reader,
     stop: &CancellationToken,
 ) -> Result<Followed, Error> {
@@ -163,13 +164,15 @@ async fn follow(
                 next = reader.next() => delivery = Some(next?),
                 _ = checks.tick() => {
                     let status = status(life, request).await?;
-                    let told = |status: &CopyStatus| {
-                        let told = |table| status.copied.contains(table);
-                        request.tables.iter().all(told) && read_seq >= status.last_seq
-                    };
-                    // Everything was put on the stream and read, and yet something is missing.
-                    if status.as_ref().is_some_and(told) {
-                        return Ok(Followed::Lost);
+                    let Some(status) = status else { continue };
+                    let told = |table| status.copied.contains(table);
+                    if request.tables.iter().all(told) {
+                        // Everything was put on the stream and read, or the broker lost the stream's end: and
+                        // yet something is missing.
+                        let end = life.stream_end(stream).await?;
+                        if read_seq >= status.last_seq.min(end) {
+                            return Ok(Followed::Lost);
+                        }
                     }
                 }
             }

@@ -201,6 +201,14 @@ impl<'l> Life<'l> {
         ))
     }
 
+    /// The last sequence of a stream.
+    pub(crate) async fn stream_end(&self, name: &str) -> Result<u64, Error> {
+        let failed = |error| Error::retry("a stream cannot be read", error);
+        let mut stream = self.jetstream.get_stream(name).await.map_err(failed)?;
+        let info = stream.info().await.map_err(|error| Error::retry("a stream cannot be read", error))?;
+        Ok(info.state.last_sequence)
+    }
+
     /// The schema of a table: a version of it, or the latest.
     async fn schema(&self, table: &TableName, version: Option<&str>) -> Result<TableSchema, Error> {
         let key = match version {

@@ -20,6 +20,9 @@ const PULL_BYTES_MAX: usize = 16 * 1024 * 1024;
 const PULL_EXPIRES: Duration = Duration::from_secs(30);
 /// How often an idle server says that it is there; two missing ones end the consumer.
 const IDLE_HEARTBEAT: Duration = Duration::from_secs(5);
+/// After a rollback this many messages are read again before the place that the search found: a publisher that was
+/// cut off may have left messages there whose positions lie below their neighbours'. What was seen is dropped.
+const REWIND: u64 = 4_000;
 /// How long the server keeps a consumer that nobody asks.
 const INACTIVE_THRESHOLD: Duration = Duration::from_secs(60);
 /// The wait after the first fault; it doubles with each further one.
@@ -362,7 +365,7 @@ impl Reader {
                 found: first,
             }));
         }
-        Ok(after)
+        Ok(after.saturating_sub(REWIND).max(first.saturating_sub(1)))
     }
 }
 
