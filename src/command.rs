@@ -101,11 +101,16 @@ fn usage(message: &str) -> Exit {
 }
 
 fn block_on(verb: impl Future<Output = Exit>) -> Exit {
-    match tokio::runtime::Builder::new_multi_thread()
+    match tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
     {
-        Ok(runtime) => runtime.block_on(verb),
+        Ok(runtime) => {
+            let exit = runtime.block_on(verb);
+            // A part that did not end in time is left behind.
+            runtime.shutdown_background();
+            exit
+        }
         Err(error) => {
             say(&format!("error: the runtime cannot be started: {error}"));
             Exit::Environment

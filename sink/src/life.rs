@@ -205,7 +205,10 @@ impl<'l> Life<'l> {
     pub(crate) async fn stream_end(&self, name: &str) -> Result<u64, Error> {
         let failed = |error| Error::retry("a stream cannot be read", error);
         let mut stream = self.jetstream.get_stream(name).await.map_err(failed)?;
-        let info = stream.info().await.map_err(|error| Error::retry("a stream cannot be read", error))?;
+        let info = stream
+            .info()
+            .await
+            .map_err(|error| Error::retry("a stream cannot be read", error))?;
         Ok(info.state.last_sequence)
     }
 

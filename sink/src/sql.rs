@@ -132,6 +132,22 @@ pub fn upsert(layout: &TableLayout) -> String {
     )
 }
 
+/// Writes full rows that are newer than every tombstone of their table. Parameters: a text array for each
+/// column, versions.
+#[must_use]
+pub fn upsert_newest(layout: &TableLayout) -> String {
+    let columns: Vec<_> = (0..layout.columns.len()).collect();
+    let values = join(columns.iter().map(|column| cast(layout, *column)), ", ");
+    let arrays = join((1..=columns.len()).map(|n| format!("${n}::text[]")), ", ");
+    let names = join(columns.iter().map(|column| format!("c{column}")), ", ");
+    format!(
+        "{} SELECT {values}, s.v FROM unnest({arrays}, ${}::uuid[]) AS s({names}, v) {}",
+        insert_into(layout),
+        columns.len() + 1,
+        on_conflict(layout)
+    )
+}
+
 /// Deletes rows. Parameters: a text array for each key column, versions, key texts.
 #[must_use]
 pub fn delete(layout: &TableLayout) -> String {

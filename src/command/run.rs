@@ -1,5 +1,6 @@
 //! `millrace run`: capture and sinks, until a signal.
 
+use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -199,7 +200,7 @@ impl Parts {
         if let Some(status) = &self.capture {
             let (config, status, stop) =
                 (Arc::clone(&self.config), Arc::clone(status), stop.clone());
-            running.spawn(async move {
+            on_its_own_thread(&mut running, async move {
                 use millrace_cdc::Error;
                 match Box::pin(millrace_cdc::run(&config, &status, &stop)).await {
                     Ok(()) => Ended::Stopped,
@@ -221,7 +222,7 @@ impl Parts {
             let (config, status, stop) =
                 (Arc::clone(&self.config), Arc::clone(status), stop.clone());
             let name = name.clone();
-            running.spawn(async move {
+            on_its_own_thread(&mut running, async move {
                 use millrace_sink::Error;
                 let settings = config
                     .sink(&name)
@@ -282,6 +283,22 @@ fn fail(condition: &Condition) -> Exit {
 fn timed_out() -> Exit {
     say("error: --once did not reach its goal within --timeout");
     Exit::Environment
+}
+
+/// Runs a part on a thread of its own with all its connections, so that a row on its way through it wakes no
+/// other thread: under load that costs more than the work itself.
+fn on_its_own_thread(
+    running: &mut JoinSet<Ended>,
+    part: impl Future<Output = Ended> + Send + 'static,
+) {
+    running.spawn_blocking(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
+        runtime
+            .expect("a thread and an epoll handle can be had")
+            .block_on(part)
+    });
 }
 
 /// The signals that end the process.

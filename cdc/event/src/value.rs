@@ -253,10 +253,14 @@ impl<'a> Value<'a> {
 }
 
 fn string_from_json(json: &str) -> Result<Cow<'_, str>, serde_json::Error> {
-    if json.contains('\\') {
-        return serde_json::from_str::<String>(json).map(Cow::Owned);
+    // A raw value is valid JSON: without an escape the text between the quotes is the string.
+    match json
+        .strip_prefix('"')
+        .and_then(|rest| rest.strip_suffix('"'))
+    {
+        Some(text) if memchr::memchr(b'\\', text.as_bytes()).is_none() => Ok(Cow::Borrowed(text)),
+        _ => serde_json::from_str::<String>(json).map(Cow::Owned),
     }
-    serde_json::from_str::<&str>(json).map(Cow::Borrowed)
 }
 
 /// The Postgres array literal of a JSON array of scalars. Strings are always quoted: `{"a",1,NULL}`.

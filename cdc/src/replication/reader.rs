@@ -19,7 +19,7 @@ use super::framing::{Ending, Framer, WalBatch};
 use super::wal::{Delivery, Shared};
 
 /// The most bytes that wait to be taken by [`super::WalReader::next`].
-pub(super) const QUEUE_BYTES_MAX: usize = 8 << 20;
+pub(super) const QUEUE_BYTES_MAX: usize = 4 << 20;
 
 /// What the smallest batch counts as in the queue, which bounds the number of batches as well.
 const BATCH_SHARE_BYTES_MIN: usize = 4 << 10;

@@ -5,6 +5,8 @@ use millrace_event::{Control, Position, decode_line};
 /// The member that holds the position in an event's last line. Its quotes are not escaped and its value is an
 /// object, so it cannot occur inside a row: values of columns are never objects.
 const SOURCE: &[u8] = b"\"source\":{";
+/// The member is seldom longer than this.
+const SOURCE_BYTES: usize = 512;
 const VERSION: &[u8] = b"\"version\":\"";
 const DIGITS: usize = 32;
 
@@ -23,7 +25,10 @@ pub(crate) fn of_changes(payload: &[u8]) -> Option<Position> {
 
 /// The version of a line as our own publisher writes it, without decoding its row.
 fn quick(line: &[u8]) -> Option<Position> {
-    let source = &line[find(line, SOURCE)?..];
+    // The member is the line's last and short; what a row holds before it need not be looked at.
+    let end = line.len().saturating_sub(SOURCE_BYTES);
+    let source = memchr::memmem::rfind(&line[end..], SOURCE).map(|at| end + at + SOURCE.len());
+    let source = &line[source.or_else(|| find(line, SOURCE))?..];
     let digits = source.get(find(source, VERSION)?..)?.get(..DIGITS)?;
     std::str::from_utf8(digits).ok()?.parse().ok()
 }

@@ -15,7 +15,7 @@ use crate::{Delivery, Token};
 /// Messages asked for at a time: well below the 65,536 that the client holds before it drops some.
 const PULL_MESSAGES_MAX: usize = 10_000;
 /// Bytes asked for at a time.
-const PULL_BYTES_MAX: usize = 16 * 1024 * 1024;
+const PULL_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// How long the server keeps a request for messages.
 const PULL_EXPIRES: Duration = Duration::from_secs(30);
 /// How often an idle server says that it is there; two missing ones end the consumer.

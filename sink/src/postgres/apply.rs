@@ -174,6 +174,7 @@ async fn pipelined(
         } else {
             commands.whole(step).await?;
         }
+        commands.session.end_step();
     }
     let list = std::mem::take(&mut commands.list);
     // A failed commit would end the earlier batches of a transaction too, so there it waits for its turn.

@@ -103,6 +103,7 @@ pub(super) struct Commands<'a, 's> {
 
 impl<'a, 's> Commands<'a, 's> {
     pub(super) fn new(session: &'s mut Session, sink: &'a str) -> Self {
+        session.end_step();
         Self {
             session,
             sink,
@@ -152,6 +153,9 @@ impl<'a, 's> Commands<'a, 's> {
                 let keys = keys_of(ops);
                 self.add(layout, Counts::Nothing, Kind::Tombstone, sql, keys)
                     .await?;
+                let newest = ops.iter().map(|op| op.version).max().unwrap_or_default();
+                let buried = self.session.buried.entry(layout.relation()).or_default();
+                *buried = newest.max(*buried);
             }
             Group::Partial(present) => {
                 self.touched.insert(layout.relation());
@@ -170,9 +174,20 @@ impl<'a, 's> Commands<'a, 's> {
             }
             Group::Full => {
                 let all: Vec<_> = (0..layout.columns.len()).collect();
-                let sql = || sql::upsert(layout);
-                self.add(layout, Counts::Written, Kind::Upsert, sql, rows(&all))
-                    .await?;
+                let mut parameters = rows(&all);
+                let oldest = ops.iter().map(|op| op.version).min().unwrap_or_default();
+                let entombed = self.session.tombstones.get(&layout.relation());
+                // In the stream's order every row is newer than every delete before it, so no look is needed.
+                if entombed.is_none_or(|newest| *newest < oldest) {
+                    parameters.pop();
+                    let sql = || sql::upsert_newest(layout);
+                    self.add(layout, Counts::Written, Kind::UpsertNewest, sql, parameters)
+                        .await?;
+                } else {
+                    let sql = || sql::upsert(layout);
+                    self.add(layout, Counts::Written, Kind::Upsert, sql, parameters)
+                        .await?;
+                }
             }
         }
         let relation = layout.relation();

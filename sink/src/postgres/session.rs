@@ -56,6 +56,7 @@ const POSITION: &str = "stream_seq, position, epoch, \
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Kind {
     Upsert,
+    UpsertNewest,
     Delete,
     Tombstone,
     Resolve,
@@ -89,6 +90,10 @@ pub(super) struct Session {
     pub(super) floors: HashMap<String, Version>,
     /// Relations with open dead letters; may hold too many, never too few.
     pub(super) letters: HashSet<String>,
+    /// The newest tombstone by relation; may be too new (of a transaction that was rolled back), never too old.
+    pub(super) tombstones: HashMap<String, Version>,
+    /// Tombstones of the step under way: none of its other rows has one of these keys.
+    pub(super) buried: HashMap<String, Version>,
     /// The tables of which this sink has begun a copy.
     pub(super) copied: CopyProgress,
     pub(super) cas: Statement,
@@ -120,6 +125,14 @@ impl Session {
             .or_default()
             .insert(kind, statement.clone());
         Ok(statement)
+    }
+
+    /// Ends a step: what it buried counts for the rows of later ones.
+    pub(super) fn end_step(&mut self) {
+        for (relation, version) in self.buried.drain() {
+            let newest = self.tombstones.entry(relation).or_default();
+            *newest = version.max(*newest);
+        }
     }
 
     /// Forgets the statements of a table whose shape in the target may have changed.
@@ -182,6 +195,13 @@ async fn load(client: Client, position: &PositionRow) -> Result<Session, tokio_p
     {
         floors.insert(row.try_get(0)?, row.try_get::<_, Uuid>(1)?.0);
     }
+    let mut tombstones = HashMap::new();
+    // The version's text has the version's order; uuid itself has no maximum before Postgres 18.
+    let newest =
+        "SELECT relation, max(version::text)::uuid FROM millrace.tombstone GROUP BY relation";
+    for row in client.query(newest, &[]).await? {
+        tombstones.insert(row.try_get(0)?, row.try_get::<_, Uuid>(1)?.0);
+    }
     let mut letters = HashSet::new();
     let open = "SELECT DISTINCT relation FROM millrace.dead_letter WHERE resolved_at IS NULL";
     for row in client.query(open, &[]).await? {
@@ -204,6 +224,8 @@ async fn load(client: Client, position: &PositionRow) -> Result<Session, tokio_p
         transaction: Transaction::Closed,
         floors,
         letters,
+        tombstones,
+        buried: HashMap::new(),
         copied: position.copy.clone(),
         cas,
         statements: HashMap::new(),

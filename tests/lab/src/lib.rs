@@ -4,7 +4,6 @@
 //! Used by `millrace demo`, `millrace bench` and the tests. It never links the product: it starts
 //! the binary it is given and looks only at servers, files and exit codes.
 
-
 mod compare;
 mod error;
 mod folder;
