@@ -151,6 +151,7 @@ enum Turn {
     Stop,
     Applied,
     Delivery(Box<Delivery>),
+    Rested,
     Tick,
 }
 
@@ -195,7 +196,8 @@ async fn follow(mut life: Life<'_>, stop: &CancellationToken) -> Result<Ended, E
         if let Some(batch) = worker.poll(began.elapsed()) {
             life.begin(batch);
         }
-        let wants = worker.wants_delivery();
+        let rest = worker.rests_until(began.elapsed());
+        let wants = worker.wants_delivery() && rest.is_none();
         let turn = tokio::select! {
             biased;
             () = stop.cancelled() => Turn::Stop,
@@ -204,6 +206,9 @@ async fn follow(mut life: Life<'_>, stop: &CancellationToken) -> Result<Ended, E
                 Turn::Applied
             }
             delivery = reader.next(), if wants => Turn::Delivery(Box::new(delivery?)),
+            () = tokio::time::sleep_until((began + rest.unwrap_or_default()).into()), if rest.is_some() => {
+                Turn::Rested
+            }
             _ = ticks.tick() => Turn::Tick,
         };
         match turn {
@@ -212,6 +217,7 @@ async fn follow(mut life: Life<'_>, stop: &CancellationToken) -> Result<Ended, E
                 worker.handle(Input::Flushed).map_err(no_key)?;
                 life.report(false).await?;
             }
+            Turn::Rested => {}
             Turn::Delivery(delivery) => take(&mut life, &mut worker, &delivery).await?,
             Turn::Tick => {
                 if !life.is_applying() && cleaned_at.elapsed() >= CLEAN_UP_INTERVAL {

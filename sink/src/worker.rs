@@ -15,6 +15,12 @@ use crate::row::{RowError, TableLayout};
 /// How often a position is stored while only changes of other sinks' tables arrive.
 const IDLE_CHECKPOINT_INTERVAL: Duration = Duration::from_secs(1);
 
+/// A batch of so many changes says that they come faster than batches are applied one by one.
+const BUSY_ROWS: usize = 16;
+
+/// After a busy batch more is let come together: a transaction costs the target as much as many rows.
+const BUSY_REST: Duration = Duration::from_millis(3);
+
 /// When a batch closes although more is waiting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BatchLimits {
@@ -110,6 +116,8 @@ pub struct Worker {
     /// Whether nothing more was waiting when last asked.
     drained: bool,
     stored_at: Duration,
+    /// No batch is handed out before this, unless it is full.
+    rest_until: Duration,
 }
 
 impl Worker {
@@ -144,6 +152,7 @@ impl Worker {
             target_open: false,
             drained: false,
             stored_at: now,
+            rest_until: now,
         }
     }
 
@@ -167,6 +176,13 @@ impl Worker {
     #[must_use]
     pub fn wants_delivery(&self) -> bool {
         self.flight == Flight::Idle || !self.is_full()
+    }
+
+    /// Until when more changes are let come together: ask again then, and not before.
+    #[must_use]
+    pub fn rests_until(&self, now: Duration) -> Option<Duration> {
+        let waits = self.flight == Flight::Idle && self.urgency == Urgency::Now && !self.is_full();
+        (waits && now < self.rest_until).then_some(self.rest_until)
     }
 
     /// Whether the target has no transaction open and nothing to apply.
@@ -236,12 +252,14 @@ impl Worker {
         let due = match self.urgency {
             Urgency::None => false,
             Urgency::Position => self.drained && boundary && (!idle || self.target_open),
-            Urgency::Now => self.drained && boundary,
+            Urgency::Now => self.drained && boundary && now >= self.rest_until,
         };
         // A delete that was held back counts as a row, and is nothing new to apply.
         if !due && (!self.is_full() || self.urgency == Urgency::None) {
             return None;
         }
+        let busy = self.fold.rows() >= BUSY_ROWS && !self.is_full();
+        self.rest_until = if busy { now + BUSY_REST } else { now };
         self.stored_at = now;
         self.flight = Flight::Flushing;
         self.urgency = Urgency::None;

@@ -194,13 +194,21 @@ pub struct DecodeError(#[from] serde_json::Error);
 /// # Errors
 /// The line is not a change event of this format.
 pub fn decode_line(line: &[u8]) -> Result<ChangeEvent<'_>, DecodeError> {
-    Ok(serde_json::from_slice(line)?)
+    // Checked as a whole, the text need not be checked again string by string.
+    let text = std::str::from_utf8(line).map_err(serde::de::Error::custom);
+    Ok(serde_json::from_str(text.map_err(DecodeError)?)?)
 }
 
 /// The change events of a payload, one a line.
 pub fn decode(payload: &[u8]) -> impl Iterator<Item = Result<ChangeEvent<'_>, DecodeError>> {
-    payload
-        .split(|byte| *byte == b'\n')
-        .filter(|line| !line.is_empty())
-        .map(decode_line)
+    let mut rest = payload;
+    let lines = std::iter::from_fn(move || {
+        let (line, after) = match memchr::memchr(b'\n', rest) {
+            Some(end) => rest.split_at(end + 1),
+            None => (rest, &[][..]),
+        };
+        rest = after;
+        (!line.is_empty()).then(|| line.trim_ascii_end())
+    });
+    lines.filter(|line| !line.is_empty()).map(decode_line)
 }

@@ -31,6 +31,13 @@ const SHORT_READ_BYTES: usize = 16 << 10;
 /// first message has been handed over by then.
 const SHORT_READ_PAUSE: Duration = Duration::from_micros(100);
 
+/// From so many bytes in one read on the stream is busy, and is let on for longer: it fills no more than a part of
+/// the socket's buffer meanwhile.
+const BUSY_READ_BYTES: usize = 4 << 10;
+
+/// How long a busy stream is let on.
+const BUSY_READ_PAUSE: Duration = Duration::from_micros(300);
+
 /// How long a report may take to be written. It is 39 bytes: the socket is dead when it does not fit.
 const REPORT_WRITE_LIMIT: Duration = Duration::from_secs(10);
 
@@ -82,8 +89,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Stream<S> {
                 Some(Ending::Complete) => return Err(WalError::ServerShutdown),
                 Some(Ending::Failed(error)) => return Err(WalError::server(error)),
             }
-            if (1..SHORT_READ_BYTES).contains(&read) {
-                std::thread::sleep(SHORT_READ_PAUSE);
+            match read {
+                0 | SHORT_READ_BYTES.. => {}
+                BUSY_READ_BYTES.. => std::thread::sleep(BUSY_READ_PAUSE),
+                _ => std::thread::sleep(SHORT_READ_PAUSE),
             }
             read = match self.read().await? {
                 Event::Done(read) => read,

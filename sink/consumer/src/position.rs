@@ -13,9 +13,9 @@ const DIGITS: usize = 32;
 /// The position of a message with changes: its last line's. `None` for a message that is not ours.
 #[must_use]
 pub(crate) fn of_changes(payload: &[u8]) -> Option<Position> {
-    let line = payload
-        .rsplit(|byte| *byte == b'\n')
-        .find(|line| !line.is_empty())?;
+    let payload = payload.trim_ascii_end();
+    let start = memchr::memrchr(b'\n', payload).map_or(0, |end| end + 1);
+    let line = payload.get(start..)?;
     quick(line).or_else(|| {
         decode_line(line)
             .ok()
