@@ -1,10 +1,13 @@
 //! What a source was when its stream was written, and what its publication published: kept beside the stream,
 //! so that a start notices what changed while nobody was looking.
 
+use std::collections::HashMap;
+
 use async_nats::jetstream::kv;
 use millrace_config::{Code, Condition};
 use millrace_event::TableName;
 use millrace_event::work::Origin;
+use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
 
 use crate::birth::TailFound;
@@ -121,21 +124,47 @@ pub(crate) async fn remember(
     store(&stream.state, ORIGIN_KEY, value).await
 }
 
-/// Checks that every table that was published still is. One that left the publication has lost the changes made
-/// since, even if it is back.
+/// A table's membership of the publication.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Member {
+    #[serde(flatten)]
+    table: TableName,
+    /// The membership's OID.
+    oid: u32,
+}
+
+/// Checks that every table that was published still is, and was all the time. One that left the publication has
+/// lost the changes made meanwhile, even if it is back.
 pub(crate) async fn check_published(
     stream: &Stream,
     client: &Client,
     publication: &str,
     tables: &[TableName],
 ) -> Result<(), Error> {
-    let remembered: Vec<TableName> = read(&stream.state, PUBLISHED_KEY)
-        .await?
-        .unwrap_or_default();
-    let missing = source::missing_tables(client, publication, tables).await?;
-    let left: Vec<String> = missing
+    let remembered: Option<Vec<Member>> = read(&stream.state, PUBLISHED_KEY).await?;
+    let remembered: HashMap<TableName, u32> = remembered
+        .unwrap_or_default()
+        .into_iter()
+        .map(|member| (member.table, member.oid))
+        .collect();
+    let now = source::published_tables(client, publication).await?;
+    check_members(publication, tables, &remembered, &now)
+}
+
+/// Compares two looks at a publication.
+pub(crate) fn check_members(
+    publication: &str,
+    tables: &[TableName],
+    before: &HashMap<TableName, u32>,
+    now: &HashMap<TableName, u32>,
+) -> Result<(), Error> {
+    let left: Vec<String> = tables
         .iter()
-        .filter(|table| remembered.contains(table))
+        .filter(|table| {
+            before
+                .get(table)
+                .is_some_and(|oid| now.get(table) != Some(oid))
+        })
         .map(ToString::to_string)
         .collect();
     if left.is_empty() {
@@ -144,7 +173,7 @@ pub(crate) async fn check_published(
     Err(Error::halt(Condition::new(
         Code::PublicationDrift,
         format!(
-            "publication \"{publication}\" no longer has {}",
+            "publication \"{publication}\" was without {}",
             left.join(", ")
         ),
         "changes made meanwhile are lost: run `millrace drop`, then `millrace run`, \
@@ -153,9 +182,22 @@ pub(crate) async fn check_published(
 }
 
 /// Stores which tables are published, for the next life.
-pub(crate) async fn remember_published(stream: &Stream, tables: &[TableName]) -> Result<(), Error> {
-    let value = serde_json::to_vec(tables).expect("plain JSON");
-    store(&stream.state, PUBLISHED_KEY, value).await
+pub(crate) async fn remember_published(
+    stream: &Stream,
+    client: &Client,
+    publication: &str,
+) -> Result<(), Error> {
+    let members: Vec<Member> = source::published_tables(client, publication)
+        .await?
+        .into_iter()
+        .map(|(table, oid)| Member { table, oid })
+        .collect();
+    store(
+        &stream.state,
+        PUBLISHED_KEY,
+        serde_json::to_vec(&members).expect("plain JSON"),
+    )
+    .await
 }
 
 async fn read<T: serde::de::DeserializeOwned>(

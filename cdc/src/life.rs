@@ -275,7 +275,7 @@ async fn prepare(
         identity::check_published(stream, client, &publication, &names).await?;
     }
     source::ensure_publication(client, &publication, &names, config.source.create).await?;
-    identity::remember_published(stream, &names).await?;
+    identity::remember_published(stream, client, &publication).await?;
     let slot = source::slot_name(&config.source.name);
     let Plan::Begin { slot: slot_plan } = plan else {
         return Ok(());

@@ -20,7 +20,7 @@ use crate::publish::{self, Acks, Sender};
 use crate::replication::{Frame, WalBatch, WalHandle, WalReader};
 use crate::retention::{Fullness, Retention};
 use crate::status::Status;
-use crate::{Error, heartbeat, source, stream};
+use crate::{Error, heartbeat, identity, source, stream};
 
 /// How often what has aged is confirmed and the counters are shown.
 const TICK: Duration = Duration::from_millis(200);
@@ -136,23 +136,18 @@ async fn watch(config: &Config, source: &Source) -> Result<std::convert::Infalli
     let slot = source::slot_name(&config.source.name);
     let slot_lag = metrics::gauge!("millrace_slot_lag_bytes");
     let slot_retained = metrics::gauge!("millrace_slot_retained_bytes");
+    let mut before = None;
     let mut ticks = tokio::time::interval(WATCH_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
-        let missing = source::missing_tables(&source.client, &publication, &tables).await?;
-        if !missing.is_empty() {
-            let names: Vec<_> = missing.iter().map(ToString::to_string).collect();
-            return Err(Error::halt(Condition::new(
-                Code::PublicationDrift,
-                format!(
-                    "publication \"{publication}\" no longer has {}",
-                    names.join(", ")
-                ),
-                "changes made meanwhile are lost: run `millrace drop`, then `millrace run`, \
-                 which copies the tables again",
-            )));
-        }
+        let now = source::published_tables(&source.client, &publication).await?;
+        identity::check_members(
+            &publication,
+            &tables,
+            before.get_or_insert_with(|| now.clone()),
+            &now,
+        )?;
         if let Some(slot) = source::find_slot(&source.client, &slot).await? {
             // Beyond 2^53 bytes precision does not matter.
             slot_lag.set(slot.lag_bytes as f64);

@@ -15,6 +15,7 @@ mod kill;
 mod large_transactions;
 mod parking;
 mod partial_and_letters;
+mod rebuild;
 mod redelivery;
 mod replication_connection;
 mod secrets;

@@ -1,6 +1,6 @@
 //! The publication.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 
 use millrace_config::{Code, Condition, Create};
 use millrace_event::{TableName, quote_identifier};
@@ -96,19 +96,34 @@ pub async fn missing_tables(
     name: &str,
     tables: &[TableName],
 ) -> Result<Vec<TableName>, Error> {
+    let published = published_tables(client, name).await?;
+    let missing = tables.iter().filter(|table| !published.contains_key(table));
+    Ok(missing.cloned().collect())
+}
+
+/// The tables that a publication publishes, each with the OID of its membership: a table that left and came
+/// back has another one. Zero for a publication of all tables or of a schema, which has no members.
+///
+/// # Errors
+/// The connection failed.
+pub async fn published_tables(
+    client: &Client,
+    name: &str,
+) -> Result<HashMap<TableName, u32>, Error> {
     let rows = client
         .query(
-            "SELECT schemaname::text, tablename::text FROM pg_publication_tables WHERE pubname = $1",
+            "SELECT t.schemaname::text, t.tablename::text, coalesce(r.oid, 0::oid) \
+             FROM pg_publication_tables t JOIN pg_publication p ON p.pubname = t.pubname \
+             JOIN pg_namespace n ON n.nspname = t.schemaname \
+             JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = t.tablename \
+             LEFT JOIN pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = c.oid \
+             WHERE t.pubname = $1",
             &[&name],
         )
         .await?;
-    let published: HashSet<_> = rows
-        .iter()
-        .map(|row| TableName::new(row.get::<_, String>(0), row.get::<_, String>(1)))
-        .collect();
-    Ok(tables
-        .iter()
-        .filter(|table| !published.contains(table))
-        .cloned()
-        .collect())
+    let member = |row: &tokio_postgres::Row| {
+        let table = TableName::new(row.get::<_, String>(0), row.get::<_, String>(1));
+        (table, row.get::<_, u32>(2))
+    };
+    Ok(rows.iter().map(member).collect())
 }
