@@ -48,6 +48,8 @@ pub(crate) struct Life<'l> {
     pub(crate) limits: BatchLimits,
     target: Option<Target>,
     pub(crate) checkpoint: Checkpoint,
+    /// The same as it is committed: behind `checkpoint` while the target's transaction is open.
+    committed: Checkpoint,
     pub(crate) progress: CopyProgress,
     /// The newest layout of each table that was asked for.
     layouts: HashMap<TableName, Arc<TableLayout>>,
@@ -97,6 +99,7 @@ impl<'l> Life<'l> {
             },
             target: Some(Target::Idle(Box::new(sink))),
             checkpoint,
+            committed: checkpoint,
             progress: copy,
             layouts: HashMap::new(),
             meters: crate::meters::Meters::new(&settings.name),
@@ -140,6 +143,13 @@ impl<'l> Life<'l> {
                     lsn,
                 };
             }
+        }
+        if fresh || moved {
+            // An answer to an earlier request may lie on the copy stream: its rows are older than this beginning.
+            self.copies
+                .delete(format!("request.{}", self.settings.name))
+                .await
+                .map_err(|error| Error::retry("a copy request cannot be withdrawn", error))?;
         }
         progress.stream = stream;
         progress
@@ -286,6 +296,9 @@ impl<'l> Life<'l> {
             );
         }
         self.checkpoint = batch.to;
+        if batch.commit {
+            self.committed = batch.to;
+        }
         if let Some(progress) = batch.copy {
             self.progress = progress;
             self.status.set_tables(&self.progress);
@@ -311,7 +324,7 @@ impl<'l> Life<'l> {
 
     /// The oldest place of the stream that is still needed: the sink's own, or a parked table's.
     pub(crate) fn kept_from(&self) -> (u64, Position) {
-        let own = (self.checkpoint.stream_seq, self.checkpoint.position);
+        let own = (self.committed.stream_seq, self.committed.position);
         let parked = self
             .progress
             .tables
@@ -366,7 +379,7 @@ impl<'l> Life<'l> {
             return Ok(());
         }
         self.reported_at = Some(now);
-        let Checkpoint { position, .. } = self.checkpoint;
+        let Checkpoint { position, .. } = self.committed;
         let stream_seq = self.kept_from().0;
         let report = SinkReport {
             stream_seq,

@@ -6,7 +6,7 @@
 
 use millrace_config::Condition;
 use millrace_consumer::{Body, Reader, ReaderOptions, Start, Token};
-use millrace_event::{ChangeEvent, TableName};
+use millrace_event::{ChangeEvent, Op, Position, TableName};
 use tokio_util::sync::CancellationToken;
 
 use crate::batch::{Batch, CopyState};
@@ -50,18 +50,25 @@ pub(crate) async fn park(
 pub(crate) async fn rejoin(life: &mut Life<'_>, stop: &CancellationToken) -> Result<(), Error> {
     for table in life.progress.parked() {
         match life.layout(&table, None).await {
-            Ok(_) => catch_up(life, &table, stop).await?,
-            Err(Error::Table { condition, .. }) => {
-                life.status.set_parked(&table, condition.clone());
-                tracing::warn!(
-                    sink = %life.settings.name, %table, code = condition.code.as_str(),
-                    remedy = %condition.remedy, "table still parked: {}", condition.message
-                );
-            }
+            Ok(_) => match Box::pin(catch_up(life, &table, stop)).await {
+                // The target has the columns and yet refuses the rows.
+                Err(Error::Table { condition, .. }) => refused(life, &table, condition),
+                caught_up => caught_up?,
+            },
+            Err(Error::Table { condition, .. }) => refused(life, &table, condition),
             Err(error) => return Err(error),
         }
     }
     Ok(())
+}
+
+/// Says why a table stays parked.
+fn refused(life: &Life<'_>, table: &TableName, condition: Condition) {
+    tracing::warn!(
+        sink = %life.settings.name, %table, code = condition.code.as_str(),
+        remedy = %condition.remedy, "table still parked: {}", condition.message
+    );
+    life.status.set_parked(table, condition);
 }
 
 /// Whether the target takes one of these tables again.
@@ -109,9 +116,6 @@ async fn catch_up(
             () = stop.cancelled() => return Ok(()),
             delivery = reader.next() => delivery?,
         };
-        if delivery.position > life.checkpoint.position {
-            break;
-        }
         reached = delivery.position;
         let Body::Changes(payload) = &delivery.body else {
             continue;
@@ -126,18 +130,25 @@ async fn catch_up(
         {
             let version = event.source.version;
             let wanted = match event.op {
-                millrace_event::Op::Delete => deletes,
-                millrace_event::Op::Truncate => truncates,
+                Op::Delete => deletes,
+                Op::Truncate => truncates,
                 _ => true,
             };
-            if wanted && version.commit_lsn >= lsn {
+            // The last message may reach beyond the sink's own position: what does comes with the others.
+            let own = Position::from(version) <= life.checkpoint.position;
+            if wanted && own && version.commit_lsn >= lsn {
                 let shape = event.source.table_version.as_ref();
                 let layout = life.layout_of(table, shape).await?;
                 fold.push(&layout, event, payload)
                     .map_err(|error| Error::retry("a change has no key", error))?;
             }
         }
-        if fold.rows() >= life.limits.rows || fold.bytes() >= life.limits.bytes {
+        // Not between the two halves of a key change.
+        let halfway = events
+            .last()
+            .is_some_and(|event| event.op == Op::Delete && !event.source.last);
+        let full = fold.rows() >= life.limits.rows || fold.bytes() >= life.limits.bytes;
+        if full && !halfway && reached <= life.checkpoint.position {
             let (stream_seq, position) = (delivery.stream_seq, reached);
             let state = CopyState::Parked {
                 lsn,

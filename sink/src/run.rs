@@ -220,12 +220,13 @@ async fn follow(mut life: Life<'_>, stop: &CancellationToken) -> Result<Ended, E
             Turn::Rested => {}
             Turn::Delivery(delivery) => take(&mut life, &mut worker, &delivery).await?,
             Turn::Tick => {
-                if !life.is_applying() && cleaned_at.elapsed() >= CLEAN_UP_INTERVAL {
+                let rests = worker.is_at_rest() && !life.is_applying();
+                if rests && cleaned_at.elapsed() >= CLEAN_UP_INTERVAL {
                     cleaned_at = Instant::now();
                     clean_up(&mut life, &mut passed).await?;
                 }
                 let due = !parked.is_empty() && probed_at.elapsed() >= PROBE_INTERVAL;
-                if due && worker.is_at_rest() && !life.is_applying() {
+                if due && rests {
                     probed_at = Instant::now();
                     if rejoin::is_wanted(&mut life, &parked).await? {
                         return Ok(Ended::Rejoin);

@@ -118,6 +118,9 @@ fn insert_into(layout: &TableLayout) -> String {
     )
 }
 
+/// Lifts the statement timeout until the transaction ends.
+pub const UNBOUNDED: &str = "SELECT set_config('statement_timeout', '0', true)";
+
 /// Writes full rows. Parameters: a text array for each column, versions, key texts.
 #[must_use]
 pub fn upsert(layout: &TableLayout) -> String {

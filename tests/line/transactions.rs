@@ -122,3 +122,32 @@ async fn a_reader_never_sees_half_of_a_transfer_between_two_tables() {
     done.store(true, Ordering::Relaxed);
     assert!(reading.await.expect("no half transfer") > 3);
 }
+
+#[tokio::test]
+async fn a_table_that_first_appears_inside_a_large_transaction_does_not_end_it() {
+    let stage = Stage::set(Setting {
+        schema: "CREATE TABLE t (id int PRIMARY KEY, v text);
+            CREATE TABLE u (id int PRIMARY KEY, v text)",
+        tables: &[("public.t", ""), ("public.u", "")],
+        sink: "batch = { max_rows = 10 }",
+        ..Setting::default()
+    })
+    .await;
+    let mut pipeline = stage.start();
+    stage
+        .sql("INSERT INTO t VALUES (0, 'x'); INSERT INTO u VALUES (0, 'x')")
+        .await;
+    stage.equal(&pipeline).await;
+    // A new process has not laid out any table yet when the transaction comes.
+    pipeline.kill9();
+    stage
+        .sql(
+            "BEGIN; INSERT INTO t SELECT i, 'a' FROM generate_series(1, 500) i; \
+             INSERT INTO u SELECT i, 'b' FROM generate_series(1, 500) i; COMMIT",
+        )
+        .await;
+    let mut once = stage.start_with(&["run", "--once"]);
+    let code = once.wait(crate::stage::PATIENCE).await.expect("ends");
+    assert_eq!(code, 0, "{}", once.logs());
+    assert_eq!(stage.equal(&once).await.rows, 1002);
+}

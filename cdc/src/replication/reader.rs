@@ -33,10 +33,10 @@ const SHORT_READ_PAUSE: Duration = Duration::from_micros(100);
 
 /// From so many bytes in one read on the stream is busy, and is let on for longer: it fills no more than a part of
 /// the socket's buffer meanwhile.
-const BUSY_READ_BYTES: usize = 4 << 10;
+const BUSY_READ_BYTES: usize = 1 << 10;
 
 /// How long a busy stream is let on.
-const BUSY_READ_PAUSE: Duration = Duration::from_micros(300);
+const BUSY_READ_PAUSE: Duration = Duration::from_micros(500);
 
 /// How long a report may take to be written. It is 39 bytes: the socket is dead when it does not fit.
 const REPORT_WRITE_LIMIT: Duration = Duration::from_secs(10);

@@ -232,6 +232,16 @@ impl<'a, 's> Commands<'a, 's> {
         version: Version,
         floor: bool,
     ) -> Result<(), SinkError> {
+        // It reads the whole table, however large: no timeout for the rest of this transaction.
+        let unbounded = || sql::UNBOUNDED.to_owned();
+        self.add(
+            layout,
+            Counts::Nothing,
+            Kind::Unbounded,
+            unbounded,
+            Vec::new(),
+        )
+        .await?;
         let sql = || sql::delete_below(layout);
         let parameters: Vec<Parameter<'a>> = vec![Box::new(Uuid(version))];
         self.add(layout, Counts::Nothing, Kind::DeleteBelow, sql, parameters)

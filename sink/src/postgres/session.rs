@@ -61,6 +61,7 @@ pub(super) enum Kind {
     Tombstone,
     Resolve,
     DeleteBelow,
+    Unbounded,
     TombstonesBelow,
     LettersBelow,
     Floor,
@@ -197,8 +198,7 @@ async fn load(client: Client, position: &PositionRow) -> Result<Session, tokio_p
     }
     let mut tombstones = HashMap::new();
     // The version's text has the version's order; uuid itself has no maximum before Postgres 18.
-    let newest =
-        "SELECT relation, max(version::text)::uuid FROM millrace.tombstone GROUP BY relation";
+    let newest = "SELECT relation, max(version::text COLLATE \"C\")::uuid FROM millrace.tombstone GROUP BY relation";
     for row in client.query(newest, &[]).await? {
         tombstones.insert(row.try_get(0)?, row.try_get::<_, Uuid>(1)?.0);
     }

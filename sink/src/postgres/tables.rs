@@ -6,8 +6,9 @@ use millrace_config::{Code, Condition, Create, Table};
 use millrace_event::{TableName, TableSchema, TypeSchema, quote_identifier};
 use tokio_postgres::{Client, Error};
 
+use super::apply::broken;
 use super::fault::{self, Cause};
-use super::session::Session;
+use super::session::{Session, Transaction};
 use super::types;
 use crate::batch::CopyState;
 use crate::row::{LayoutColumn, TableLayout};
@@ -53,13 +54,19 @@ pub(super) async fn ensure(
         begun,
     };
     let failed = |error| ensuring.failed(error);
-    session
-        .client
-        .batch_execute("BEGIN")
-        .await
-        .map_err(failed)?;
+    // A large source transaction may first touch a table while the target's transaction is open: it must stay.
+    let (begin, keep, undo) = match session.transaction {
+        Transaction::Closed => ("BEGIN", "COMMIT", "ROLLBACK"),
+        Transaction::Open(_) => (
+            "SAVEPOINT millrace_ensure",
+            "RELEASE SAVEPOINT millrace_ensure",
+            "ROLLBACK TO SAVEPOINT millrace_ensure",
+        ),
+        Transaction::Broken => return Err(broken()),
+    };
+    session.client.batch_execute(begin).await.map_err(failed)?;
     let result = ensuring.run().await;
-    let end = if result.is_ok() { "COMMIT" } else { "ROLLBACK" };
+    let end = if result.is_ok() { keep } else { undo };
     let ended = session.client.batch_execute(end).await.map_err(failed);
     let ensured = result?;
     ended?;
