@@ -1,7 +1,5 @@
 //! Connections for the verbs, and their failures as conditions.
 
-use std::error::Error;
-
 use async_nats::jetstream;
 use millrace_config::{Code, Condition, Secret, SecretError, Stream};
 use millrace_connect::nats::{NatsError, Reconnect};
@@ -17,21 +15,7 @@ pub(crate) enum Side {
     Target,
 }
 
-/// An error and its causes in one line.
-pub(crate) fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let next = error.to_string();
-        // Several clients repeat their cause in their own text.
-        if !text.ends_with(&next) {
-            text.push_str(": ");
-            text.push_str(&next);
-        }
-        cause = error.source();
-    }
-    text
-}
+pub(crate) use millrace_config::chain;
 
 /// Opens an SQL connection, with the secret read now.
 ///

@@ -6,14 +6,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use millrace_event::{
-    Before, Change, Control, ControlKind, Datum, EncodeError, Lsn, Op, Position, Relation,
-    TableName, Transaction, subject, write_change,
+    Before, Control, ControlKind, EncodeError, Lsn, Op, Position, Relation, TableName, Transaction,
+    subject,
 };
 
 use crate::assemble::{Assembler, MessageLimits, Outgoing, RowTooLarge};
 use crate::frontier::{Boundary, ConfirmPolicy, Frontier};
-use crate::pgoutput::{self, Message, OldKind, OldTuple, PgoutputError, Tuple};
-use crate::relation::{Published, RelationError, Relations, SubjectId};
+use crate::pgoutput::{self, Message, OldTuple, PgoutputError, Tuple};
+use crate::relation::{Published, RelationError, Relations};
+use crate::tuple::{RowChange, Writer};
 
 /// The prefix of the logical messages that are heartbeats.
 pub const HEARTBEAT_PREFIX: &str = "millrace.heartbeat";
@@ -475,131 +476,4 @@ fn published(relations: &Relations, relid: u32) -> Result<Option<&Published>, Ca
     relations.get(relid).ok_or(CaptureError::Protocol(
         "a change of a relation that was not announced",
     ))
-}
-
-/// Writes the events of one change, those that the stream already holds excepted.
-struct Writer<'c> {
-    assembler: &'c mut Assembler,
-    published: &'c Published,
-    transaction: &'c Transaction,
-    skip_to: Position,
-    lsn: Lsn,
-    sent_at_us: i64,
-}
-
-impl Writer<'_> {
-    fn write(
-        &mut self,
-        op: Op,
-        before: Before<'_>,
-        after: Option<&[Datum<'_>]>,
-        key: Option<&[Datum<'_>]>,
-        seq: u32,
-    ) -> Result<(), CaptureError> {
-        let position = Position::from(self.transaction.version(seq));
-        if position <= self.skip_to {
-            return Ok(());
-        }
-        let subject: SubjectId = self.published.subject(op);
-        let out = self.assembler.begin_line(subject, position);
-        let change = Change {
-            op,
-            before,
-            after,
-            key,
-            seq,
-            lsn: self.lsn,
-            sent_at_us: self.sent_at_us,
-        };
-        write_change(out, &self.published.relation, self.transaction, &change)?;
-        Ok(())
-    }
-}
-
-/// A row change with its tuples laid out, the new row completed from the old one where that has more.
-struct RowChange<'a> {
-    old: Option<(OldKind, Vec<Datum<'a>>)>,
-    new: Option<Vec<Datum<'a>>>,
-    key_changed: bool,
-}
-
-impl<'a> RowChange<'a> {
-    fn new(
-        relation: &Relation,
-        old: Option<OldTuple<'a>>,
-        new: Option<Tuple<'a>>,
-    ) -> Result<Self, CaptureError> {
-        let old = match old {
-            Some(OldTuple { kind, tuple }) => Some((kind, row(relation, tuple)?)),
-            None => None,
-        };
-        let mut new = new.map(|tuple| row(relation, tuple)).transpose()?;
-        let mut key_changed = false;
-        if let (Some((kind, old)), Some(new)) = (&old, &mut new) {
-            // A key tuple says NULL for every other column: only its key columns are values.
-            for (index, (datum, known)) in new.iter_mut().zip(old).enumerate() {
-                let has_value = *kind == OldKind::Full || relation.key().contains(&index);
-                if *datum == Datum::Unchanged && has_value {
-                    *datum = *known;
-                }
-            }
-            key_changed = relation
-                .key()
-                .iter()
-                .any(|index| old.get(*index) != new.get(*index));
-        }
-        let keyed = |row: &Vec<Datum<'_>>| {
-            let value = |index: &usize| matches!(row.get(*index), Some(Datum::Text(_)));
-            relation.key().iter().all(value)
-        };
-        let complete =
-            new.as_ref().is_none_or(keyed) && old.as_ref().is_none_or(|(_, row)| keyed(row));
-        if !complete {
-            return Err(CaptureError::Protocol("a key column has no value"));
-        }
-        Ok(Self {
-            old,
-            new,
-            key_changed,
-        })
-    }
-
-    fn write(&self, op: Op, first: u32, writer: &mut Writer<'_>) -> Result<(), CaptureError> {
-        let before = match &self.old {
-            None => Before::None,
-            Some((OldKind::Key, row)) => Before::Key(row),
-            Some((OldKind::Full, row)) => Before::Row(row),
-        };
-        let old = self.old.as_ref().map(|(_, row)| row.as_slice());
-        let new = self.new.as_deref();
-        if self.key_changed {
-            writer.write(Op::Delete, before, None, old, first)?;
-            return writer.write(Op::Create, before, new, new, first + 1);
-        }
-        // An update whose key stayed has no use for a key tuple that says so.
-        let before = match before {
-            Before::Key(_) if op == Op::Update => Before::None,
-            before => before,
-        };
-        writer.write(op, before, new, new.or(old), first)
-    }
-}
-
-fn row<'a>(relation: &Relation, tuple: Tuple<'a>) -> Result<Vec<Datum<'a>>, CaptureError> {
-    if tuple.len() != relation.columns().len() {
-        return Err(CaptureError::Protocol(
-            "a row does not have its relation's columns",
-        ));
-    }
-    tuple
-        .iter()
-        .map(|datum| match datum {
-            pgoutput::Datum::Null => Ok(Datum::Null),
-            pgoutput::Datum::Unchanged => Ok(Datum::Unchanged),
-            pgoutput::Datum::Text(text) => Ok(Datum::Text(text)),
-            pgoutput::Datum::Binary(_) => Err(CaptureError::Protocol(
-                "a binary value, which was not asked for",
-            )),
-        })
-        .collect()
 }

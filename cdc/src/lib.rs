@@ -15,6 +15,7 @@ mod relation;
 mod retention;
 mod run;
 mod status;
+mod tuple;
 
 pub mod assemble;
 pub mod capture;

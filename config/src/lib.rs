@@ -4,6 +4,7 @@
 //! [`Secret::read`].
 
 mod backoff;
+mod chain;
 mod code;
 mod error;
 mod fault;
@@ -18,6 +19,7 @@ mod state;
 mod unbuilt;
 
 pub use backoff::Backoff;
+pub use chain::chain;
 pub use code::{Code, Condition, UnknownCode};
 pub use error::{ConfigError, ConfigErrors};
 pub use fault::Fault;

@@ -1,7 +1,5 @@
 //! What a sink's caller does about a failure.
 
-use std::error::Error as StdError;
-
 use millrace_config::{Code, Condition, SecretError};
 use millrace_connect::nats::NatsError;
 use millrace_consumer::ReadError;
@@ -69,18 +67,7 @@ impl Error {
     /// The failure and its causes in one line.
     #[must_use]
     pub fn chain(&self) -> String {
-        let mut text = self.to_string();
-        let mut cause = self.source();
-        while let Some(error) = cause {
-            let next = error.to_string();
-            // Several errors repeat their cause in their own text.
-            if !text.ends_with(&next) {
-                text.push_str(": ");
-                text.push_str(&next);
-            }
-            cause = error.source();
-        }
-        text
+        millrace_config::chain(self)
     }
 }
 

@@ -1,0 +1,144 @@
+//! From a change's tuples to its events: the new row completed from the old one, a key change told apart.
+//!
+//! Pure.
+
+use millrace_event::{
+    Before, Change, Datum, Lsn, Op, Position, Relation, Transaction, write_change,
+};
+
+use crate::assemble::Assembler;
+use crate::capture::CaptureError;
+use crate::pgoutput::{self, OldKind, OldTuple, Tuple};
+use crate::relation::{Published, SubjectId};
+
+/// Writes the events of one change, those that the stream already holds excepted.
+pub(crate) struct Writer<'c> {
+    pub(crate) assembler: &'c mut Assembler,
+    pub(crate) published: &'c Published,
+    pub(crate) transaction: &'c Transaction,
+    pub(crate) skip_to: Position,
+    pub(crate) lsn: Lsn,
+    pub(crate) sent_at_us: i64,
+}
+
+impl Writer<'_> {
+    pub(crate) fn write(
+        &mut self,
+        op: Op,
+        before: Before<'_>,
+        after: Option<&[Datum<'_>]>,
+        key: Option<&[Datum<'_>]>,
+        seq: u32,
+    ) -> Result<(), CaptureError> {
+        let position = Position::from(self.transaction.version(seq));
+        if position <= self.skip_to {
+            return Ok(());
+        }
+        let subject: SubjectId = self.published.subject(op);
+        let out = self.assembler.begin_line(subject, position);
+        let change = Change {
+            op,
+            before,
+            after,
+            key,
+            seq,
+            lsn: self.lsn,
+            sent_at_us: self.sent_at_us,
+        };
+        write_change(out, &self.published.relation, self.transaction, &change)?;
+        Ok(())
+    }
+}
+
+/// A row change with its tuples laid out, the new row completed from the old one where that has more.
+pub(crate) struct RowChange<'a> {
+    old: Option<(OldKind, Vec<Datum<'a>>)>,
+    new: Option<Vec<Datum<'a>>>,
+    key_changed: bool,
+}
+
+impl<'a> RowChange<'a> {
+    pub(crate) fn new(
+        relation: &Relation,
+        old: Option<OldTuple<'a>>,
+        new: Option<Tuple<'a>>,
+    ) -> Result<Self, CaptureError> {
+        let old = match old {
+            Some(OldTuple { kind, tuple }) => Some((kind, row(relation, tuple)?)),
+            None => None,
+        };
+        let mut new = new.map(|tuple| row(relation, tuple)).transpose()?;
+        let mut key_changed = false;
+        if let (Some((kind, old)), Some(new)) = (&old, &mut new) {
+            // A key tuple says NULL for every other column: only its key columns are values.
+            for (index, (datum, known)) in new.iter_mut().zip(old).enumerate() {
+                let has_value = *kind == OldKind::Full || relation.key().contains(&index);
+                if *datum == Datum::Unchanged && has_value {
+                    *datum = *known;
+                }
+            }
+            key_changed = relation
+                .key()
+                .iter()
+                .any(|index| old.get(*index) != new.get(*index));
+        }
+        let keyed = |row: &Vec<Datum<'_>>| {
+            let value = |index: &usize| matches!(row.get(*index), Some(Datum::Text(_)));
+            relation.key().iter().all(value)
+        };
+        let complete =
+            new.as_ref().is_none_or(keyed) && old.as_ref().is_none_or(|(_, row)| keyed(row));
+        if !complete {
+            return Err(CaptureError::Protocol("a key column has no value"));
+        }
+        Ok(Self {
+            old,
+            new,
+            key_changed,
+        })
+    }
+
+    pub(crate) fn write(
+        &self,
+        op: Op,
+        first: u32,
+        writer: &mut Writer<'_>,
+    ) -> Result<(), CaptureError> {
+        let before = match &self.old {
+            None => Before::None,
+            Some((OldKind::Key, row)) => Before::Key(row),
+            Some((OldKind::Full, row)) => Before::Row(row),
+        };
+        let old = self.old.as_ref().map(|(_, row)| row.as_slice());
+        let new = self.new.as_deref();
+        if self.key_changed {
+            writer.write(Op::Delete, before, None, old, first)?;
+            return writer.write(Op::Create, before, new, new, first + 1);
+        }
+        // An update whose key stayed has no use for a key tuple that says so.
+        let before = match before {
+            Before::Key(_) if op == Op::Update => Before::None,
+            before => before,
+        };
+        writer.write(op, before, new, new.or(old), first)
+    }
+}
+
+fn row<'a>(relation: &Relation, tuple: Tuple<'a>) -> Result<Vec<Datum<'a>>, CaptureError> {
+    if tuple.len() != relation.columns().len() {
+        return Err(CaptureError::Protocol(
+            "a row does not have its relation's columns",
+        ));
+    }
+    tuple
+        .iter()
+        .map(|datum| match datum {
+            pgoutput::Datum::Null => Ok(Datum::Null),
+            pgoutput::Datum::Unchanged => Ok(Datum::Unchanged),
+            pgoutput::Datum::Text(text) => Ok(Datum::Text(text)),
+            pgoutput::Datum::Binary(_) => Err(CaptureError::Protocol(
+                "a binary value, which was not asked for",
+            )),
+        })
+        .collect()
+}
