@@ -10,11 +10,10 @@ use millrace_event::work::Origin;
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
 
-use crate::birth::TailFound;
 use crate::life::Stream;
 use crate::replication::{ReplicationConnection, SystemIdentity};
 use crate::stream::Tail;
-use crate::{Error, source};
+use crate::{Error, source, stream};
 
 /// The key of what the source was.
 const ORIGIN_KEY: &str = "origin";
@@ -72,15 +71,9 @@ pub(crate) async fn check(
         let left = history
             .iter()
             .find(|(timeline, _)| *timeline == origin.timeline);
-        let reached = tail.map(|tail| {
-            TailFound {
-                position: tail.position,
-                end_lsn: tail.end_lsn,
-            }
-            .represented()
-        });
+        let reached = stream::highest(&stream.jetstream, &stream.name).await?;
         let safe = match (left, reached) {
-            (Some((_, switch)), Some(reached)) => reached <= *switch,
+            (Some((_, switch)), Some(reached)) => reached.lies_before(*switch),
             (_, None) => true,
             (None, Some(_)) => false,
         };

@@ -335,6 +335,14 @@ pub async fn tail_covering(
     tail::tail_covering(jetstream, name, confirmed).await
 }
 
+/// The message that represents most of the source among the newest 4,000; for rare questions.
+///
+/// # Errors
+/// What JetStream answers.
+pub async fn highest(jetstream: &Context, name: &str) -> Result<Option<Tail>, StreamError> {
+    tail::highest(jetstream, name).await
+}
+
 /// The KV bucket `MILLRACE_<source>_<kind>`, created where it is missing.
 ///
 /// # Errors

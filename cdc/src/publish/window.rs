@@ -38,7 +38,7 @@ enum Phase {
     Open {
         /// When the first message was sent.
         since: Instant,
-        /// Whether the server was asked since its last answer.
+        /// Whether the server was asked since it last acknowledged something.
         pinged: bool,
     },
     /// The commit was sent: nothing may follow before its answer, which tells where the stream ends.
@@ -179,7 +179,14 @@ impl Window {
             Phase::Open { since, .. } if self.outstanding() < self.flow => {
                 Due::Commit((progress_at + COMMIT_DELAY).min(since + BATCH_AGE_MAX))
             }
-            Phase::Open { pinged: false, .. } => Due::Ping(progress_at + PING_DELAY),
+            // The age counts here too: under an unbroken load there is always a full flow on its way.
+            Phase::Open {
+                since,
+                pinged: false,
+            } => match (progress_at + PING_DELAY, since + BATCH_AGE_MAX) {
+                (ping, age) if age < ping => Due::Commit(age),
+                (ping, _) => Due::Ping(ping),
+            },
             Phase::Open { pinged: true, .. } => Due::Timeout(progress_at + ACK_TIMEOUT),
         }
     }
@@ -235,10 +242,13 @@ impl Window {
         match reply {
             Reply::Flow { number, flow } => {
                 self.flow = u64::from(flow.max(1));
-                if let Phase::Open { pinged, .. } = &mut self.phase {
+                let acked = self.advance(number, now);
+                // An answer that tells nothing new is no reason to ask again, or a lost message would never be
+                // noticed.
+                if let (Some(_), Phase::Open { pinged, .. }) = (&acked, &mut self.phase) {
                     *pinged = false;
                 }
-                Ok(self.advance(number, now))
+                Ok(acked)
             }
             Reply::Ended { count, stream_seq } => {
                 if self.phase != Phase::Committing || count != self.sent {

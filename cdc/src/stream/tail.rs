@@ -72,6 +72,16 @@ impl Tail {
     pub fn represented(&self) -> Lsn {
         self.end_lsn.unwrap_or(self.position.commit_lsn())
     }
+
+    /// Whether what was published is part of a history that was left at `switch`. A commit record that begins there
+    /// is not.
+    #[must_use]
+    pub fn lies_before(&self, switch: Lsn) -> bool {
+        match self.end_lsn {
+            Some(end_lsn) => end_lsn <= switch,
+            None => self.position.commit_lsn() < switch,
+        }
+    }
 }
 
 /// The newest message that represents the source up to `confirmed`. Messages behind it that do not are a late
@@ -98,6 +108,27 @@ pub(super) async fn tail_covering(
         }
     }
     Ok(Some(newest))
+}
+
+/// The message that represents most of the source among the newest: what a late publisher left behind it does not
+/// hide it. Reads up to [`STRAGGLERS_MAX`] messages one by one, so it is for rare questions.
+pub(super) async fn highest(jetstream: &Context, name: &str) -> Result<Option<Tail>, StreamError> {
+    let Some(newest) = tail(jetstream, name).await? else {
+        return Ok(None);
+    };
+    let mut highest = newest.clone();
+    let oldest = newest.stream_seq.saturating_sub(STRAGGLERS_MAX).max(1);
+    for stream_seq in (oldest..newest.stream_seq).rev() {
+        let Some(message) = message(jetstream, name, stream_seq).await? else {
+            break;
+        };
+        if let Some(earlier) = end(&message) {
+            if earlier.represented() > highest.represented() {
+                highest = earlier;
+            }
+        }
+    }
+    Ok(Some(highest))
 }
 
 pub(super) async fn tail(jetstream: &Context, name: &str) -> Result<Option<Tail>, StreamError> {
@@ -197,6 +228,21 @@ mod tests {
             at(1_795_234_013, 123_456_789)
         );
         assert_eq!(time("2026-11-21 04:06:53"), None);
+    }
+
+    #[test]
+    fn a_commit_record_at_the_switch_point_is_not_part_of_the_old_history() {
+        let tail = |end_lsn| Tail {
+            stream_seq: 1,
+            position: Position::new(1, Lsn(100), 3),
+            stored_at: SystemTime::UNIX_EPOCH,
+            end_lsn,
+            is_start: false,
+        };
+        assert!(tail(Some(Lsn(120))).lies_before(Lsn(120)));
+        assert!(!tail(Some(Lsn(120))).lies_before(Lsn(119)));
+        assert!(tail(None).lies_before(Lsn(101)));
+        assert!(!tail(None).lies_before(Lsn(100)));
     }
 
     #[test]

@@ -65,18 +65,31 @@ fn silence_leads_to_a_ping_and_then_to_a_timeout() -> Result<(), PublishError> {
     assert_eq!(window.ping(), Some((1, 100)));
     window.on_ping_sent();
     assert_eq!(window.due(), Due::Timeout(start + ACK_TIMEOUT));
-    // An answer without progress buys time for another ping only once something has arrived.
-    assert_eq!(
-        window.on_reply(
-            Reply::Flow {
-                number: 0,
-                flow: 100
-            },
-            start
-        )?,
-        None
-    );
-    assert_eq!(window.due(), Due::Ping(start + PING_DELAY));
+    // An answer that tells nothing new buys no time.
+    let flow = |number| Reply::Flow { number, flow: 100 };
+    assert_eq!(window.on_reply(flow(0), start + PING_DELAY)?, None);
+    assert_eq!(window.due(), Due::Timeout(start + ACK_TIMEOUT));
+    // One that does lets the next wait begin.
+    let later = start + PING_DELAY;
+    sent(&mut window, u64::from(FLOW), later);
+    assert!(window.on_reply(flow(100), later)?.is_some());
+    assert_eq!(window.due(), Due::Ping(later + PING_DELAY));
+    Ok(())
+}
+
+#[test]
+fn an_unbroken_load_does_not_keep_a_batch_from_its_commit() -> Result<(), PublishError> {
+    let start = Instant::now();
+    let mut window = Window::new(0);
+    sent(&mut window, u64::from(FLOW), start);
+    let mut now = start;
+    while now < start + BATCH_AGE_MAX - PING_DELAY {
+        now += Duration::from_secs(1);
+        sent(&mut window, u64::from(FLOW), now);
+        let number = window.acked + u64::from(FLOW);
+        window.on_reply(Reply::Flow { number, flow: FLOW }, now)?;
+    }
+    assert_eq!(window.due(), Due::Commit(start + BATCH_AGE_MAX));
     Ok(())
 }
 
