@@ -4,7 +4,7 @@ CARGO = cargo
 DEMO_ARGS =
 BENCH_ARGS =
 
-.PHONY: help setup demo test bench lint
+.PHONY: help setup setup-tests demo test bench lint
 
 help:
 	@echo 'make demo   throwaway servers, live traffic, a kill in the middle, a full comparison'
@@ -12,15 +12,19 @@ help:
 	@echo 'make bench  the measurements of the README (release build)'
 	@echo 'make lint   formatting and clippy, as CI runs them'
 	@echo 'make setup  only install what the others need: Postgres and nats-server'
+	@echo 'make setup-tests  the same, and what only the tests need'
 
 setup:
 	@sh tests/lab/setup.sh
+
+setup-tests:
+	@sh tests/lab/setup.sh --tests
 
 demo: setup
 	$(CARGO) build --release --locked
 	target/release/millrace demo $(DEMO_ARGS)
 
-test: setup
+test: setup-tests
 	$(CARGO) test --locked
 
 bench: setup

@@ -17,9 +17,15 @@ pub(crate) static VERSION: LazyLock<String> = LazyLock::new(|| {
     }
 });
 
+/// How the process ends, for `--help`.
+const EXIT_CODES: &str = "\
+Exit codes: 0 done, or drained after a signal; 1 a bug; 2 the command line is wrong, or nobody can be asked;
+3 a check found something, or with --once a table is parked; 4 a precondition failed at the start, or a time
+limit passed; 5 halted (--exit-on-halt, --once); 78 the configuration is wrong; 128+n a second signal n";
+
 /// Every committed row change of a Postgres database, in the databases of other services.
 #[derive(Debug, Parser)]
-#[command(name = "millrace", version = VERSION.as_str(), max_term_width = 110)]
+#[command(name = "millrace", version = VERSION.as_str(), max_term_width = 110, after_help = EXIT_CODES)]
 pub(crate) struct Arguments {
     /// The configuration: the directory of millrace.toml and tables/
     #[arg(
@@ -54,6 +60,7 @@ pub(crate) struct LogArguments {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Capture the source and keep the targets equal to it
+    #[command(after_help = EXIT_CODES)]
     Run(RunArguments),
     /// Check the configuration without connecting to anything
     Validate,

@@ -138,7 +138,7 @@ pub(crate) fn plan(found: &Found<'_>) -> Result<Plan, Condition> {
             Create::Never => Err(Condition::new(
                 Code::SlotMissing,
                 format!("slot \"{name}\" does not exist"),
-                format!("SELECT pg_create_logical_replication_slot('{name}', 'pgoutput')"),
+                crate::source::make_slot(name),
             )),
         },
         (StreamFound::Empty, SlotFound::Inactive { .. }) if create == Create::Auto => {

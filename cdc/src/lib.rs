@@ -29,4 +29,4 @@ pub mod stream;
 pub use error::Error;
 pub use relation::{RelationError, SubjectId};
 pub use run::run;
-pub use status::Status;
+pub use status::{CopyTrouble, Status};

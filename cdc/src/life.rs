@@ -88,12 +88,18 @@ pub(crate) async fn open(config: &Config, now: Duration) -> Result<Life, Error> 
     stream::require_level(&jetstream).await?;
     let stream = open_buckets(config, jetstream).await?;
 
-    let plan = decide(config, &client, &facts, &stream).await?;
+    let plan = match decide(config, &client, &facts, &tables, &stream).await {
+        Ok(plan) => Ok(plan),
+        // What the source is comes first: another server's lack of a slot is no gap of this stream.
+        Err(Error::Halt(condition)) => Err(condition),
+        Err(passing) => return Err(passing),
+    };
     let mut replication = ReplicationConnection::connect(&dsn, "millrace").await?;
     let identity = replication.identify_system().await?;
     let known = stream_tail(&stream, Lsn::ZERO).await?;
     let known = known.map(|(_, tail)| tail);
     let epoch = identity::check(&stream, &mut replication, &identity, known.as_ref()).await?;
+    let plan = plan.map_err(Error::Halt)?;
     prepare(config, &client, &mut replication, plan, &tables, &stream).await?;
     describe_tables(&client, &stream.schemas, &tables).await?;
 
@@ -193,6 +199,7 @@ async fn decide(
     config: &Config,
     client: &Client,
     facts: &SourceFacts,
+    tables: &[SourceTable],
     stream: &Stream,
 ) -> Result<Plan, Error> {
     let name = source::slot_name(&config.source.name);
@@ -229,6 +236,10 @@ async fn decide(
         return Err(Error::retry_because("another process begins the stream"));
     }
     let sink_position = has_sink_position(&stream.sinks).await?;
+    let begins = matches!(found, StreamFound::Missing | StreamFound::Empty) && !sink_position;
+    if begins && config.source.create == Create::Never {
+        require_publication(config, client, tables, slot).await?;
+    }
     let found = Found {
         name: &name,
         stream: found,
@@ -243,6 +254,29 @@ async fn decide(
             "nothing to do: this process takes over when that one ends",
         ))),
         plan => Ok(plan),
+    }
+}
+
+/// Checks that a publication which may not be made is there before anything begins. A slot decodes with the
+/// publication as it was, so it comes first, and the remedy has both statements where both are missing.
+async fn require_publication(
+    config: &Config,
+    client: &Client,
+    tables: &[SourceTable],
+    slot: SlotFound,
+) -> Result<(), Error> {
+    let names: Vec<TableName> = tables.iter().map(|table| table.name.clone()).collect();
+    let publication = source::publication_name(&config.source.name);
+    match source::ensure_publication(client, &publication, &names, Create::Never).await {
+        Err(Error::Halt(condition)) if slot == SlotFound::Missing => {
+            let make = source::make_slot(&source::slot_name(&config.source.name));
+            let remedy = format!("{}; then {make}", condition.remedy);
+            Err(Error::halt(Condition {
+                remedy,
+                ..condition
+            }))
+        }
+        checked => checked,
     }
 }
 
@@ -300,12 +334,12 @@ async fn prepare(
             tracing::info!(%slot, %consistent_point, "slot created");
             Ok(())
         }
-        Err(_) => Err(Error::retry_because(slot_blocked(client).await)),
+        Err(_) => Err(Error::retry_because(slot_blocked(client).await.to_string())),
     }
 }
 
 /// Which transactions keep a slot from being created.
-pub(crate) async fn slot_blocked(client: &Client) -> String {
+pub(crate) async fn slot_blocked(client: &Client) -> Condition {
     let blockers = client
         .query(
             "SELECT pid, coalesce(application_name, '') FROM pg_stat_activity \
@@ -318,14 +352,15 @@ pub(crate) async fn slot_blocked(client: &Client) -> String {
         .iter()
         .map(|row| format!("{} ({})", row.get::<_, i32>(0), row.get::<_, String>(1)))
         .collect();
-    format!(
-        "{}: a slot waits for every open transaction to end; open: {}",
+    let open = if pids.is_empty() {
+        "unknown".to_owned()
+    } else {
+        pids.join(", ")
+    };
+    Condition::new(
         Code::SlotBlocked,
-        if pids.is_empty() {
-            "unknown".to_owned()
-        } else {
-            pids.join(", ")
-        }
+        format!("a slot waits for every open transaction to end; open: {open}"),
+        "end the transactions that are open for long; it is tried again by itself",
     )
 }
 

@@ -1,12 +1,15 @@
-//! What the stream may forget: messages that every required sink has applied and that are old enough.
+//! What the stream may forget: messages that every required sink has applied and that are old enough. While
+//! the stream is full, "old enough" shrinks to what the slot needs as a safety net, and the oldest part goes.
+//!
+//! A parked table holds nothing back: its changes wait as long as the stream keeps them anyway.
 
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use async_nats::jetstream::{Context, kv};
-use millrace_config::{Code, Condition, Config, State};
-use millrace_event::work::SinkReport;
+use millrace_config::{Code, Condition, Config, Confirm, Sink, State, SyncInterval, limits};
+use millrace_event::work::{ParkedClaim, SinkReport};
 
 use crate::Error;
 use crate::life::Stream;
@@ -22,6 +25,14 @@ const LOOKS_A_PURGE: u64 = 10;
 /// Above this part of its limit, in percent, the stream counts as full: the slot holds what follows.
 const FULL_PERCENT: u64 = 90;
 
+/// While the stream is full, each look lets one part in so many of its messages go, the oldest: readers that
+/// are not required keep what they can.
+const FULL_PARTS: u64 = 10;
+
+/// A message stays for so long after the moment at which the slot may forget it: until then it is looked up in
+/// the stream, and its absence would mean that the broker lost it.
+const CONFIRM_SLACK: Duration = Duration::from_secs(30);
+
 /// Whether the stream has room for more.
 #[derive(Debug, Default)]
 pub(crate) struct Fullness(AtomicBool);
@@ -36,9 +47,11 @@ impl Fullness {
 pub(crate) struct Retention<'r> {
     jetstream: &'r Context,
     name: &'r str,
-    sinks: &'r kv::Store,
-    required: Vec<&'r str>,
+    reports: &'r kv::Store,
+    sinks: &'r [Sink],
     max_age: Duration,
+    /// How long a message is needed for the confirm policy.
+    confirm_age: Duration,
     fullness: &'r Fullness,
     status: &'r Status,
 }
@@ -50,17 +63,19 @@ impl<'r> Retention<'r> {
         fullness: &'r Fullness,
         status: &'r Status,
     ) -> Self {
-        let required = config
-            .sinks
-            .iter()
-            .filter(|sink| sink.required)
-            .map(|sink| sink.name.as_str());
+        let confirm_age = match (config.stream.confirm, config.stream.sync_interval) {
+            (Confirm::Synced, SyncInterval::Every(interval)) => {
+                interval + limits::CONFIRM_MARGIN + CONFIRM_SLACK
+            }
+            _ => Duration::ZERO,
+        };
         Self {
             jetstream: &stream.jetstream,
             name: &stream.name,
-            sinks: &stream.sinks,
-            required: required.collect(),
+            reports: &stream.sinks,
+            sinks: &config.sinks,
             max_age: config.stream.retention.max_age,
+            confirm_age,
             fullness,
             status,
         }
@@ -81,7 +96,7 @@ impl<'r> Retention<'r> {
             limit.set(state.max_bytes as f64);
             let full = self.note_fullness(&state);
             if full || look % LOOKS_A_PURGE == 0 {
-                self.purge(&state).await?;
+                self.purge(&state, full).await?;
             }
         }
         unreachable!("u64 looks outlive the process")
@@ -99,7 +114,7 @@ impl<'r> Retention<'r> {
                     "the stream has {} of {} bytes",
                     state.bytes, state.max_bytes
                 ),
-                "capture goes on reading when sinks have applied more, or when \
+                "capture goes on reading when the required sinks have applied more, or when \
                  stream.retention.max_bytes is raised",
             )
         });
@@ -114,36 +129,49 @@ impl<'r> Retention<'r> {
         full
     }
 
-    async fn purge(&self, state: &StreamState) -> Result<(), Error> {
-        // The newest message stays: it says how far the stream is.
-        let may_go = self.applied().await?.min(state.last_seq.saturating_sub(1));
-        if may_go < state.first_seq {
+    async fn purge(&self, state: &StreamState, full: bool) -> Result<(), Error> {
+        let reports = self.reports().await?;
+        let Some(may_go) = may_go(state, full, applied(&reports)) else {
             return Ok(());
-        }
-        let before = state
-            .now
-            .checked_sub(self.max_age)
-            .unwrap_or(SystemTime::UNIX_EPOCH);
+        };
+        let age = if full {
+            self.confirm_age
+        } else {
+            self.max_age.max(self.confirm_age)
+        };
+        let before = state.now.checked_sub(age).unwrap_or(SystemTime::UNIX_EPOCH);
         if let Some(stream_seq) = self.newest_before(before, state.first_seq, may_go).await? {
             tracing::debug!(stream_seq, "purging the stream");
             stream::purge(self.jetstream, self.name, stream_seq).await?;
+            for (sink, claim) in lapsing(&reports, state.first_seq, stream_seq) {
+                tracing::warn!(
+                    code = Code::ParkedTooLong.as_str(), sink, table = %claim.table,
+                    "the stream reached its limit and let go of what a parked table had not applied; \
+                     the table is copied again once the target takes it"
+                );
+            }
         }
         Ok(())
     }
 
-    /// The newest sequence that every required sink has applied: 0 where one has not reported.
-    async fn applied(&self) -> Result<u64, Error> {
-        let mut applied = u64::MAX;
-        for sink in &self.required {
+    /// What each sink last said of itself.
+    async fn reports(&self) -> Result<Vec<Reported<'r>>, Error> {
+        let mut reports = Vec::with_capacity(self.sinks.len());
+        for sink in self.sinks {
             let entry = self
-                .sinks
-                .get(*sink)
+                .reports
+                .get(&sink.name)
                 .await
                 .map_err(|error| Error::retry("a sink's report cannot be read", error))?;
             let report = entry.and_then(|entry| serde_json::from_slice::<SinkReport>(&entry).ok());
-            applied = applied.min(report.map_or(0, |report| report.stream_seq));
+            let (name, required) = (sink.name.as_str(), sink.required);
+            reports.push(Reported {
+                name,
+                required,
+                report,
+            });
         }
-        Ok(applied)
+        Ok(reports)
     }
 
     /// The newest message in a range of sequences that was stored before a time: by bisection, because times
@@ -166,5 +194,127 @@ impl<'r> Retention<'r> {
             }
         }
         Ok((low > first).then(|| low - 1))
+    }
+}
+
+/// A sink and its report, if it made one.
+#[derive(Debug)]
+struct Reported<'r> {
+    name: &'r str,
+    required: bool,
+    report: Option<SinkReport>,
+}
+
+/// The newest sequence that every required sink has applied: 0 where one has not reported.
+fn applied(reports: &[Reported<'_>]) -> u64 {
+    let required = reports.iter().filter(|sink| sink.required);
+    required
+        .map(|sink| sink.report.as_ref().map_or(0, |report| report.stream_seq))
+        .min()
+        .unwrap_or(u64::MAX)
+}
+
+/// The newest sequence that may go if it is old enough. The newest message stays: it says how far the stream is.
+fn may_go(state: &StreamState, full: bool, applied: u64) -> Option<u64> {
+    let held = state.last_seq.checked_sub(state.first_seq)?;
+    let part = if full { held / FULL_PARTS } else { held };
+    let may_go = (state.first_seq + part)
+        .min(state.last_seq.saturating_sub(1))
+        .min(applied);
+    (may_go >= state.first_seq).then_some(may_go)
+}
+
+/// The parked tables whose next message is among those that go: each is found once.
+fn lapsing<'p>(
+    reports: &'p [Reported<'_>],
+    first: u64,
+    last: u64,
+) -> impl Iterator<Item = (&'p str, &'p ParkedClaim)> {
+    let claims = reports.iter().flat_map(|sink| {
+        let parked = sink.report.iter().flat_map(|report| &report.parked);
+        parked.map(move |claim| (sink.name, claim))
+    });
+    claims.filter(move |(_, claim)| (first..=last).contains(&(claim.stream_seq + 1)))
+}
+
+#[cfg(test)]
+mod tests {
+    use millrace_event::{Position, TableName};
+
+    use super::*;
+
+    fn state(first_seq: u64, last_seq: u64) -> StreamState {
+        StreamState {
+            created: String::new(),
+            first_seq,
+            last_seq,
+            messages: last_seq + 1 - first_seq,
+            bytes: 0,
+            max_bytes: 1,
+            now: SystemTime::UNIX_EPOCH,
+        }
+    }
+
+    fn reported(name: &str, required: bool, stream_seq: u64, parked: Option<u64>) -> Reported<'_> {
+        let table = TableName::new("public", "t");
+        let claim = |stream_seq| ParkedClaim {
+            table: table.clone(),
+            stream_seq,
+        };
+        let report = SinkReport {
+            stream_seq,
+            position: Position::ZERO,
+            at_us: 0,
+            parked: parked.map(claim).into_iter().collect(),
+        };
+        Reported {
+            name,
+            required,
+            report: Some(report),
+        }
+    }
+
+    #[test]
+    fn only_the_own_position_of_a_required_sink_holds_messages_back() {
+        let mut sinks = vec![
+            reported("a", true, 900, Some(100)),
+            reported("b", true, 950, None),
+            reported("c", false, 5, None),
+        ];
+        assert_eq!(applied(&sinks), 900);
+        assert_eq!(may_go(&state(1, 1000), false, applied(&sinks)), Some(900));
+        sinks[1].report = None;
+        assert_eq!(applied(&sinks), 0);
+        assert_eq!(may_go(&state(1, 1000), true, applied(&sinks)), None);
+        assert_eq!(applied(&sinks[2..]), u64::MAX);
+    }
+
+    #[test]
+    fn the_newest_message_stays_and_a_full_stream_lets_its_oldest_part_go() {
+        assert_eq!(may_go(&state(1, 1000), false, u64::MAX), Some(999));
+        assert_eq!(may_go(&state(101, 1101), true, u64::MAX), Some(201));
+        assert_eq!(may_go(&state(101, 1101), true, 150), Some(150));
+        assert_eq!(may_go(&state(101, 1101), true, 100), None);
+        assert_eq!(may_go(&state(7, 7), true, u64::MAX), None);
+        // An empty stream.
+        assert_eq!(may_go(&state(8, 7), false, u64::MAX), None);
+        // However little it holds, something goes.
+        assert_eq!(may_go(&state(7, 8), true, u64::MAX), Some(7));
+    }
+
+    #[test]
+    fn a_parked_table_is_named_once_when_its_next_message_goes() {
+        let sinks = [
+            reported("a", true, 900, Some(100)),
+            reported("b", false, 900, Some(300)),
+        ];
+        let names = |first, last| {
+            let lapsing = lapsing(&sinks, first, last);
+            lapsing.map(|(name, _)| name).collect::<Vec<_>>()
+        };
+        assert_eq!(names(1, 100), Vec::<&str>::new());
+        assert_eq!(names(1, 101), ["a"]);
+        assert_eq!(names(102, 300), Vec::<&str>::new());
+        assert_eq!(names(102, 400), ["b"]);
     }
 }

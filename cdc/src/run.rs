@@ -95,7 +95,7 @@ async fn live(config: &Config, status: &Status, stop: &CancellationToken) -> Res
     } = life;
     status.set_state(State::Streaming, None);
     status.set_confirmed(capture.confirmed());
-    let copier = Copier::new(config, &source, &stream);
+    let copier = Copier::new(config, &source, &stream, status);
     let fullness = Fullness::default();
     let retention = Retention::new(config, &stream, &fullness, status);
     let line = Line {

@@ -10,7 +10,7 @@ use tokio_postgres::Client;
 
 pub use catalog::{SourceTable, describe, inspect_tables};
 pub use publication::{ensure_publication, missing_tables, publication_name, published_tables};
-pub use slot::{SlotState, drop_slot, find_slot, slot_name, slot_precondition};
+pub use slot::{SlotState, drop_slot, find_slot, make_slot, slot_name, slot_precondition};
 
 use crate::Error;
 

@@ -4,7 +4,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use millrace_config::{Condition, State};
-use millrace_event::{Lsn, Position};
+use millrace_event::{Lsn, Position, TableName};
 
 /// The state of a capture, shared with those who show it.
 #[derive(Debug)]
@@ -18,10 +18,22 @@ pub struct Status {
     messages: AtomicU64,
 }
 
+/// A copy that fails for now, while the streaming goes on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CopyTrouble {
+    /// The sink that asked for it.
+    pub sink: String,
+    /// The table; `None` where it concerns all that the sink asked for.
+    pub table: Option<TableName>,
+    /// Why.
+    pub condition: Condition,
+}
+
 #[derive(Debug)]
 struct Inner {
     state: State,
     condition: Option<Condition>,
+    copy_troubles: Vec<CopyTrouble>,
     position: Position,
     source_ts_us: i64,
 }
@@ -31,6 +43,7 @@ impl Default for Status {
         let inner = Inner {
             state: State::Starting,
             condition: None,
+            copy_troubles: Vec::new(),
             position: Position::ZERO,
             source_ts_us: 0,
         };
@@ -51,6 +64,12 @@ impl Status {
     pub fn state(&self) -> (State, Option<Condition>) {
         let inner = self.lock();
         (inner.state.clone(), inner.condition.clone())
+    }
+
+    /// The copies that fail for now; each is tried again by itself.
+    #[must_use]
+    pub fn copy_troubles(&self) -> Vec<CopyTrouble> {
+        self.lock().copy_troubles.clone()
     }
 
     /// Whether changes ever flowed in this process.
@@ -100,6 +119,13 @@ impl Status {
             tracing::info!(part = "capture", from = %inner.state, to = %state, "state changed");
         }
         (inner.state, inner.condition) = (state, condition);
+    }
+
+    /// Replaces what fails of one sink's copies.
+    pub(crate) fn set_copy_troubles(&self, sink: &str, troubles: Vec<CopyTrouble>) {
+        let mut inner = self.lock();
+        inner.copy_troubles.retain(|trouble| trouble.sink != sink);
+        inner.copy_troubles.extend(troubles);
     }
 
     pub(crate) fn set_covered(&self, lsn: Lsn) {

@@ -39,12 +39,14 @@ pub struct CopyProgress {
     /// When the stream was created, as its server writes it: positions on another stream of that name mean
     /// nothing. Empty before the sink was ever on one.
     pub stream: String,
+    /// The newest version that a copy's rows ever had here: it may lie above everything that the stream brought.
+    pub copied_to: Version,
     /// Each table's copy.
     pub tables: BTreeMap<TableName, CopyState>,
 }
 
 impl CopyProgress {
-    /// Whether every table's copy was applied.
+    /// Whether no table's copy is awaited.
     #[must_use]
     pub fn is_complete(&self) -> bool {
         self.tables.values().all(CopyState::is_copied)
@@ -60,10 +62,24 @@ impl CopyProgress {
         }
     }
 
-    /// The tables that are parked.
+    /// The parked tables that may still catch up: the last message that was applied to each, and its position.
+    pub fn claims(&self) -> impl Iterator<Item = (&TableName, (u64, Position))> {
+        self.tables.iter().filter_map(|(table, state)| match state {
+            CopyState::Parked {
+                stream_seq,
+                position,
+                ..
+            } => Some((table, (*stream_seq, *position))),
+            _ => None,
+        })
+    }
+
+    /// The tables that are parked, with or without a claim on the stream.
     #[must_use]
     pub fn parked(&self) -> Vec<TableName> {
-        let parked = |state: &CopyState| matches!(state, CopyState::Parked { .. });
+        let parked = |state: &CopyState| {
+            matches!(state, CopyState::Parked { .. } | CopyState::Lapsed { .. })
+        };
         self.tables
             .iter()
             .filter(|(_, state)| parked(state))
@@ -72,11 +88,41 @@ impl CopyProgress {
     }
 }
 
+/// After the target refused a copy, the next one is asked for this much later at the earliest: each costs the
+/// source a snapshot.
+const COPY_AGAIN_INTERVAL_US: i64 = 30_000_000;
+
 impl CopyState {
-    /// Whether the table's existing rows were all applied.
+    /// A table of ours that must be copied anew, over its old rows.
+    #[must_use]
+    pub fn again() -> Self {
+        Self::Copying {
+            request: String::new(),
+            attempt: 0,
+            number: 0,
+            lsn: Lsn::ZERO,
+        }
+    }
+
+    /// Whether no copy of the table is awaited: its existing rows were all applied, or the target refuses it.
     #[must_use]
     pub fn is_copied(&self) -> bool {
-        matches!(self, Self::Copied { .. } | Self::Parked { .. })
+        matches!(
+            self,
+            Self::Copied { .. } | Self::Parked { .. } | Self::Lapsed { .. }
+        )
+    }
+
+    /// Whether a copy may be asked for, now that the target takes the table. Of tables whose claim has lapsed.
+    #[must_use]
+    pub fn may_copy_again(&self, now_us: i64) -> bool {
+        match self {
+            // A clock that was set back must not make it wait longer.
+            Self::Lapsed { refused_at_us } => {
+                !(0..COPY_AGAIN_INTERVAL_US).contains(&now_us.saturating_sub(*refused_at_us))
+            }
+            _ => false,
+        }
     }
 }
 
@@ -104,8 +150,9 @@ pub enum CopyState {
         #[serde(with = "lsn_text")]
         lsn: Lsn,
     },
-    /// The target refuses the table: entered from `Copied`, and left to it once the table has caught up. A
-    /// crash goes on from the table's own position.
+    /// The target refuses the table: entered from `Copied`, and left to it once the table has caught up, or to
+    /// `Lapsed` when the stream no longer holds what it has not applied. A crash goes on from the table's own
+    /// position.
     Parked {
         /// The consistent point of its copy.
         #[serde(with = "lsn_text")]
@@ -115,12 +162,21 @@ pub enum CopyState {
         /// That message's position.
         position: Position,
     },
+    /// The target refuses the table, and nothing is kept for it: entered from `Parked` when the stream has let
+    /// its changes go, and from `Copying` when the target refuses the copy. Left to `Copying` once the target
+    /// takes the table. A crash changes nothing.
+    Lapsed {
+        /// When the target last refused a copy of it: the sink's clock, microseconds since 1970; 0 for never.
+        refused_at_us: i64,
+    },
 }
 
 /// The progress as it is stored: names are no keys of a JSON object, because they have two parts.
 #[derive(Clone, Serialize, Deserialize)]
 struct Stored {
     stream: String,
+    #[serde(default)]
+    copied_to: Version,
     tables: Vec<StoredTable>,
 }
 
@@ -133,22 +189,26 @@ struct StoredTable {
 }
 
 impl From<Stored> for CopyProgress {
-    fn from(Stored { stream, tables }: Stored) -> Self {
-        let tables = tables
-            .into_iter()
-            .map(|entry| (entry.table, entry.state))
-            .collect();
-        Self { stream, tables }
+    fn from(stored: Stored) -> Self {
+        let tables = stored.tables.into_iter();
+        Self {
+            stream: stored.stream,
+            copied_to: stored.copied_to,
+            tables: tables.map(|entry| (entry.table, entry.state)).collect(),
+        }
     }
 }
 
 impl From<CopyProgress> for Stored {
-    fn from(CopyProgress { stream, tables }: CopyProgress) -> Self {
-        let tables = tables
-            .into_iter()
-            .map(|(table, state)| StoredTable { table, state })
-            .collect();
-        Self { stream, tables }
+    fn from(progress: CopyProgress) -> Self {
+        let tables = progress.tables.into_iter();
+        Self {
+            stream: progress.stream,
+            copied_to: progress.copied_to,
+            tables: tables
+                .map(|(table, state)| StoredTable { table, state })
+                .collect(),
+        }
     }
 }
 
@@ -295,8 +355,16 @@ mod tests {
                     lsn: Lsn(0x1_0000_0001),
                 },
             ),
+            (
+                TableName::new("a", "e"),
+                CopyState::Lapsed { refused_at_us: 7 },
+            ),
         ]);
-        let progress = CopyProgress { stream, tables };
+        let progress = CopyProgress {
+            stream,
+            copied_to: Version::new(1, Lsn(0x1_0000_0001), 0),
+            tables,
+        };
         let json = serde_json::to_string(&progress).expect("is well formed");
         assert!(
             json.contains(r#"{"schema":"a","table":"d","state":"copied","lsn":"1/1"}"#),
@@ -312,5 +380,18 @@ mod tests {
         assert!(covers("d", 0x1_0000_0000));
         assert!(!covers("d", 0x1_0000_0001));
         assert!(!covers("c", 1));
+    }
+
+    #[test]
+    fn a_table_waits_in_peace_after_the_target_refused_its_copy() {
+        let (refused_at_us, wait) = (1_000_000_000, COPY_AGAIN_INTERVAL_US);
+        let lapsed = CopyState::Lapsed { refused_at_us };
+        assert!(!lapsed.may_copy_again(refused_at_us));
+        assert!(!lapsed.may_copy_again(refused_at_us + wait - 1));
+        assert!(lapsed.may_copy_again(refused_at_us + wait));
+        assert!(lapsed.may_copy_again(refused_at_us - 1));
+        assert!(CopyState::Lapsed { refused_at_us: 0 }.may_copy_again(refused_at_us));
+        assert!(!CopyState::again().may_copy_again(refused_at_us));
+        assert!(lapsed.is_copied() && !CopyState::again().is_copied());
     }
 }

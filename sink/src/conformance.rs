@@ -245,8 +245,8 @@ async fn floors_and_tombstones<T: Target>(target: &T) {
     let progress = CopyState::Copied { lsn: Lsn(1) };
     let tables = BTreeMap::from([(schema.name.clone(), progress)]);
     let copy = CopyProgress {
-        stream: String::new(),
         tables,
+        ..CopyProgress::default()
     };
     let layout = Arc::clone(&bench.layout);
     bench.fold.sweep(&layout, Version::new(1, Lsn(2), 0));
@@ -430,7 +430,8 @@ async fn fencing<T: Target>(target: &T) {
     panic!("the second worker takes over");
 }
 
-/// A table with rows that no sink has written is refused, unless it may be adopted.
+/// A table with rows that this sink has not written is refused, unless it may be adopted and they can be
+/// overwritten.
 async fn occupied<T: Target>(target: &T) {
     let mut bench = Bench::new(target, "occupied").await;
     bench.push(1, 1, put(1, 1, text("a")));
@@ -441,7 +442,19 @@ async fn occupied<T: Target>(target: &T) {
     let mut settings = settings(&schema.name);
     let refused = other.ensure_table(&schema, &settings).await;
     assert!(matches!(refused, Err(SinkError::Table { .. })));
+    // Rows above where the sink begins would not be overwritten.
     settings.adopt = true;
+    let refused = other.ensure_table(&schema, &settings).await;
+    assert!(matches!(refused, Err(SinkError::Table { .. })));
+    let begins = Batch {
+        to: Checkpoint {
+            position: Version::new(1, Lsn(1), 1).into(),
+            ..Checkpoint::default()
+        },
+        commit: true,
+        ..Batch::default()
+    };
+    other.apply(&begins).await.expect("begins above them");
     other
         .ensure_table(&schema, &settings)
         .await

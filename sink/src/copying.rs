@@ -111,13 +111,14 @@ impl Copying {
         }
     }
 
-    /// The table of an event whose layout the machine does not have: fetch it, and call
+    /// The table of an event whose layout the machine does not have and needs: fetch it, and call
     /// [`Copying::set_layout`] before the event is handled.
     #[must_use]
     pub fn missing_layout(&self, event: &ChangeEvent<'_>) -> Option<TableName> {
         let table = event.source.table_name();
         let known = self.layouts.get(&table);
-        let missing = known.is_none_or(|layout| layout.shape != event.source.table_version);
+        let missing = !self.is_copied(&table)
+            && known.is_none_or(|layout| layout.shape != event.source.table_version);
         missing.then_some(table)
     }
 
@@ -175,6 +176,7 @@ impl Copying {
                     self.fold.sweep(layout, below);
                     let state = CopyState::Copied { lsn: copied.lsn };
                     self.progress.tables.insert(copied.table.clone(), state);
+                    self.progress.copied_to = self.progress.copied_to.max(below);
                     self.pass_number_on(below);
                 }
             }
@@ -222,10 +224,8 @@ impl Copying {
     }
 
     fn is_copied(&self, table: &TableName) -> bool {
-        matches!(
-            self.progress.tables.get(table),
-            Some(CopyState::Copied { .. })
-        )
+        let state = self.progress.tables.get(table);
+        state.is_some_and(CopyState::is_copied)
     }
 
     fn note(&mut self, table: &TableName, version: Version) {
@@ -236,6 +236,7 @@ impl Copying {
             lsn: version.commit_lsn,
         };
         self.progress.tables.insert(table.clone(), state);
+        self.progress.copied_to = self.progress.copied_to.max(version);
     }
 
     /// The number reached must outlive the table that reached it: the next table that waits carries it.

@@ -125,7 +125,7 @@ impl From<NatsError> for Error {
         match &error {
             NatsError::Auth { .. } => Self::Refused(Condition::new(
                 Code::StreamAuth,
-                error.to_string(),
+                millrace_config::chain(&error),
                 "correct the credentials under [stream]",
             )),
             _ => Self::retry(error.to_string(), error),

@@ -8,6 +8,7 @@ mod copy;
 mod error;
 mod life;
 mod meters;
+mod registration;
 mod rejoin;
 mod run;
 mod status;

@@ -4,17 +4,19 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use async_nats::jetstream::{self, kv};
-use millrace_config::{Code, Condition, Config, OnDelete, OnTruncate, Sink as Settings, Table};
+use async_nats::HeaderMap;
+use async_nats::jetstream::{self, kv, stream};
+use millrace_config::{Code, Config, OnDelete, OnTruncate, Sink as Settings, Table};
 use millrace_connect::nats::{self, Reconnect};
 use millrace_connect::postgres::Dsn;
-use millrace_event::work::{self, SinkReport};
-use millrace_event::{Lsn, Position, TableName, TableSchema, decode_line, subject};
+use millrace_event::work::{self, ParkedClaim, SinkReport};
+use millrace_event::{Position, TableName, TableSchema, decode_line, header, subject};
 use tokio::task::JoinHandle;
 
-use crate::batch::{Batch, Checkpoint, CopyProgress, CopyState, PositionRow};
+use crate::batch::{Batch, Checkpoint, CopyProgress, PositionRow};
 use crate::error::Error;
 use crate::postgres::{PostgresSink, connector};
+use crate::registration::{Registration, Standing, register};
 use crate::row::TableLayout;
 use crate::sink::{Applied, Elected, Sink, SinkError};
 use crate::status::Status;
@@ -45,6 +47,8 @@ pub(crate) struct Life<'l> {
     schemas: kv::Store,
     reports: kv::Store,
     reported_at: Option<tokio::time::Instant>,
+    /// The committed sequence of the last report.
+    reported_seq: u64,
     pub(crate) limits: BatchLimits,
     target: Option<Target>,
     pub(crate) checkpoint: Checkpoint,
@@ -93,6 +97,7 @@ impl<'l> Life<'l> {
             reports: bucket(&jetstream, source, work::SINKS).await?,
             jetstream,
             reported_at: None,
+            reported_seq: 0,
             limits: BatchLimits {
                 rows: settings.batch.max_rows as usize,
                 bytes: usize::try_from(settings.batch.max_bytes).unwrap_or(usize::MAX),
@@ -110,62 +115,30 @@ impl<'l> Life<'l> {
 
     /// Finds the stream and, for a sink or a table that is new, stores where it begins: behind everything that
     /// is in the stream now. Copies are asked for later, so their snapshots see all of that.
-    ///
-    /// On another stream than before (it was dropped and begun again) nothing tells what was missed in
-    /// between: every table is copied again, which makes it exact.
     async fn register(&mut self) -> Result<(), Error> {
         let (stream, newest) = self.newest().await?;
-        let mut progress = self.progress.clone();
-        let fresh = progress.stream.is_empty();
-        let moved = !fresh && progress.stream != stream;
-        // Rows keep their versions, so what a new stream brings must outrank them.
-        if newest.position < self.checkpoint.position
-            && (moved || newest.position.epoch() < self.checkpoint.position.epoch())
-        {
-            return Err(Error::Halt(Condition::new(
-                Code::EpochLower,
-                format!(
-                    "the stream is at {}, this sink has applied {} of another one",
-                    newest.position, self.checkpoint.position
-                ),
-                "if this is the stream you want, drop the sink's tables and the schema millrace in its target: \
-                 they are copied anew; else correct stream.servers or the sink's url",
-            )));
-        }
-        if moved {
+        let Registration { standing, progress } = register(
+            &self.progress,
+            self.checkpoint.position,
+            self.tables.keys(),
+            stream,
+            newest.position,
+        )
+        .map_err(Error::Halt)?;
+        if standing == Standing::Moved {
             tracing::warn!(sink = %self.settings.name, "the stream was begun anew; copying every table again");
-            for state in progress.tables.values_mut() {
-                let (request, attempt, number, lsn) = (String::new(), 0, 0, Lsn::ZERO);
-                *state = CopyState::Copying {
-                    request,
-                    attempt,
-                    number,
-                    lsn,
-                };
-            }
         }
-        if fresh || moved {
+        if standing != Standing::Same {
             // An answer to an earlier request may lie on the copy stream: its rows are older than this beginning.
             self.copies
                 .delete(format!("request.{}", self.settings.name))
                 .await
                 .map_err(|error| Error::retry("a copy request cannot be withdrawn", error))?;
         }
-        progress.stream = stream;
-        progress
-            .tables
-            .retain(|table, _| self.tables.contains_key(table));
-        for table in self.tables.keys() {
-            progress
-                .tables
-                .entry(table.clone())
-                .or_insert(CopyState::Pending);
-        }
         if progress != self.progress {
-            let to = if fresh || moved {
-                newest
-            } else {
-                self.checkpoint
+            let to = match standing {
+                Standing::New | Standing::Moved => newest,
+                Standing::Same => self.checkpoint,
             };
             let (from, copy) = (self.checkpoint, Some(progress));
             self.apply(Batch {
@@ -199,7 +172,7 @@ impl<'l> Life<'l> {
         let last = state.state.last_sequence;
         let created = state.created.unix_timestamp_nanos().to_string();
         let message = stream.get_raw_message(last).await.map_err(|_| waiting())?;
-        let position = position_of(&message.payload)
+        let position = position_of(&message.headers, &message.payload)
             .ok_or_else(|| Error::retry_because("the stream's newest message is not ours"))?;
         Ok((
             created,
@@ -213,13 +186,23 @@ impl<'l> Life<'l> {
 
     /// The last sequence of a stream.
     pub(crate) async fn stream_end(&self, name: &str) -> Result<u64, Error> {
+        Ok(self.stream_state(name).await?.last_sequence)
+    }
+
+    /// The oldest sequence that the source's stream holds.
+    pub(crate) async fn stream_start(&self) -> Result<u64, Error> {
+        let name = subject::stream_name(self.source);
+        Ok(self.stream_state(&name).await?.first_sequence)
+    }
+
+    async fn stream_state(&self, name: &str) -> Result<stream::State, Error> {
         let failed = |error| Error::retry("a stream cannot be read", error);
         let mut stream = self.jetstream.get_stream(name).await.map_err(failed)?;
         let info = stream
             .info()
             .await
             .map_err(|error| Error::retry("a stream cannot be read", error))?;
-        Ok(info.state.last_sequence)
+        Ok(info.state.clone())
     }
 
     /// The schema of a table: a version of it, or the latest.
@@ -322,21 +305,10 @@ impl<'l> Life<'l> {
         }
     }
 
-    /// The oldest place of the stream that is still needed: the sink's own, or a parked table's.
+    /// The oldest position that may still be read again: the sink's own, or a parked table's.
     pub(crate) fn kept_from(&self) -> (u64, Position) {
         let own = (self.committed.stream_seq, self.committed.position);
-        let parked = self
-            .progress
-            .tables
-            .values()
-            .filter_map(|state| match state {
-                CopyState::Parked {
-                    stream_seq,
-                    position,
-                    ..
-                } => Some((*stream_seq, *position)),
-                _ => None,
-            });
+        let parked = self.progress.claims().map(|(_, claim)| claim);
         parked.fold(own, std::cmp::min)
     }
 
@@ -369,22 +341,30 @@ impl<'l> Life<'l> {
         Ok(layout)
     }
 
-    /// Tells capture what the stream need not keep for this sink any longer.
+    /// Tells capture what the stream need not keep for this sink any longer, and which parked tables would like
+    /// it to keep more.
     pub(crate) async fn report(&mut self, at_once: bool) -> Result<(), Error> {
         let now = tokio::time::Instant::now();
         let due = self
             .reported_at
             .is_none_or(|at| now - at >= REPORT_INTERVAL);
-        if !due && !at_once {
+        let news = self.committed.stream_seq != self.reported_seq;
+        if !(at_once || due && news) {
             return Ok(());
         }
         self.reported_at = Some(now);
-        let Checkpoint { position, .. } = self.committed;
-        let stream_seq = self.kept_from().0;
+        self.reported_seq = self.committed.stream_seq;
+        let parked = self.progress.claims();
         let report = SinkReport {
-            stream_seq,
-            position,
+            stream_seq: self.committed.stream_seq,
+            position: self.committed.position,
             at_us: now_us(),
+            parked: parked
+                .map(|(table, (stream_seq, _))| ParkedClaim {
+                    table: table.clone(),
+                    stream_seq,
+                })
+                .collect(),
         };
         let value = serde_json::to_vec(&report).expect("plain JSON");
         self.reports
@@ -416,7 +396,18 @@ async fn bucket(
         .map_err(|_| Error::Waiting(format!("create bucket {name}")))
 }
 
-fn position_of(payload: &[u8]) -> Option<Position> {
+/// Up to where a message completes the stream: a set of chunks does so with its last.
+fn position_of(headers: &HeaderMap, payload: &[u8]) -> Option<Position> {
+    if let Some(place) = headers.get(header::CHUNK) {
+        let position: Position = headers.get(header::POSITION)?.as_str().parse().ok()?;
+        let (index, rest) = place.as_str().split_once('/')?;
+        let (count, _) = rest.split_once('/')?;
+        return Some(if index == count {
+            position
+        } else {
+            position.just_below()
+        });
+    }
     if let Ok(control) = serde_json::from_slice::<millrace_event::Control>(payload) {
         return Some(control.position);
     }

@@ -172,13 +172,21 @@ impl Sink for MemorySink {
     ) -> Result<Ensured, SinkError> {
         let mut shared = self.target.lock();
         let committed = &mut shared.committed;
-        let begun = committed.positions.get(&self.name).is_some_and(|row| {
+        let position = committed.positions.get(&self.name);
+        let begun = position.is_some_and(|row| {
             let state = row.copy.tables.get(&schema.name);
             !matches!(state, None | Some(crate::batch::CopyState::Pending))
         });
+        let begins = position.map(|row| row.checkpoint.position.0);
         let created = !committed.tables.contains_key(&settings.target);
         let table = committed.tables.entry(settings.target.clone()).or_default();
-        if !begun && !settings.adopt && !table.rows.is_empty() {
+        let newer = |(version, _): &(Version, Row)| begins.is_some_and(|begins| *version > begins);
+        let in_the_way = if settings.adopt {
+            table.rows.values().any(newer)
+        } else {
+            !table.rows.is_empty()
+        };
+        if !begun && in_the_way {
             let message = format!(
                 "target table {} already holds rows of its own",
                 settings.target

@@ -136,9 +136,8 @@ impl Sink for PostgresSink {
         schema: &TableSchema,
         settings: &Table,
     ) -> Result<Ensured, SinkError> {
-        let create = self.create;
-        let session = self.session()?;
-        let ensured = tables::ensure(session, schema, settings, create).await?;
+        let session = self.session.as_mut().ok_or_else(apply::broken)?;
+        let ensured = tables::ensure(session, &self.name, schema, settings, self.create).await?;
         self.on_row_error
             .insert(schema.name.clone(), settings.on_row_error);
         self.relations.insert(ensured.layout.relation());

@@ -111,7 +111,7 @@ pub async fn run(
 enum Ended {
     /// The process stops.
     Stopped,
-    /// The target takes a parked table again.
+    /// The target takes a parked table again, or its claim has lapsed.
     Rejoin,
 }
 
@@ -142,6 +142,9 @@ async fn live(
     // A crash may have left a request behind whose last table was applied.
     withdraw(&life).await?;
     Box::pin(rejoin::rejoin(&mut life, stop)).await?;
+    if !life.progress.is_complete() {
+        return Ok(Ended::Rejoin);
+    }
     status.set_state(&settings.name, State::Streaming, None);
     Box::pin(follow(life, stop)).await
 }
@@ -220,6 +223,8 @@ async fn follow(mut life: Life<'_>, stop: &CancellationToken) -> Result<Ended, E
             Turn::Rested => {}
             Turn::Delivery(delivery) => take(&mut life, &mut worker, &delivery).await?,
             Turn::Tick => {
+                // A stream that is full brings nothing more before this is known.
+                life.report(false).await?;
                 let rests = worker.is_at_rest() && !life.is_applying();
                 if rests && cleaned_at.elapsed() >= CLEAN_UP_INTERVAL {
                     cleaned_at = Instant::now();

@@ -64,6 +64,19 @@ pub struct Applied {
     pub stale: u64,
     /// Rows set aside: the tables and how many of each.
     pub dead_letters: Vec<(TableName, u64)>,
+    /// What `written` consists of, where the target tells.
+    pub tables: Vec<Written>,
+}
+
+/// Rows of one table that were written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Written {
+    /// The table at the source.
+    pub table: TableName,
+    /// Rows inserted, updated or moved.
+    pub upserts: u64,
+    /// Rows deleted.
+    pub deletes: u64,
 }
 
 impl Applied {
@@ -71,6 +84,30 @@ impl Applied {
     #[must_use]
     pub fn dead(&self) -> u64 {
         self.dead_letters.iter().map(|(_, rows)| rows).sum()
+    }
+
+    /// Counts what a statement wrote.
+    pub(crate) fn wrote(&mut self, table: &TableName, upserts: u64, deletes: u64) {
+        let rows = upserts + deletes;
+        if rows == 0 {
+            return;
+        }
+        self.written += rows;
+        match self
+            .tables
+            .iter_mut()
+            .find(|written| written.table == *table)
+        {
+            Some(written) => {
+                written.upserts += upserts;
+                written.deletes += deletes;
+            }
+            None => self.tables.push(Written {
+                table: table.clone(),
+                upserts,
+                deletes,
+            }),
+        }
     }
 
     pub(crate) fn dead_letter(&mut self, table: &TableName, rows: u64) {

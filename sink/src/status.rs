@@ -110,6 +110,11 @@ impl Status {
         (inner.state, inner.condition) = (state, condition);
     }
 
+    /// What the target refuses from here on parks a table, and does not end the process.
+    pub(crate) fn set_begun(&self) {
+        self.lock().begun = true;
+    }
+
     pub(crate) fn set_checkpoint(&self, checkpoint: Checkpoint, applied_at_us: i64) {
         let mut inner = self.lock();
         (inner.checkpoint, inner.applied_at_us) = (checkpoint, applied_at_us);
@@ -121,7 +126,7 @@ impl Status {
 
     pub(crate) fn set_tables(&self, copies: &CopyProgress) {
         let state = |table: &TableName, copy: &CopyState| match copy {
-            CopyState::Parked { .. } => State::Parked(table.clone()),
+            CopyState::Parked { .. } | CopyState::Lapsed { .. } => State::Parked(table.clone()),
             CopyState::Copied { .. } => State::Streaming,
             CopyState::Pending | CopyState::Copying { .. } => State::Snapshotting,
         };

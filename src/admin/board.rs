@@ -205,6 +205,14 @@ impl Board {
         self.update_capture(Part::new(state));
     }
 
+    /// The capture's state, and what fails beside it.
+    pub(crate) fn set_capture_with(&self, state: State, condition: Condition) {
+        self.update_capture(Part {
+            state,
+            condition: Some(condition),
+        });
+    }
+
     /// The capture met a condition that an operator must resolve.
     pub(crate) fn halt_capture(&self, condition: Condition) {
         self.update_capture(halted(condition));
@@ -224,6 +232,15 @@ impl Board {
     pub(crate) fn park_table(&self, sink: &str, table: &TableName, condition: Condition) {
         let part = Part {
             state: State::Parked(table.clone()),
+            condition: Some(condition),
+        };
+        self.update_sink(sink, |sink| drop(sink.tables.insert(table.clone(), part)));
+    }
+
+    /// What one table of a sink needs fails for now, and is tried again.
+    pub(crate) fn retry_table(&self, sink: &str, table: &TableName, condition: Condition) {
+        let part = Part {
+            state: State::Retrying(condition.message.clone()),
             condition: Some(condition),
         };
         self.update_sink(sink, |sink| drop(sink.tables.insert(table.clone(), part)));

@@ -79,10 +79,11 @@ pub(crate) async fn drop(config: &Config, arguments: DropArguments) -> Exit {
         super::answer("nothing to remove\n");
         return Exit::Ok;
     }
-    for object in &objects {
-        super::answer(&format!("{object}\n"));
-    }
     if !objects.is_empty() && !arguments.yes {
+        // Part of the question. What is done is told as it is done, and nothing twice.
+        for object in &objects {
+            super::say(&object.to_string());
+        }
         match confirmed() {
             Some(true) => {}
             Some(false) => {

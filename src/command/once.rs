@@ -58,6 +58,55 @@ pub(super) fn is_incomplete(parts: &Parts) -> bool {
     })
 }
 
+/// What `--once` has done, in one line.
+pub(super) fn summary(goal: &Goal, parts: &Parts, took: Duration) -> String {
+    let (mut rows, mut letters) = (0, 0);
+    for (_, status) in &parts.sinks {
+        let snapshot = status.snapshot();
+        rows += snapshot.written;
+        letters += snapshot.dead_letters;
+    }
+    let changes = parts.capture.as_ref().map(|status| status.changes());
+    done(
+        goal,
+        changes,
+        (!parts.sinks.is_empty()).then_some((rows, letters)),
+        took,
+    )
+}
+
+/// `changes` were read from the WAL where capture ran here; (`rows`, dead letters) became of it where a sink did.
+fn done(goal: &Goal, changes: Option<u64>, sinks: Option<(u64, u64)>, took: Duration) -> String {
+    let counted = |count: u64, what: &str| {
+        let plural = if count == 1 { "" } else { "s" };
+        format!("{count} {what}{plural}")
+    };
+    let mut did = Vec::new();
+    if let Some(changes) = changes {
+        did.push(format!("{} read", counted(changes, "change")));
+    }
+    if let Some((rows, letters)) = sinks {
+        did.push(format!("{} written", counted(rows, "row")));
+        if letters > 0 {
+            did.push(format!("{} set aside", counted(letters, "row")));
+        }
+    }
+    let lsn = match goal {
+        Goal::Source(lsn) => *lsn,
+        Goal::Stream(position) => position.commit_lsn(),
+    };
+    let done = if sinks.is_some() {
+        "applied"
+    } else {
+        "published"
+    };
+    format!(
+        "{done} everything up to {lsn}: {} in {:.1} s",
+        did.join(", "),
+        took.as_secs_f64()
+    )
+}
+
 /// Reads the goal: from the source where capture runs here, else from the stream.
 pub(super) async fn goal(parts: &Parts) -> Result<Goal, Condition> {
     loop {
@@ -133,4 +182,28 @@ async fn stream_goal(parts: &Parts) -> Result<Option<Goal>, Condition> {
         .ok()
         .flatten();
     Ok(tail.map(|tail| Goal::Stream(tail.position)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_done_is_told_in_one_line() {
+        let took = Duration::from_millis(1_240);
+        let source = Goal::Source(Lsn(0x1_0000_00A0));
+        assert_eq!(
+            done(&source, Some(1), Some((1_000, 0)), took),
+            "applied everything up to 1/A0: 1 change read, 1000 rows written in 1.2 s"
+        );
+        assert_eq!(
+            done(&source, Some(2), None, took),
+            "published everything up to 1/A0: 2 changes read in 1.2 s"
+        );
+        let stream = Goal::Stream(Position::new(1, Lsn(0xA0), 3));
+        assert_eq!(
+            done(&stream, None, Some((0, 1)), took),
+            "applied everything up to 0/A0: 0 rows written, 1 row set aside in 1.2 s"
+        );
+    }
 }

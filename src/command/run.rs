@@ -91,7 +91,8 @@ async fn supervise(
             return Exit::Environment;
         }
     };
-    let deadline = tokio::time::Instant::now() + arguments.timeout;
+    let began = tokio::time::Instant::now();
+    let deadline = began + arguments.timeout;
     let goal = match arguments.once {
         false => None,
         true => match tokio::time::timeout_at(deadline, once::goal(parts)).await {
@@ -139,7 +140,15 @@ async fn supervise(
         }
     };
     stop.cancel();
-    drain(&mut running, &mut signals, exit).await
+    let reached = goal.filter(|goal| exit == Exit::Ok && goal.is_reached(parts));
+    let exit = drain(&mut running, &mut signals, exit).await;
+    if let Some(goal) = reached.filter(|_| exit == Exit::Ok) {
+        super::answer(&format!(
+            "{}\n",
+            once::summary(&goal, parts, began.elapsed())
+        ));
+    }
+    exit
 }
 
 /// Waits until every part has ended, for as long as a stop may take; a second signal cuts it short.
@@ -244,9 +253,19 @@ impl Parts {
 
     /// Brings the board up to date.
     fn show(&self, board: &Board) {
+        let mut troubles = Vec::new();
         if let Some(status) = &self.capture {
             match status.state() {
                 (State::Halted(_), Some(condition)) => board.halt_capture(condition),
+                (State::Streaming, _) => {
+                    troubles = status.copy_troubles();
+                    match troubles.first() {
+                        Some(trouble) => {
+                            board.set_capture_with(State::Streaming, trouble.condition.clone());
+                        }
+                        None => board.set_capture(State::Streaming),
+                    }
+                }
                 (state, _) => board.set_capture(state),
             }
         }
@@ -257,12 +276,24 @@ impl Parts {
                 (state, _) => board.set_sink(name, state),
             }
             for (table, state, condition) in snapshot.tables {
+                let trouble = troubles.iter().find(|trouble| {
+                    trouble.sink == *name
+                        && trouble
+                            .table
+                            .as_ref()
+                            .is_none_or(|concerned| *concerned == table)
+                });
                 match (state, condition) {
                     (State::Streaming, _) => board.set_table(name, &table, None),
                     (State::Parked(_), Some(condition)) => {
                         board.park_table(name, &table, condition)
                     }
-                    (state, _) => board.set_table(name, &table, Some(state)),
+                    (state, _) => match trouble {
+                        Some(trouble) => {
+                            board.retry_table(name, &table, trouble.condition.clone());
+                        }
+                        None => board.set_table(name, &table, Some(state)),
+                    },
                 }
             }
             if snapshot.checkpoint.position > Position::ZERO

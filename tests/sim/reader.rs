@@ -1,7 +1,7 @@
 //! A reader of the stream, as `millrace_consumer` is: what it drops, and where it resumes.
 
 use bytes::Bytes;
-use millrace_event::{Control, Position};
+use millrace_event::{Control, ControlKind, Position};
 
 use crate::broker::{Assembly, Broker};
 
@@ -124,16 +124,24 @@ impl Reader {
     }
 }
 
-/// By bisection: the newest message whose position is not above the reader's own.
+/// After the first appearance of the newest heartbeat that is not above the reader's own position, else before the
+/// oldest message.
 fn resume_after(broker: &Broker, own: Position) -> u64 {
-    let (mut low, mut high) = (1, broker.last_seq() + 1);
-    while low < high {
-        let probe = low + (high - low) / 2;
-        if broker.position_at(probe) > Some(own) {
-            high = probe;
-        } else {
-            low = probe + 1;
+    let mut newest = (Position::ZERO, 0);
+    for stream_seq in 1..=broker.last_seq() {
+        let control = broker.get(stream_seq).and_then(|stored| {
+            let message = Some(&stored.message).filter(|message| message.is_control());
+            message?.control()
+        });
+        let Some(control) = control.filter(|control| control.kind == ControlKind::Heartbeat) else {
+            continue;
+        };
+        if control.position > own {
+            break;
+        }
+        if control.position > newest.0 {
+            newest = (control.position, stream_seq);
         }
     }
-    low - 1
+    newest.1
 }

@@ -38,6 +38,19 @@ pub struct SinkReport {
     pub position: Position,
     /// The sink's clock, microseconds since 1970.
     pub at_us: i64,
+    /// What parked tables still hope to read again, each from behind a sequence of its own. Unlike
+    /// `stream_seq` it holds nothing back: it says whom to warn.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub parked: Vec<ParkedClaim>,
+}
+
+/// How far a parked table is: the stream keeps what follows up to its limits, and not beyond.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ParkedClaim {
+    /// The table.
+    pub table: TableName,
+    /// The newest stream sequence that was applied to it.
+    pub stream_seq: u64,
 }
 
 /// A sink asks for the existing rows of tables.

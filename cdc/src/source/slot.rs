@@ -13,6 +13,12 @@ pub fn slot_name(source: &str) -> String {
     format!("millrace_{source}")
 }
 
+/// The statement that makes the slot by hand.
+#[must_use]
+pub fn make_slot(name: &str) -> String {
+    format!("SELECT pg_create_logical_replication_slot('{name}', 'pgoutput')")
+}
+
 /// A slot as `pg_replication_slots` shows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SlotState {

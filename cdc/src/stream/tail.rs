@@ -122,10 +122,9 @@ pub(super) async fn highest(jetstream: &Context, name: &str) -> Result<Option<Ta
         let Some(message) = message(jetstream, name, stream_seq).await? else {
             break;
         };
-        if let Some(earlier) = end(&message) {
-            if earlier.represented() > highest.represented() {
-                highest = earlier;
-            }
+        match end(&message) {
+            Some(earlier) if earlier.represented() > highest.represented() => highest = earlier,
+            _ => {}
         }
     }
     Ok(Some(highest))

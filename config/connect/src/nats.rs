@@ -106,8 +106,9 @@ fn authenticate(options: ConnectOptions, stream: &Stream) -> Result<ConnectOptio
         Auth::Token(token) => options.token(token.read()?.expose().to_owned()),
         Auth::Creds(creds) => {
             let creds = creds.read()?;
+            // The parser wants the last line ended, and a secret is read without its last line break.
             options
-                .credentials(creds.expose())
+                .credentials(&format!("{}\n", creds.expose()))
                 .map_err(|source| NatsError::Auth {
                     servers: servers(stream),
                     // The parser's own text may quote the file.
@@ -152,12 +153,18 @@ fn sort(stream: &Stream, error: async_nats::ConnectError) -> NatsError {
             servers,
             source: Box::new(error),
         },
-        ConnectErrorKind::Authentication | ConnectErrorKind::AuthorizationViolation => {
-            NatsError::Auth {
-                servers,
-                source: Box::new(error),
-            }
-        }
+        ConnectErrorKind::AuthorizationViolation => NatsError::Auth {
+            servers,
+            source: Box::new(error),
+        },
+        // Nothing was sent: what should sign the server's challenge is no seed.
+        ConnectErrorKind::Authentication => NatsError::Auth {
+            servers,
+            source: Box::new(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "not the seed of an nkey",
+            )),
+        },
         ConnectErrorKind::Tls => NatsError::Tls {
             servers,
             source: Box::new(error),

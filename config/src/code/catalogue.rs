@@ -136,6 +136,11 @@ codes! {
         "Postgres 14 to 18 are supported. Older servers lack what the heartbeat and the replication protocol \
         need; a newer major has not been tested. Upgrade the source, or use a release of Millrace that knows \
         its version.";
+    CopyFailed = "E1121", "the existing rows of a table cannot be copied for now",
+        "Reading a table's existing rows at the source, or putting them on a sink's copy stream, failed. \
+        Changes flow on, and other tables and other sinks are copied; the sink that waits for this table \
+        applies nothing meanwhile. The copy is tried again by itself, at most a minute later. What failed is \
+        named beside this code.";
 
     StreamUnreachable = "E1201", "NATS cannot be reached",
         "No server of `stream.servers` answered, or the connection broke. Millrace tries again for ever; the \
@@ -166,8 +171,8 @@ codes! {
         that capture and sinks need. Secrets are read again at each connect, so a rotated one is picked up.";
     StreamFull = "E1208", "the stream is nearly full",
         "The stream holds 90 % of `retention.max_bytes`, so capture has stopped reading and the slot holds \
-        the backlog on the source's disk. Nothing is lost. A required sink is usually behind or stopped: look \
-        at `millrace status`. Raise `max_bytes`, repair the sink, or set `required = false` for it.";
+        the backlog on the source's disk. Nothing is lost. What every required sink has applied goes, whatever \
+        its age; if the code stays, one is behind or stopped: look at `millrace status`. Raise `max_bytes`, repair the sink, or set `required = false` for it.";
     RowTooLarge = "E1209", "a row is larger than the limit",
         "One change is larger than Millrace carries. Rows above the server's `max_payload` travel in parts, \
         but the whole must fit in memory on both sides. Make the value smaller in the source; the row's table \
@@ -197,7 +202,8 @@ codes! {
     TargetOccupied = "E1306", "the target table already holds rows",
         "The target table holds rows that Millrace did not write, and copying into it would mix the two. Empty \
         the table, choose another `target`, or set `adopt = true` in the table's file: rows of the same key \
-        are then overwritten.";
+        are then overwritten. Rows that another sink gave a newer version than the stream's would not be: reset \
+        their version with the statement beside this code.";
     TargetKey = "E1307", "the target table has no matching key",
         "The upsert needs a primary key or a unique constraint over exactly the key columns. Add it with the \
         statement beside this code. Without it two versions of a row could stand side by side.";
@@ -224,4 +230,9 @@ codes! {
         "The position in the target is lower than one this process has already committed there: the target \
         was restored from a backup or failed over. Millrace continues from the older position where the \
         stream still holds what follows. Otherwise the replicas must be copied anew.";
+    ParkedTooLong = "E1314", "a parked table waited for longer than the stream keeps changes",
+        "The target still refuses a table, and the stream reached `retention.max_age` or 90 % of \
+        `retention.max_bytes` and let the table's oldest changes go. The others flow on. Nothing is lost at the \
+        source: once the target takes the table, it is copied again by itself. Correct what the condition of \
+        the parked table names.";
 }

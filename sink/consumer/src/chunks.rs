@@ -45,6 +45,12 @@ struct Set {
     bytes: BytesMut,
 }
 
+impl Set {
+    fn continues_with(&self, place: Place<'_>) -> bool {
+        self.next == place.index && self.count == place.count
+    }
+}
+
 /// Publishers that write at the same time: one, and the one that it takes over from.
 const PUBLISHERS_MAX: usize = 2;
 
@@ -58,6 +64,14 @@ impl Assembly {
     /// Forgets every set in progress.
     pub(crate) fn clear(&mut self) {
         self.sets.clear();
+    }
+
+    /// Whether a chunk is the next one of a set in progress.
+    #[must_use]
+    pub(crate) fn expects(&self, place: Place<'_>) -> bool {
+        self.sets
+            .iter()
+            .any(|set| set.continues_with(place) && set.publisher == place.publisher)
     }
 
     /// Takes in a chunk; `Some` with the whole message when it completes its set. Chunk 1 starts its publisher's
@@ -74,7 +88,7 @@ impl Assembly {
                 next: 1,
                 bytes: BytesMut::new(),
             },
-            (Some(set), index) if set.next == index && set.count == place.count => set,
+            (Some(set), _) if set.continues_with(place) => set,
             _ => return None,
         };
         if set.bytes.len() + payload.len() > ROW_BYTES_MAX {

@@ -8,6 +8,7 @@
 
 mod chunks;
 mod delivery;
+mod link;
 mod position;
 mod progress;
 mod reader;

@@ -44,56 +44,52 @@ pub(crate) fn control(payload: &[u8]) -> Option<Control> {
     serde_json::from_slice(payload).ok()
 }
 
-/// Finds where to resume after the stream was rolled back: the newest sequence in `first..=last` whose position
-/// is not above `own`, by about log2 questions of `position_at`, which answers `None` for a message without a
-/// position. Positions never fall along a stream but for the messages that readers drop, so the answer is exact up to
-/// those.
+/// Finds where to resume after the stream was rolled back: after the first appearance of the newest heartbeat that
+/// is not above the reader's own position. The heartbeats that the stream holds are taken in, oldest first.
+///
+/// Why nothing is lost. Let f be the first message above the reader's own position; resuming anywhere before f is
+/// right, because readers drop what they have seen, and resuming behind it loses f. Each time a position appears in
+/// the stream for the first time, every position of the decoded change sequence below it has appeared before: that
+/// holds for any number of publishers that take over from each other, late messages of overtaken ones, and tails
+/// that the broker lost (ARCHITECTURE.md, the fence). Heartbeats are part of that sequence: they come from the WAL,
+/// and every publisher writes them. So a heartbeat that is not above the reader's position is below f, and its first
+/// appearance lies before f.
+///
+/// Nothing weaker will do. Messages not above the reader's position also lie behind f, as many as publishers repeat
+/// and as far behind as they are late, so neither a bisection nor a fixed distance to what it finds is safe. Nor is
+/// a `progress` message: its position is its publisher's own, and may appear for the first time behind f.
+///
+/// What is assumed: what was purged does not appear again. Purging leaves what the slot may still be asked for, and a
+/// successor repeats nothing older; late messages of an overtaken publisher come within seconds.
 #[derive(Clone, Debug)]
 pub(crate) struct ResumeSearch {
     own: Position,
-    low: u64,
-    high: u64,
-    probe: u64,
+    newest: Option<(Position, u64)>,
 }
 
 impl ResumeSearch {
-    /// A search among the sequences `first..=last`.
     #[must_use]
-    pub(crate) fn new(own: Position, first: u64, last: u64) -> Self {
-        let (low, high) = (first, last.saturating_add(1).max(first));
-        Self {
-            own,
-            low,
-            high,
-            probe: low + (high - low) / 2,
+    pub(crate) fn new(own: Position) -> Self {
+        Self { own, newest: None }
+    }
+
+    /// Takes in the next heartbeat; `false` where no further one is needed: below the first one that is above the
+    /// reader's position every other one has appeared.
+    pub(crate) fn on_heartbeat(&mut self, stream_seq: u64, position: Position) -> bool {
+        if position > self.own {
+            return false;
         }
-    }
-
-    /// The sequence whose position is asked for; `None` when the search is over.
-    #[must_use]
-    pub(crate) fn question(&self) -> Option<u64> {
-        (self.low < self.high).then_some(self.probe)
-    }
-
-    /// Takes in the position at [`ResumeSearch::question`].
-    pub(crate) fn answer(&mut self, position: Option<Position>) {
-        match position {
-            Some(position) if position > self.own => self.high = self.probe,
-            Some(_) => self.low = self.probe + 1,
-            // A foreign message: its neighbours tell. The upper half may be all foreign, then the lower half decides.
-            None if self.probe + 1 < self.high => {
-                self.probe += 1;
-                return;
-            }
-            None => self.high = self.low + (self.high - self.low) / 2,
+        if self.newest.is_none_or(|(newest, _)| position > newest) {
+            self.newest = Some((position, stream_seq));
         }
-        self.probe = self.low + (self.high - self.low) / 2;
+        true
     }
 
-    /// The sequence to resume after; one below the first where nothing is at or below the position.
+    /// The sequence to resume after; `None` where no heartbeat is at or below the position: then only the oldest
+    /// message is safe.
     #[must_use]
-    pub(crate) fn after(&self) -> u64 {
-        self.low.saturating_sub(1)
+    pub(crate) fn after(&self) -> Option<u64> {
+        self.newest.map(|(_, stream_seq)| stream_seq)
     }
 }
 
@@ -101,6 +97,7 @@ impl ResumeSearch {
 mod tests {
     use super::*;
     use millrace_event::Lsn;
+    use proptest::prelude::*;
 
     fn at(seq: u32) -> Position {
         Position::new(0, Lsn(1), seq)
@@ -118,33 +115,114 @@ mod tests {
         assert_eq!(of_changes(b"hello"), None);
     }
 
-    /// Every stream of up to 40 messages, some foreign, against the naive answer.
-    #[test]
-    fn the_search_finds_the_newest_message_not_above_the_position() {
-        for length in 0..40_u64 {
-            for own in 0..45_u32 {
-                for foreign in [0_u64, 2, 3, 7] {
-                    let position = |seq: u64| {
-                        let ours = foreign == 0 || !seq.is_multiple_of(foreign);
-                        ours.then(|| at(u32::try_from(seq).unwrap_or(u32::MAX)))
-                    };
-                    let mut search = ResumeSearch::new(at(own), 1, length);
-                    let mut questions = 0;
-                    while let Some(seq) = search.question() {
-                        search.answer(position(seq));
-                        questions += 1;
-                        assert!(questions < 100);
-                    }
-                    let newest =
-                        (1..=length).filter(|seq| position(*seq).is_some_and(|p| p <= at(own)));
-                    let newest = newest.max().unwrap_or(0);
-                    // Foreign messages just behind it may be skipped too, one that is above never.
-                    let between = newest + 1..=search.after();
-                    assert!(
-                        search.after() >= newest
-                            && between.clone().all(|seq| position(seq).is_none())
-                    );
+    /// Steps of publishers, of which several write to one stream.
+    #[derive(Clone, Debug)]
+    enum Step {
+        /// A publisher's next messages are stored.
+        Store { publisher: usize, messages: u64 },
+        /// A publisher tells progress that no other one tells.
+        Progress { publisher: usize },
+        /// Another publisher goes on at the stream's tail. Those before it may still have messages on their way.
+        TakeOver,
+    }
+
+    /// The `n`th of the decoded change sequence: every seventh is a heartbeat.
+    fn decoded(n: u64) -> Position {
+        let heartbeat = n.is_multiple_of(7);
+        Position::new(0, Lsn(n), if heartbeat { u32::MAX } else { 1 })
+    }
+
+    #[derive(Default)]
+    struct Model {
+        stream: Vec<Position>,
+        /// The next of the decoded change sequence that each publisher stores.
+        publishers: Vec<u64>,
+    }
+
+    impl Model {
+        fn take_over(&mut self) {
+            let tail = self.stream.last().copied().unwrap_or(Position::ZERO);
+            let next = (tail.commit_lsn().0..).find(|n| *n > 0 && decoded(*n) > tail);
+            self.publishers.extend(next);
+        }
+
+        fn step(&mut self, step: &Step) {
+            let number = self.publishers.len();
+            match *step {
+                Step::TakeOver => self.take_over(),
+                Step::Store {
+                    publisher,
+                    messages,
+                } => {
+                    let next = &mut self.publishers[publisher % number];
+                    self.stream.extend((*next..*next + messages).map(decoded));
+                    *next += messages;
                 }
+                Step::Progress { publisher } => {
+                    let next = self.publishers[publisher % number];
+                    self.stream.push(Position::new(0, Lsn(next), 0));
+                }
+            }
+        }
+
+        /// The broker loses the stream's end and every batch on its way.
+        fn lose(&mut self, length: usize) {
+            self.stream.truncate(length);
+            self.publishers.clear();
+            self.take_over();
+        }
+
+        fn newest_heartbeat(&self, own: Position) -> Option<u64> {
+            let mut search = ResumeSearch::new(own);
+            for (seq, position) in (1..).zip(&self.stream) {
+                let heartbeat = decoded(position.commit_lsn().0) == *position
+                    && position.commit_lsn().0.is_multiple_of(7);
+                if heartbeat && !search.on_heartbeat(seq, *position) {
+                    break;
+                }
+            }
+            search.after()
+        }
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let publisher = 0..4_usize;
+        let store = (publisher.clone(), 1..12_u64).prop_map(|(publisher, messages)| Step::Store {
+            publisher,
+            messages,
+        });
+        let progress = publisher.prop_map(|publisher| Step::Progress { publisher });
+        let step = prop_oneof![8 => store, 1 => progress, 2 => Just(Step::TakeOver)];
+        prop::collection::vec(step, 1..40)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(4_000))]
+
+        /// Whatever publishers repeat and how late it comes: what the reader has not seen lies behind the place, and
+        /// what it reads again is never more than the stream holds behind the heartbeat before it.
+        #[test]
+        fn a_search_never_resumes_behind_what_was_not_seen(
+            before in steps(), after in steps(), read in 0.0..1.0_f64, kept in 0.0..1.0_f64,
+        ) {
+            let mut model = Model::default();
+            model.take_over();
+            before.iter().for_each(|step| model.step(step));
+            let read = (model.stream.len() as f64 * read) as usize;
+            let Some(own) = model.stream[..read].iter().max().copied() else { return Ok(()) };
+            model.lose((read as f64 * kept) as usize);
+            after.iter().for_each(|step| model.step(step));
+
+            let first_above = model.stream.iter().position(|position| *position > own);
+            let found = model.newest_heartbeat(own);
+            if let (Some(index), Some(resumed)) = (first_above, found) {
+                // Sequences count from 1, so that the sequence before the message is its index.
+                prop_assert!(resumed <= index as u64, "{resumed} > {index} of {:?}", model.stream);
+            }
+            let last = decoded(own.commit_lsn().0 / 7 * 7).min(own);
+            let written = model.stream.iter().position(|position| *position == last);
+            if let (Some(index), true) = (written, last < own && last > Position::ZERO) {
+                prop_assert_eq!(found, Some(index as u64 + 1));
             }
         }
     }

@@ -25,10 +25,11 @@ pub(crate) struct Progress {
     ordering: Ordering,
     /// The newest stream sequence that arrived.
     pub(crate) stream_seq: u64,
-    /// The highest position that was delivered; `None` before the first.
-    highest: Option<Position>,
+    /// The newest message that was delivered, or where the reader starts. What came after it and was dropped comes
+    /// again: only of a message that set the highest position the token can be checked against the stream.
+    delivered: Token,
     assembly: Assembly,
-    /// The sequence before the oldest chunk of the sets in progress.
+    /// By stream order: the sequence before the set in progress.
     before_chunks: u64,
     /// Messages that were not ours.
     pub(crate) foreign: u64,
@@ -36,11 +37,10 @@ pub(crate) struct Progress {
 
 impl Progress {
     pub(crate) fn new(ordering: Ordering, start: Token) -> Self {
-        let highest = (start.position > Position::ZERO).then_some(start.position);
         Self {
             ordering,
             stream_seq: start.stream_seq,
-            highest,
+            delivered: start,
             assembly: Assembly::default(),
             before_chunks: 0,
             foreign: 0,
@@ -49,14 +49,16 @@ impl Progress {
 
     /// Where to resume: before the chunks of a message that is not complete.
     pub(crate) fn token(&self) -> Token {
-        let stream_seq = if self.assembly.is_empty() {
-            self.stream_seq
-        } else {
-            self.before_chunks
-        };
-        Token {
-            stream_seq,
-            position: self.highest.unwrap_or(Position::ZERO),
+        match self.ordering {
+            Ordering::ByPosition => self.delivered,
+            Ordering::ByStream => Token {
+                stream_seq: if self.assembly.is_empty() {
+                    self.stream_seq
+                } else {
+                    self.before_chunks
+                },
+                position: Position::ZERO,
+            },
         }
     }
 
@@ -81,29 +83,34 @@ impl Progress {
             .as_ref()
             .and_then(|headers| headers.get(header::CHUNK))
         {
-            None => payload,
+            None => {
+                self.begin_message(before, None);
+                payload
+            }
             Some(place) => {
-                if self.assembly.is_empty() {
-                    self.before_chunks = before;
-                }
-                self.assembly
-                    .push(Place::parse(place.as_str())?, &payload)?
+                let place = Place::parse(place.as_str())?;
+                self.begin_message(before, Some(place));
+                self.assembly.push(place, &payload)?
             }
         };
         let Some((position, body)) = self.read(&subject, payload) else {
             self.foreign += 1;
             return None;
         };
+        let token = Token {
+            stream_seq,
+            position,
+        };
         let floor = match self.ordering {
             Ordering::ByStream => None,
-            Ordering::ByPosition if Some(position) <= self.highest => return None,
+            Ordering::ByPosition if position <= self.delivered.position => return None,
             Ordering::ByPosition => {
                 // Sets in progress are at or below this position: their publisher was overtaken.
                 self.assembly.clear();
-                self.highest.replace(position)
+                let floor = std::mem::replace(&mut self.delivered, token).position;
+                (floor > Position::ZERO).then_some(floor)
             }
         };
-        let token = self.token();
         Some(Delivery {
             stream_seq,
             stored_at,
@@ -114,6 +121,20 @@ impl Progress {
             token,
             floor,
         })
+    }
+
+    /// By stream order one publisher writes at a time and nothing is written between a message's chunks. So a set
+    /// that anything else follows stays unfinished, its publisher is gone, and the token must not wait for it: what
+    /// lies behind it may be purged. (Where a late message of a dead publisher cuts a living one's set in two, the
+    /// numbers of the copy's messages tell that one is missing.)
+    fn begin_message(&mut self, before: u64, chunk: Option<Place<'_>>) {
+        if self.ordering == Ordering::ByPosition {
+            return;
+        }
+        if !chunk.is_some_and(|chunk| self.assembly.expects(chunk)) {
+            self.assembly.clear();
+            self.before_chunks = before;
+        }
     }
 
     fn read(&self, subject: &str, payload: Bytes) -> Option<(Position, Body)> {
@@ -174,7 +195,7 @@ mod tests {
                 .on_message(arrival(6, 0, None, b"foreign"))
                 .is_none()
         );
-        assert_eq!((progress.foreign, progress.token().stream_seq), (1, 6));
+        assert_eq!((progress.foreign, progress.token().stream_seq), (1, 5));
     }
 
     #[test]
@@ -201,5 +222,50 @@ mod tests {
             Some(4)
         );
         assert_eq!(progress.token().stream_seq, 4);
+    }
+    /// The token names the message that set the highest position, never one that was dropped behind it: another
+    /// position at its sequence then says that the stream was rolled back.
+    #[test]
+    fn the_token_is_the_newest_delivery_whatever_was_dropped_behind_it() {
+        let mut progress = Progress::new(Ordering::ByPosition, Token::default());
+        for (stream_seq, seq) in [(1, 1), (2, 2), (3, 1), (4, 2)] {
+            progress.on_message(arrival(stream_seq, seq, None, &line(seq)));
+        }
+        let position = Position::new(0, Lsn(1), 2);
+        let token = Token {
+            stream_seq: 2,
+            position,
+        };
+        assert_eq!(progress.token(), token);
+    }
+
+    /// A dead copy attempt's half message must not hold the token back: what lies behind it is purged.
+    #[test]
+    fn by_stream_an_unfinished_message_ends_where_another_one_begins() {
+        let token_after = |chunks: &[Option<&str>]| {
+            let mut progress = Progress::new(Ordering::ByStream, Token::default());
+            let mut delivered = Vec::new();
+            for (stream_seq, chunk) in (1..).zip(chunks) {
+                if let Some(delivery) = progress.on_message(arrival(stream_seq, 1, *chunk, b"x")) {
+                    delivered.push(delivery.token().stream_seq);
+                }
+            }
+            (progress.token().stream_seq, delivered)
+        };
+        assert_eq!(
+            token_after(&[Some("1/3/r/1"), Some("2/3/r/1")]),
+            (0, vec![])
+        );
+        let whole = [Some("1/3/r/1"), Some("2/3/r/1"), None, None];
+        assert_eq!(token_after(&whole), (4, vec![3, 4]));
+        let chunks = [Some("1/3/r/1"), Some("1/2/r/2"), Some("2/2/r/2"), None];
+        assert_eq!(token_after(&chunks), (4, vec![3, 4]));
+        let again = [None, Some("1/3/r/1"), None, Some("1/2/r/2")];
+        assert_eq!(token_after(&again), (3, vec![1, 3]));
+        // The same publisher's set may start anew.
+        assert_eq!(
+            token_after(&[Some("1/2/r/1"), Some("1/2/r/1")]),
+            (1, vec![])
+        );
     }
 }

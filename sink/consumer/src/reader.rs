@@ -2,29 +2,16 @@
 
 use std::time::Duration;
 
-use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, PullConsumer, pull};
-use async_nats::jetstream::stream::RawMessageErrorKind;
+use async_nats::jetstream::consumer::pull;
 use async_nats::jetstream::{Context, Message};
+use futures_util::future::BoxFuture;
 use futures_util::{FutureExt as _, StreamExt as _};
-use millrace_event::{Position, TableName, header, subject};
+use millrace_event::{TableName, subject};
 
-use crate::position::{ResumeSearch, control, of_changes};
+use crate::link::{self, Fault, Link, Made};
 use crate::progress::{Arrival, Progress};
 use crate::{Delivery, Token};
 
-/// Messages asked for at a time: well below the 65,536 that the client holds before it drops some.
-const PULL_MESSAGES_MAX: usize = 10_000;
-/// Bytes asked for at a time.
-const PULL_BYTES_MAX: usize = 4 * 1024 * 1024;
-/// How long the server keeps a request for messages.
-const PULL_EXPIRES: Duration = Duration::from_secs(30);
-/// How often an idle server says that it is there; two missing ones end the consumer.
-const IDLE_HEARTBEAT: Duration = Duration::from_secs(5);
-/// After a rollback this many messages are read again before the place that the search found: a publisher that was
-/// cut off may have left messages there whose positions lie below their neighbours'. What was seen is dropped.
-const REWIND: u64 = 4_000;
-/// How long the server keeps a consumer that nobody asks.
-const INACTIVE_THRESHOLD: Duration = Duration::from_secs(60);
 /// The wait after the first fault; it doubles with each further one.
 const BACKOFF_FIRST: Duration = Duration::from_millis(100);
 /// The longest wait after a fault.
@@ -103,28 +90,12 @@ pub struct Reader {
     /// `None` until the stream has been seen once and [`Start`] has become a place in it.
     progress: Option<Progress>,
     link: Option<Link>,
+    /// The link that is being made. It takes several answers of the server, so it outlives a [`Reader::next`] that
+    /// is cancelled before; it borrows nothing, and nothing that it was made from changes while there is no link.
+    attempt: Option<BoxFuture<'static, Result<Made, Fault>>>,
     /// Faults in a row.
     faults: u32,
     retry_at: Option<tokio::time::Instant>,
-}
-
-struct Link {
-    messages: pull::Stream,
-    /// The consumer's own number of the newest message; a jump means that the client dropped some.
-    consumer_seq: u64,
-}
-
-/// Why a consumer could not be made.
-enum Fault {
-    Fatal(ReadError),
-    /// Logged here, tried again by the caller.
-    Transient(String),
-}
-
-impl<E: std::error::Error> From<E> for Fault {
-    fn from(error: E) -> Self {
-        Self::Transient(error.to_string())
-    }
 }
 
 impl Reader {
@@ -135,6 +106,7 @@ impl Reader {
             options,
             progress: None,
             link: None,
+            attempt: None,
             faults: 0,
             retry_at: None,
         }
@@ -154,7 +126,8 @@ impl Reader {
             .map_or(0, |progress| progress.foreign)
     }
 
-    /// Waits for the next message that is new. Safe to cancel.
+    /// Waits for the next message that is new. Safe to cancel, however often: what was begun goes on with the next
+    /// call.
     ///
     /// # Errors
     /// [`ReadError::Gap`]; every other fault is tried again, for ever.
@@ -260,8 +233,18 @@ impl Reader {
         if let Some(at) = self.retry_at {
             tokio::time::sleep_until(at).await;
         }
-        match self.make_link().await {
-            Ok(link) => {
+        let attempt = self.attempt.get_or_insert_with(|| {
+            let reached = self.progress.as_ref().map(Progress::token);
+            link::make(self.options.clone(), reached).boxed()
+        });
+        let made = attempt.await;
+        self.attempt = None;
+        match made {
+            Ok(Made { link, token, after }) => {
+                let ordering = self.options.ordering;
+                self.progress
+                    .get_or_insert_with(|| Progress::new(ordering, token))
+                    .rewind(after);
                 self.link = Some(link);
                 Ok(())
             }
@@ -272,116 +255,4 @@ impl Reader {
             }
         }
     }
-
-    async fn make_link(&mut self) -> Result<Link, Fault> {
-        let stream = self
-            .options
-            .jetstream
-            .get_stream(&self.options.stream)
-            .await?;
-        let state = &stream.cached_info().state;
-        let (first, last) = (state.first_sequence.max(1), state.last_sequence);
-        let token = match (&self.progress, self.options.start) {
-            (Some(progress), _) => progress.token(),
-            (None, Start::After(token)) => token,
-            (None, Start::Beginning) => Token {
-                stream_seq: first - 1,
-                position: Position::ZERO,
-            },
-            (None, Start::New) => Token {
-                stream_seq: last,
-                position: Position::ZERO,
-            },
-        };
-        let after = self.resume_after(&stream, token, first, last).await?;
-        let filter_subjects = self.options.tables.iter().flatten();
-        let filter_subjects = filter_subjects
-            .map(|table| subject::table_filter(&self.options.source, table))
-            .collect();
-        let config = pull::Config {
-            deliver_policy: DeliverPolicy::ByStartSequence {
-                start_sequence: after + 1,
-            },
-            ack_policy: AckPolicy::None,
-            filter_subjects,
-            inactive_threshold: INACTIVE_THRESHOLD,
-            num_replicas: 1,
-            memory_storage: true,
-            ..pull::Config::default()
-        };
-        let consumer: PullConsumer = stream.create_consumer(config).await?;
-        let messages = consumer
-            .stream()
-            .max_messages_per_batch(PULL_MESSAGES_MAX)
-            .max_bytes_per_batch(PULL_BYTES_MAX)
-            .expires(PULL_EXPIRES)
-            .heartbeat(IDLE_HEARTBEAT)
-            .messages()
-            .await?;
-        let ordering = self.options.ordering;
-        self.progress
-            .get_or_insert_with(|| Progress::new(ordering, token))
-            .rewind(after);
-        Ok(Link {
-            messages,
-            consumer_seq: 0,
-        })
-    }
-
-    /// The sequence to resume after: the token's, unless the stream was rolled back meanwhile.
-    async fn resume_after(
-        &self,
-        stream: &async_nats::jetstream::stream::Stream,
-        token: Token,
-        first: u64,
-        last: u64,
-    ) -> Result<u64, Fault> {
-        let wanted = token.stream_seq + 1;
-        if first > wanted {
-            return Err(Fault::Fatal(ReadError::Gap {
-                wanted,
-                found: first,
-            }));
-        }
-        if last < token.stream_seq {
-            let reason = format!("the stream ends at {last}, before {}", token.stream_seq);
-            return Err(Fault::Transient(reason));
-        }
-        let unchecked = token.position == Position::ZERO
-            || self.options.ordering == Ordering::ByStream
-            || first == wanted;
-        if unchecked || position_at(stream, token.stream_seq).await? == Some(token.position) {
-            return Ok(token.stream_seq);
-        }
-        let mut search = ResumeSearch::new(token.position, first, last);
-        while let Some(stream_seq) = search.question() {
-            search.answer(position_at(stream, stream_seq).await?);
-        }
-        let after = search.after();
-        // Not even the oldest message was seen, although something was: what lies between may be missing.
-        if after < first {
-            return Err(Fault::Fatal(ReadError::Gap {
-                wanted,
-                found: first,
-            }));
-        }
-        Ok(after.saturating_sub(REWIND).max(first.saturating_sub(1)))
-    }
-}
-
-/// The position of a message, read through the stream's leader; of a chunk, its row's.
-async fn position_at(
-    stream: &async_nats::jetstream::stream::Stream,
-    stream_seq: u64,
-) -> Result<Option<Position>, Fault> {
-    let message = match stream.get_raw_message(stream_seq).await {
-        Ok(message) => message,
-        Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => return Ok(None),
-        Err(error) => return Err(error.into()),
-    };
-    if let Some(position) = message.headers.get(header::POSITION) {
-        return Ok(position.as_str().parse().ok());
-    }
-    let control_position = || control(&message.payload).map(|control| control.position);
-    Ok(of_changes(&message.payload).or_else(control_position))
 }

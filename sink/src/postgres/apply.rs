@@ -278,7 +278,8 @@ pub(super) async fn run(
             .await
             .map_err(|error| (At::Command(index), error))?;
         match command.counts {
-            Counts::Written => applied.written += rows,
+            Counts::Upserted => applied.wrote(&command.layout.source, rows, 0),
+            Counts::Deleted => applied.wrote(&command.layout.source, 0, rows),
             Counts::Letters => applied.dead_letter(&command.layout.source, rows),
             Counts::Nothing => {}
         }

@@ -15,8 +15,10 @@ use crate::sql::{self, Present};
 /// What a statement's row count means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Counts {
-    /// Rows written.
-    Written,
+    /// Rows inserted, updated or moved.
+    Upserted,
+    /// Rows deleted.
+    Deleted,
     /// Rows set aside.
     Letters,
     /// Nothing that is reported.
@@ -143,7 +145,7 @@ impl<'a, 's> Commands<'a, 's> {
                 let sql = || sql::delete(layout);
                 self.add(
                     layout,
-                    Counts::Written,
+                    Counts::Deleted,
                     Kind::Delete,
                     sql,
                     rows(&layout.key),
@@ -168,7 +170,7 @@ impl<'a, 's> Commands<'a, 's> {
                     .await?;
                 let kind = Kind::Partial(present.clone());
                 let sql = || sql::partial(layout, present);
-                self.add(layout, Counts::Written, kind, sql, rows(&columns))
+                self.add(layout, Counts::Upserted, kind, sql, rows(&columns))
                     .await?;
                 return Ok(());
             }
@@ -181,11 +183,17 @@ impl<'a, 's> Commands<'a, 's> {
                 if entombed.is_none_or(|newest| *newest < oldest) {
                     parameters.pop();
                     let sql = || sql::upsert_newest(layout);
-                    self.add(layout, Counts::Written, Kind::UpsertNewest, sql, parameters)
-                        .await?;
+                    self.add(
+                        layout,
+                        Counts::Upserted,
+                        Kind::UpsertNewest,
+                        sql,
+                        parameters,
+                    )
+                    .await?;
                 } else {
                     let sql = || sql::upsert(layout);
-                    self.add(layout, Counts::Written, Kind::Upsert, sql, parameters)
+                    self.add(layout, Counts::Upserted, Kind::Upsert, sql, parameters)
                         .await?;
                 }
             }
@@ -221,7 +229,7 @@ impl<'a, 's> Commands<'a, 's> {
             .await?;
         let kind = Kind::Move(present.clone());
         let sql = || sql::move_row(layout, &present);
-        self.add(layout, Counts::Written, kind, sql, parameters())
+        self.add(layout, Counts::Upserted, kind, sql, parameters())
             .await
     }
 

@@ -197,7 +197,10 @@ impl<'a> Isolation<'a, '_> {
         match run(&self.session.client, flush, list, &mut counted).await {
             Ok(()) => {
                 self.applied.stale += rows - (counted.written + counted.dead()).min(rows);
-                self.applied.written += counted.written;
+                for written in counted.tables {
+                    let (upserts, deletes) = (written.upserts, written.deletes);
+                    self.applied.wrote(&written.table, upserts, deletes);
+                }
                 for (table, rows) in counted.dead_letters {
                     self.applied.dead_letter(&table, rows);
                 }

@@ -1,5 +1,7 @@
 //! Makes sure that a target table can take the source's rows, and lays them out for it.
 
+mod checks;
+
 use std::sync::Arc;
 
 use millrace_config::{Code, Condition, Create, Table};
@@ -32,13 +34,28 @@ struct Found {
     type_name: String,
     base: String,
     not_null: bool,
-    generated: bool,
-    has_default: bool,
+    origin: Origin,
+}
+
+/// Where a column's value comes from when a statement gives none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Origin {
+    /// It is NULL.
+    Nothing,
+    /// A default, or an identity that gives way to the statement's value.
+    Default,
+    /// `GENERATED ALWAYS AS IDENTITY`: an insert may set it, an update may not.
+    Identity,
+    /// `GENERATED ALWAYS AS (..) STORED`: never what a statement says.
+    Stored,
+    /// `GENERATED ALWAYS AS (..) VIRTUAL`: the same, and not to be turned into a plain column.
+    Virtual,
 }
 
 /// Ensures one table; everything it creates, it creates in one transaction.
 pub(super) async fn ensure(
     session: &mut Session,
+    sink: &str,
     schema: &TableSchema,
     settings: &Table,
     create: Create,
@@ -48,6 +65,7 @@ pub(super) async fn ensure(
     let begun = !matches!(copied, None | Some(CopyState::Pending));
     let ensuring = Ensuring {
         client: &session.client,
+        sink,
         schema,
         settings,
         create,
@@ -75,6 +93,7 @@ pub(super) async fn ensure(
 
 struct Ensuring<'a> {
     client: &'a Client,
+    sink: &'a str,
     schema: &'a TableSchema,
     settings: &'a Table,
     create: Create,
@@ -111,17 +130,14 @@ impl Ensuring<'_> {
             self.create_table(&wanted, &key).await?;
             found = self.found().await?;
         } else {
-            self.check(&wanted, &found)?;
-            self.check_key(&key, &mut warnings).await?;
-            self.check_rows().await?;
+            self.check(&wanted, &key, &found, &mut warnings).await?;
             self.ensure_version(&found).await?;
         }
         let columns: Vec<_> = wanted
             .into_iter()
             .filter_map(|wanted| {
                 let found = found.iter().find(|found| found.name == wanted.target)?;
-                // A generated column computes its own value, from the same columns as in the source.
-                (!found.generated).then(|| LayoutColumn {
+                Some(LayoutColumn {
                     source: wanted.source,
                     target: wanted.target,
                     cast: found.base.clone(),
@@ -129,16 +145,7 @@ impl Ensuring<'_> {
             })
             .collect();
         let index = |name: &String| columns.iter().position(|column| column.target == *name);
-        let Some(key) = key.iter().map(index).collect::<Option<Vec<_>>>() else {
-            return Err(self.refuse(
-                Code::TargetKey,
-                format!(
-                    "a key column of target table {} is generated",
-                    self.settings.target
-                ),
-                "make the key columns plain columns".to_owned(),
-            ));
-        };
+        let key = key.iter().filter_map(index).collect();
         let layout = Arc::new(TableLayout {
             source: self.schema.name.clone(),
             target: self.settings.target.clone(),
@@ -259,7 +266,8 @@ impl Ensuring<'_> {
             .client
             .query(
                 "SELECT attname::text, format_type(atttypid, atttypmod), format_type(atttypid, -1), \
-                 attnotnull, attgenerated <> '', atthasdef OR attidentity <> '' \
+                 attnotnull, CASE WHEN attgenerated <> '' THEN attgenerated::text \
+                 WHEN attidentity = 'a' THEN 'a' WHEN atthasdef OR attidentity <> '' THEN 'd' ELSE '' END \
                  FROM pg_catalog.pg_attribute WHERE attrelid = to_regclass($1) \
                  AND attnum > 0 AND NOT attisdropped ORDER BY attnum",
                 &[&self.settings.target.quoted()],
@@ -272,8 +280,13 @@ impl Ensuring<'_> {
                 type_name: row.try_get(1)?,
                 base: row.try_get(2)?,
                 not_null: row.try_get(3)?,
-                generated: row.try_get(4)?,
-                has_default: row.try_get(5)?,
+                origin: match row.try_get(4)? {
+                    "" => Origin::Nothing,
+                    "d" => Origin::Default,
+                    "a" => Origin::Identity,
+                    "s" => Origin::Stored,
+                    _ => Origin::Virtual,
+                },
             })
         });
         found
@@ -308,137 +321,6 @@ impl Ensuring<'_> {
             .map_err(|error| self.failed(error))
     }
 
-    fn check(&self, wanted: &[Wanted], found: &[Found]) -> Result<(), SinkError> {
-        let target = &self.settings.target;
-        for column in wanted {
-            let Some(has) = found.iter().find(|found| found.name == column.target) else {
-                return Err(self.refuse(
-                    Code::TargetColumnMissing,
-                    format!("target table {target} has no column {:?}", column.target),
-                    format!(
-                        "{};",
-                        sql::add_column(target, &column.target, &column.type_name)
-                    ),
-                ));
-            };
-            let full = &column.type_name;
-            if !has.generated && !takes(has, full, &column.base) {
-                return Err(self.refuse(
-                    Code::TargetType,
-                    format!(
-                        "column {:?} of target table {target} is {}, which does not take every {full}",
-                        column.target, has.type_name
-                    ),
-                    format!(
-                        "ALTER TABLE {} ALTER COLUMN {} TYPE {full};",
-                        target.quoted(),
-                        quote_identifier(&column.target)
-                    ),
-                ));
-            }
-        }
-        let unfed = found.iter().find(|found| {
-            let ours = found.name == VERSION_COLUMN
-                || wanted.iter().any(|column| column.target == found.name);
-            !ours && found.not_null && !found.has_default
-        });
-        match unfed {
-            None => Ok(()),
-            Some(found) => Err(self.refuse(
-                Code::TargetType,
-                format!(
-                    "column {:?} of target table {target} must not be NULL, and the source has no such \
-                     column",
-                    found.name
-                ),
-                format!(
-                    "ALTER TABLE {} ALTER COLUMN {} DROP NOT NULL;",
-                    target.quoted(),
-                    quote_identifier(&found.name)
-                ),
-            )),
-        }
-    }
-
-    /// `ON CONFLICT` needs a unique index over exactly the key, checked at once.
-    async fn check_key(&self, key: &[String], warnings: &mut Vec<String>) -> Result<(), SinkError> {
-        let target = &self.settings.target;
-        let rows = self
-            .client
-            .query(
-                "SELECT ARRAY(SELECT a.attname::text FROM pg_catalog.pg_attribute a \
-                 WHERE a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey[0:i.indnkeyatts - 1]::int2[])), \
-                 i.indimmediate, i.indexrelid::regclass::text FROM pg_catalog.pg_index i \
-                 WHERE i.indrelid = to_regclass($1) AND i.indisunique AND i.indisvalid \
-                 AND i.indpred IS NULL AND i.indexprs IS NULL",
-                &[&target.quoted()],
-            )
-            .await
-            .map_err(|error| self.failed(error))?;
-        let mut matches = false;
-        for row in &rows {
-            let read = || Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?));
-            let (mut columns, immediate, index): (Vec<String>, bool, String) =
-                read().map_err(|error| self.failed(error))?;
-            let mut sorted = key.to_vec();
-            sorted.sort();
-            columns.sort();
-            if columns == sorted && immediate {
-                matches = true;
-            } else if immediate {
-                warnings.push(format!(
-                    "unique index {index} of target table {target} is checked at once: rows that swap \
-                     values in one transaction are refused; make its constraint DEFERRABLE or drop it"
-                ));
-            }
-        }
-        if matches {
-            return Ok(());
-        }
-        let columns: Vec<_> = key.iter().map(|column| quote_identifier(column)).collect();
-        Err(self.refuse(
-            Code::TargetKey,
-            format!(
-                "target table {target} has no unique key over ({})",
-                columns.join(", ")
-            ),
-            format!(
-                "ALTER TABLE {} ADD PRIMARY KEY ({});",
-                target.quoted(),
-                columns.join(", ")
-            ),
-        ))
-    }
-
-    /// A table that this sink has never written must be empty, unless it may be adopted.
-    async fn check_rows(&self) -> Result<(), SinkError> {
-        if self.begun || self.settings.adopt {
-            return Ok(());
-        }
-        let target = &self.settings.target;
-        let occupied: bool = self
-            .client
-            .query_one(
-                &format!("SELECT EXISTS (SELECT 1 FROM {})", target.quoted()),
-                &[],
-            )
-            .await
-            .and_then(|row| row.try_get(0))
-            .map_err(|error| self.failed(error))?;
-        if !occupied {
-            return Ok(());
-        }
-        Err(self.refuse(
-            Code::TargetOccupied,
-            format!("target table {target} already holds rows of its own"),
-            format!(
-                "TRUNCATE {}; or set `adopt = true` in the table's file: rows of the same key are then \
-                 overwritten, and rows that the source does not have are deleted",
-                target.quoted()
-            ),
-        ))
-    }
-
     async fn ensure_version(&self, found: &[Found]) -> Result<(), SinkError> {
         let target = &self.settings.target;
         let sql = sql::add_version(target);
@@ -461,21 +343,4 @@ impl Ensuring<'_> {
                 .map_err(|error| self.failed(error)),
         }
     }
-}
-
-/// Whether a column takes every value of a type exactly: the same type, the same without a modifier, a wider
-/// integer, a longer or unbounded text, or text itself.
-fn takes(has: &Found, full: &str, base: &str) -> bool {
-    const INTEGERS: [&str; 3] = ["smallint", "integer", "bigint"];
-    let rank = |name: &str| INTEGERS.iter().position(|integer| *integer == name);
-    let length = |name: &str| {
-        let digits = name.strip_prefix("character varying(")?.strip_suffix(')')?;
-        digits.parse::<u32>().ok()
-    };
-    has.type_name == full
-        || has.base == "text"
-        || (has.type_name == has.base && has.base == base)
-        || (has.type_name == "character varying" && base == "text")
-        || matches!((rank(&has.base), rank(base)), (Some(has), Some(wanted)) if has >= wanted)
-        || matches!((length(&has.type_name), length(full)), (Some(has), Some(wanted)) if has >= wanted)
 }

@@ -13,8 +13,8 @@ const REBUILD: &str = "run `millrace drop`, then `millrace run`: the tables are 
 
 /// From the best state to the worst.
 const SEVERITY: [&str; 12] = [
-    "streaming",
     "available",
+    "streaming",
     "standby",
     "snapshotting",
     "new",
@@ -63,12 +63,18 @@ pub(super) fn capture(
 }
 
 /// The state of the whole: by the process that answers, else the worst of the parts.
-pub(super) fn overall(live: Option<&Live>, capture: &LivePart, sinks: &[SinkReport]) -> LivePart {
+pub(super) fn overall(
+    live: Option<&Live>,
+    capture: &LivePart,
+    stream: &LivePart,
+    sinks: &[SinkReport],
+) -> LivePart {
     if let Some(live) = live {
         return live.overall.clone();
     }
-    let parts = sinks.iter().map(|sink| &sink.part).chain([capture]);
+    let parts = sinks.iter().map(|sink| &sink.part);
     parts
+        .chain([stream, capture])
         .max_by_key(|part| severity(part))
         .cloned()
         .unwrap_or_default()
@@ -211,10 +217,21 @@ mod tests {
             capture(Some(&live), &source(None), &stream(None)).state,
             "starting"
         );
+        let (halted, available) = (LivePart::of("halted"), LivePart::of("available"));
         assert_eq!(
-            overall(Some(&live), &LivePart::of("halted"), &[]).state,
+            overall(Some(&live), &halted, &available, &[]).state,
             "starting"
         );
-        assert_eq!(overall(None, &LivePart::of("halted"), &[]).state, "halted");
+        assert_eq!(overall(None, &halted, &available, &[]).state, "halted");
+    }
+
+    #[test]
+    fn a_stream_that_is_out_of_reach_is_worse_than_no_process() {
+        let (stopped, away) = (LivePart::of("stopped"), LivePart::of("unreachable"));
+        assert_eq!(overall(None, &stopped, &away, &[]).state, "unreachable");
+        let streaming = LivePart::of("streaming");
+        let there = LivePart::of("available");
+        assert_eq!(overall(None, &stopped, &there, &[]).state, "stopped");
+        assert_eq!(overall(None, &streaming, &there, &[]).state, "streaming");
     }
 }

@@ -19,7 +19,7 @@ mod traffic;
 pub use compare::{Compared, Comparison, compare, every_table};
 pub use error::LabError;
 pub use folder::{ConfigDir, ConfigFolder};
-pub use nats::{Nats, NatsOptions};
+pub use nats::{Nats, NatsOptions, Operator};
 pub use pipeline::Pipeline;
 pub use place::Place;
 pub use postgres::{Postgres, PostgresOptions};

@@ -1,5 +1,7 @@
 //! A throwaway nats-server with JetStream.
 
+mod operator;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -11,6 +13,8 @@ use crate::error::LabError;
 use crate::place::{Place, copy_tree, tail};
 use crate::process::Process;
 
+pub use operator::Operator;
+
 const VERSION_MIN: (u32, u32) = (2, 14);
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 const STOP_TIMEOUT: Duration = Duration::from_secs(30);
@@ -18,12 +22,17 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const POLL: Duration = Duration::from_millis(10);
 const LOG_TAIL_LINES: usize = 20;
 const REMEDY: &str = "run `make setup`, or set MILLRACE_NATS_BIN to a nats-server 2.14 or later";
+const OLD_REMEDY: &str =
+    "run `make setup-tests`, or set MILLRACE_OLD_NATS_BIN to a nats-server before 2.14";
 
 /// What a broker starts with.
 #[derive(Clone, Debug)]
 pub struct NatsOptions {
     /// The binary; by default `MILLRACE_NATS_BIN`, then `.tools/nats-server`, then `PATH`.
     pub bin: Option<PathBuf>,
+    /// Starts a broker that the product must refuse instead: `MILLRACE_OLD_NATS_BIN`, then
+    /// `.tools/nats-server-too-old`.
+    pub too_old: bool,
     /// How often the broker flushes to disk: a duration, or `always`. Its own default is `2m`.
     pub sync_interval: String,
     /// Whether JetStream is on.
@@ -36,6 +45,7 @@ impl Default for NatsOptions {
     fn default() -> Self {
         Self {
             bin: None,
+            too_old: false,
             sync_interval: "2m".into(),
             jetstream: true,
             config: String::new(),
@@ -58,10 +68,14 @@ impl Nats {
     ///
     /// # Errors
     ///
-    /// Fails when no server of at least 2.14 is found, or it does not come up.
+    /// Fails when no server of at least 2.14 is found (with `too_old`: of less), or it does not come up.
     pub async fn start(options: NatsOptions) -> Result<Self, LabError> {
-        let bin = find(options.bin.as_deref())?;
-        check_version(&bin)?;
+        let bin = if options.too_old {
+            find_too_old()?
+        } else {
+            find(options.bin.as_deref())?
+        };
+        check_version(&bin, options.too_old)?;
         let place = Place::new()?;
         fs::create_dir(place.path().join("store")).map_err(LabError::io("make the store"))?;
         let mut text = options.config;
@@ -178,7 +192,9 @@ impl Nats {
             .stderr(err);
         let process = Process::spawn(&mut command, &dir, "nats")
             .map_err(LabError::io(format!("start {}", self.bin.display())))?;
-        let ports = dir.join(format!("nats-server_{}.ports", process.pid()));
+        // The broker names the file after its binary.
+        let name = self.bin.file_name().unwrap_or_default().to_string_lossy();
+        let ports = dir.join(format!("{name}_{}.ports", process.pid()));
         self.process = Some(process);
         self.port = self.wait_until_ready(&ports).await?;
         Ok(())
@@ -322,11 +338,7 @@ fn find(chosen: Option<&Path>) -> Result<PathBuf, LabError> {
             remedy: REMEDY.into(),
         });
     }
-    let here = std::env::current_dir().unwrap_or_default();
-    here.ancestors()
-        .chain(Path::new(env!("CARGO_MANIFEST_DIR")).ancestors())
-        .map(|dir| dir.join(".tools/nats-server"))
-        .find(|bin| bin.is_file())
+    in_tools("nats-server")
         .or_else(|| {
             std::env::split_paths(&std::env::var_os("PATH")?)
                 .map(|dir| dir.join("nats-server"))
@@ -338,14 +350,38 @@ fn find(chosen: Option<&Path>) -> Result<PathBuf, LabError> {
         })
 }
 
-fn check_version(bin: &Path) -> Result<(), LabError> {
+fn find_too_old() -> Result<PathBuf, LabError> {
+    std::env::var_os("MILLRACE_OLD_NATS_BIN")
+        .map(PathBuf::from)
+        .or_else(|| in_tools("nats-server-too-old"))
+        .filter(|bin| bin.is_file())
+        .ok_or_else(|| LabError::Missing {
+            what: "no nats-server that is too old is installed".into(),
+            remedy: OLD_REMEDY.into(),
+        })
+}
+
+/// A file in the `.tools` of the nearest folder that has it.
+fn in_tools(name: &str) -> Option<PathBuf> {
+    let here = std::env::current_dir().unwrap_or_default();
+    here.ancestors()
+        .chain(Path::new(env!("CARGO_MANIFEST_DIR")).ancestors())
+        .map(|dir| dir.join(".tools").join(name))
+        .find(|bin| bin.is_file())
+}
+
+fn check_version(bin: &Path, too_old: bool) -> Result<(), LabError> {
     let output = Command::new(bin)
         .arg("-v")
         .output()
         .map_err(LabError::io(format!("run {}", bin.display())))?;
     let text = String::from_utf8_lossy(&output.stdout).trim().to_owned();
     match parse_version(&text) {
-        Some(version) if version >= VERSION_MIN => Ok(()),
+        Some(version) if (version < VERSION_MIN) == too_old => Ok(()),
+        _ if too_old => Err(LabError::Missing {
+            what: format!("{} answers `{text}`, which is not too old", bin.display()),
+            remedy: OLD_REMEDY.into(),
+        }),
         _ => Err(LabError::Missing {
             what: format!("{} answers `{text}` and 2.14 is needed", bin.display()),
             remedy: REMEDY.into(),

@@ -1,5 +1,6 @@
 //! A throwaway Postgres cluster.
 
+mod backup;
 mod binaries;
 mod template;
 

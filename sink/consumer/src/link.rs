@@ -1,0 +1,217 @@
+//! Makes a reader's consumer: finds the place to resume at, and asks the server for what follows.
+
+use std::time::Duration;
+
+use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, PullConsumer, pull};
+use async_nats::jetstream::stream::{RawMessageErrorKind, Stream};
+use futures_util::StreamExt as _;
+use millrace_event::{ControlKind, Position, header, subject};
+
+use crate::position::{ResumeSearch, control, of_changes};
+use crate::{Ordering, ReadError, ReaderOptions, Start, Token};
+
+/// Messages asked for at a time: well below the 65,536 that the client holds before it drops some.
+const PULL_MESSAGES_MAX: usize = 10_000;
+/// Bytes asked for at a time.
+const PULL_BYTES_MAX: usize = 4 * 1024 * 1024;
+/// How long the server keeps a request for messages.
+const PULL_EXPIRES: Duration = Duration::from_secs(30);
+/// How often an idle server says that it is there; two missing ones end the consumer.
+const IDLE_HEARTBEAT: Duration = Duration::from_secs(5);
+/// How long the server keeps a consumer that nobody asks: what an attempt that was given up leaves behind is gone
+/// then.
+const INACTIVE_THRESHOLD: Duration = Duration::from_secs(60);
+/// How long one answer of the server may take before the attempt counts as failed. An attempt takes a handful of
+/// answers, and after a rollback one for each heartbeat that the stream holds.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Messages without a position that are stepped over to find the oldest one that has one.
+const FOREIGN_MAX: usize = 1_000;
+
+/// A consumer of ours at the server.
+pub(crate) struct Link {
+    pub(crate) messages: pull::Stream,
+    /// The consumer's own number of the newest message; a jump means that the client dropped some.
+    pub(crate) consumer_seq: u64,
+}
+
+/// A link that was made, and where it begins.
+pub(crate) struct Made {
+    pub(crate) link: Link,
+    /// Where the reader was to go on.
+    pub(crate) token: Token,
+    /// The sequence that the link's messages follow.
+    pub(crate) after: u64,
+}
+
+/// Why a link could not be made.
+pub(crate) enum Fault {
+    Fatal(ReadError),
+    /// Tried again by the caller.
+    Transient(String),
+}
+
+impl<E: std::error::Error> From<E> for Fault {
+    fn from(error: E) -> Self {
+        Self::Transient(error.to_string())
+    }
+}
+
+/// Makes a link that goes on at `reached`, or before anything was read at [`ReaderOptions::start`].
+pub(crate) async fn make(options: ReaderOptions, reached: Option<Token>) -> Result<Made, Fault> {
+    let stream = answer(options.jetstream.get_stream(&options.stream)).await??;
+    let state = &stream.cached_info().state;
+    let (first, last) = (state.first_sequence.max(1), state.last_sequence);
+    let at = |stream_seq| Token {
+        stream_seq,
+        position: Position::ZERO,
+    };
+    let token = reached.unwrap_or(match options.start {
+        Start::After(token) => token,
+        Start::Beginning => at(first - 1),
+        Start::New => at(last),
+    });
+    let after = resume_after(&options, &stream, token, first, last).await?;
+    let filter_subjects = options.tables.iter().flatten();
+    let filter_subjects = filter_subjects
+        .map(|table| subject::table_filter(&options.source, table))
+        .collect();
+    let (_, messages) = consume(&stream, after + 1, filter_subjects).await?;
+    let link = Link {
+        messages,
+        consumer_seq: 0,
+    };
+    Ok(Made { link, token, after })
+}
+
+async fn answer<F: Future>(question: F) -> Result<F::Output, Fault> {
+    let late = |_| Fault::Transient("the server does not answer".to_owned());
+    tokio::time::timeout(ANSWER_TIMEOUT, question)
+        .await
+        .map_err(late)
+}
+
+/// A new consumer from `start_sequence` on: how many messages it has waiting, and its messages.
+async fn consume(
+    stream: &Stream,
+    start_sequence: u64,
+    filter_subjects: Vec<String>,
+) -> Result<(u64, pull::Stream), Fault> {
+    let config = pull::Config {
+        deliver_policy: DeliverPolicy::ByStartSequence { start_sequence },
+        ack_policy: AckPolicy::None,
+        filter_subjects,
+        inactive_threshold: INACTIVE_THRESHOLD,
+        num_replicas: 1,
+        memory_storage: true,
+        ..pull::Config::default()
+    };
+    let consumer: PullConsumer = answer(stream.create_consumer(config)).await??;
+    let messages = consumer
+        .stream()
+        .max_messages_per_batch(PULL_MESSAGES_MAX)
+        .max_bytes_per_batch(PULL_BYTES_MAX)
+        .expires(PULL_EXPIRES)
+        .heartbeat(IDLE_HEARTBEAT);
+    let messages = answer(messages.messages()).await??;
+    Ok((consumer.cached_info().num_pending, messages))
+}
+
+/// The sequence to resume after: the token's, unless the stream was rolled back meanwhile.
+async fn resume_after(
+    options: &ReaderOptions,
+    stream: &Stream,
+    token: Token,
+    first: u64,
+    last: u64,
+) -> Result<u64, Fault> {
+    let wanted = token.stream_seq + 1;
+    let gap = ReadError::Gap {
+        wanted,
+        found: first,
+    };
+    if first > wanted {
+        return Err(Fault::Fatal(gap));
+    }
+    if last < token.stream_seq {
+        let reason = format!("the stream ends at {last}, before {}", token.stream_seq);
+        return Err(Fault::Transient(reason));
+    }
+    let unchecked = token.position == Position::ZERO
+        || options.ordering == Ordering::ByStream
+        || first == wanted;
+    if unchecked || position_at(stream, token.stream_seq).await? == Some(token.position) {
+        return Ok(token.stream_seq);
+    }
+    let after = match newest_heartbeat(options, stream, token.position, first).await? {
+        Some(stream_seq) => stream_seq,
+        None => match oldest_position(stream, first, last).await? {
+            Some(oldest) if oldest <= token.position => first - 1,
+            // Not even the oldest message was seen, although something was: what lies between may be missing.
+            _ => return Err(Fault::Fatal(gap)),
+        },
+    };
+    tracing::info!(
+        stream = %options.stream, was = token.stream_seq, after, position = %token.position,
+        "the stream lost its end and goes on otherwise: reading again from before that"
+    );
+    Ok(after)
+}
+
+/// Where [`ResumeSearch`] says to resume.
+async fn newest_heartbeat(
+    options: &ReaderOptions,
+    stream: &Stream,
+    own: Position,
+    first: u64,
+) -> Result<Option<u64>, Fault> {
+    let heartbeats = subject::control(&options.source, ControlKind::Heartbeat);
+    let (mut pending, mut messages) = consume(stream, first, vec![heartbeats]).await?;
+    let mut search = ResumeSearch::new(own);
+    let mut consumer_seq = 0;
+    while pending > 0 {
+        let Some(message) = answer(messages.next()).await? else {
+            return Err(Fault::Transient("the consumer ended".to_owned()));
+        };
+        let message = message?;
+        let info = message
+            .info()
+            .map_err(|error| Fault::Transient(error.to_string()))?;
+        if info.consumer_sequence != consumer_seq + 1 {
+            return Err(Fault::Transient("the client dropped messages".to_owned()));
+        }
+        (consumer_seq, pending) = (info.consumer_sequence, info.pending);
+        let position = control(&message.payload).map(|control| control.position);
+        if position.is_some_and(|position| !search.on_heartbeat(info.stream_sequence, position)) {
+            break;
+        }
+    }
+    Ok(search.after())
+}
+
+/// The position of the oldest message that has one.
+async fn oldest_position(
+    stream: &Stream,
+    first: u64,
+    last: u64,
+) -> Result<Option<Position>, Fault> {
+    for stream_seq in (first..=last).take(FOREIGN_MAX) {
+        if let Some(position) = position_at(stream, stream_seq).await? {
+            return Ok(Some(position));
+        }
+    }
+    Ok(None)
+}
+
+/// The position of a message, read through the stream's leader; of a chunk, its row's.
+async fn position_at(stream: &Stream, stream_seq: u64) -> Result<Option<Position>, Fault> {
+    let message = match answer(stream.get_raw_message(stream_seq)).await? {
+        Ok(message) => message,
+        Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    if let Some(position) = message.headers.get(header::POSITION) {
+        return Ok(position.as_str().parse().ok());
+    }
+    let control_position = || control(&message.payload).map(|control| control.position);
+    Ok(of_changes(&message.payload).or_else(control_position))
+}
