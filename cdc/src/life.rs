@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use async_nats::jetstream::{self, kv};
 use millrace_config::{
@@ -24,7 +24,8 @@ use crate::frontier::{Boundary, ConfirmPolicy};
 use crate::identity;
 use crate::publish::{self, Acks, Sender};
 use crate::replication::{
-    ReplicationConnection, SlotKind, Snapshot, StartOptions, SystemIdentity, WalReader,
+    NEAR_RECEIVE_BUFFER_BYTES, NEAR_ROUND_TRIP_MAX, ReplicationConnection, SlotKind, Snapshot,
+    StartOptions, SystemIdentity, WalReader,
 };
 use crate::source::{self, SourceFacts, SourceTable};
 use crate::stream::{self, StreamShape, StreamState, Tail};
@@ -70,6 +71,27 @@ pub(crate) struct Stream {
     pub(crate) state: kv::Store,
 }
 
+/// How often the way to the source is measured; the shortest counts, because the others had to wait for a processor.
+const ROUND_TRIPS: usize = 5;
+
+/// Gives the replication connection a small receive buffer where the source is near enough for it. Of several hosts
+/// it may reach another one than was measured.
+async fn fitted(dsn: Dsn, client: &Client) -> Result<Dsn, Error> {
+    if dsn.hosts() > 1 {
+        return Ok(dsn);
+    }
+    let mut shortest = Duration::MAX;
+    for _ in 0..ROUND_TRIPS {
+        let sent = Instant::now();
+        client.batch_execute("").await?;
+        shortest = shortest.min(sent.elapsed());
+    }
+    Ok(match shortest <= NEAR_ROUND_TRIP_MAX {
+        true => dsn.with_receive_buffer(NEAR_RECEIVE_BUFFER_BYTES),
+        false => dsn,
+    })
+}
+
 /// Connects, checks, begins or resumes, and starts replication.
 pub(crate) async fn open(config: &Config, now: Duration) -> Result<Life, Error> {
     let dsn = Dsn::parse(config.source.url.read()?.expose())
@@ -94,7 +116,8 @@ pub(crate) async fn open(config: &Config, now: Duration) -> Result<Life, Error> 
         Err(Error::Halt(condition)) => Err(condition),
         Err(passing) => return Err(passing),
     };
-    let mut replication = ReplicationConnection::connect(&dsn, "millrace").await?;
+    let mut replication =
+        ReplicationConnection::connect(&fitted(dsn.clone(), &client).await?, "millrace").await?;
     let identity = replication.identify_system().await?;
     let known = stream_tail(&stream, Lsn::ZERO).await?;
     let known = known.map(|(_, tail)| tail);

@@ -10,6 +10,7 @@ mod connection;
 mod error;
 mod feedback;
 mod framing;
+mod pace;
 mod reader;
 mod session;
 mod wal;
@@ -18,4 +19,5 @@ pub use command::{CreatedSlot, SlotKind, Snapshot, StartOptions, SystemIdentity}
 pub use connection::ReplicationConnection;
 pub use error::{AuthError, ServerError, WalError};
 pub use framing::{Frame, FramingError, WalBatch};
+pub(crate) use pace::{NEAR_RECEIVE_BUFFER_BYTES, NEAR_ROUND_TRIP_MAX};
 pub use wal::{WalHandle, WalReader, WalStats};

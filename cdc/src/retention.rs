@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime};
 
 use async_nats::jetstream::{Context, kv};
 use millrace_config::{Code, Condition, Config, Confirm, Sink, State, SyncInterval, limits};
+use millrace_event::Position;
 use millrace_event::work::{ParkedClaim, SinkReport};
 
 use crate::Error;
@@ -130,8 +131,9 @@ impl<'r> Retention<'r> {
     }
 
     async fn purge(&self, state: &StreamState, full: bool) -> Result<(), Error> {
-        let reports = self.reports().await?;
-        let Some(may_go) = may_go(state, full, applied(&reports)) else {
+        let reports = self.reports(state).await?;
+        let applied = applied(&reports, state.first_seq);
+        let Some(may_go) = may_go(state, full, applied) else {
             return Ok(());
         };
         let age = if full {
@@ -154,8 +156,8 @@ impl<'r> Retention<'r> {
         Ok(())
     }
 
-    /// What each sink last said of itself.
-    async fn reports(&self) -> Result<Vec<Reported<'r>>, Error> {
+    /// What each sink last said of itself, and what the stream has there.
+    async fn reports(&self, state: &StreamState) -> Result<Vec<Reported<'r>>, Error> {
         let mut reports = Vec::with_capacity(self.sinks.len());
         for sink in self.sinks {
             let entry = self
@@ -165,10 +167,17 @@ impl<'r> Retention<'r> {
                 .map_err(|error| Error::retry("a sink's report cannot be read", error))?;
             let report = entry.and_then(|entry| serde_json::from_slice::<SinkReport>(&entry).ok());
             let (name, required) = (sink.name.as_str(), sink.required);
+            let found = match &report {
+                Some(report) if required && report.stream_seq >= state.first_seq => {
+                    stream::position_at(self.jetstream, self.name, report.stream_seq).await?
+                }
+                _ => None,
+            };
             reports.push(Reported {
                 name,
                 required,
                 report,
+                found,
             });
         }
         Ok(reports)
@@ -203,13 +212,29 @@ struct Reported<'r> {
     name: &'r str,
     required: bool,
     report: Option<SinkReport>,
+    /// The position of the message at the report's sequence, where the stream has one.
+    found: Option<Position>,
 }
 
-/// The newest sequence that every required sink has applied: 0 where one has not reported.
-fn applied(reports: &[Reported<'_>]) -> u64 {
+impl Reported<'_> {
+    /// The newest sequence that the sink has applied, in a stream that begins at `first`.
+    ///
+    /// A sequence alone says nothing: after the broker lost the stream's end, the same sequence may hold a message
+    /// that the sink has never seen. Until it reports what it finds there, it has applied nothing. Below the stream's
+    /// beginning there is nothing left to let go.
+    fn applied(&self, first: u64) -> u64 {
+        let known =
+            |report: &&SinkReport| report.stream_seq < first || self.found == Some(report.position);
+        let report = self.report.as_ref().filter(known);
+        report.map_or(0, |report| report.stream_seq)
+    }
+}
+
+/// The newest sequence that every required sink has applied: 0 where that is not known of one.
+fn applied(reports: &[Reported<'_>], first: u64) -> u64 {
     let required = reports.iter().filter(|sink| sink.required);
     required
-        .map(|sink| sink.report.as_ref().map_or(0, |report| report.stream_seq))
+        .map(|sink| sink.applied(first))
         .min()
         .unwrap_or(u64::MAX)
 }
@@ -239,7 +264,7 @@ fn lapsing<'p>(
 
 #[cfg(test)]
 mod tests {
-    use millrace_event::{Position, TableName};
+    use millrace_event::{Lsn, TableName};
 
     use super::*;
 
@@ -255,6 +280,11 @@ mod tests {
         }
     }
 
+    /// The position of the message at a sequence, in a stream that never lost anything.
+    fn at(stream_seq: u64) -> Position {
+        Position::new(1, Lsn(stream_seq), 1)
+    }
+
     fn reported(name: &str, required: bool, stream_seq: u64, parked: Option<u64>) -> Reported<'_> {
         let table = TableName::new("public", "t");
         let claim = |stream_seq| ParkedClaim {
@@ -263,7 +293,7 @@ mod tests {
         };
         let report = SinkReport {
             stream_seq,
-            position: Position::ZERO,
+            position: at(stream_seq),
             at_us: 0,
             parked: parked.map(claim).into_iter().collect(),
         };
@@ -271,6 +301,7 @@ mod tests {
             name,
             required,
             report: Some(report),
+            found: Some(at(stream_seq)),
         }
     }
 
@@ -281,12 +312,35 @@ mod tests {
             reported("b", true, 950, None),
             reported("c", false, 5, None),
         ];
-        assert_eq!(applied(&sinks), 900);
-        assert_eq!(may_go(&state(1, 1000), false, applied(&sinks)), Some(900));
+        assert_eq!(applied(&sinks, 1), 900);
+        assert_eq!(
+            may_go(&state(1, 1000), false, applied(&sinks, 1)),
+            Some(900)
+        );
         sinks[1].report = None;
-        assert_eq!(applied(&sinks), 0);
-        assert_eq!(may_go(&state(1, 1000), true, applied(&sinks)), None);
-        assert_eq!(applied(&sinks[2..]), u64::MAX);
+        assert_eq!(applied(&sinks, 1), 0);
+        assert_eq!(may_go(&state(1, 1000), true, applied(&sinks, 1)), None);
+        assert_eq!(applied(&sinks[2..], 1), u64::MAX);
+    }
+
+    #[test]
+    fn a_report_counts_only_while_the_stream_has_its_position_at_its_sequence() {
+        let mut sinks = vec![
+            reported("a", true, 900, None),
+            reported("b", true, 950, None),
+        ];
+        // The stream lost its end and was written again in fewer messages.
+        sinks[0].found = Some(at(910));
+        assert_eq!(applied(&sinks, 1), 0);
+        // Or it ends before, or has a message of somebody else there.
+        sinks[0].found = None;
+        assert_eq!(applied(&sinks, 1), 0);
+        assert_eq!(applied(&sinks, 900), 0);
+        // What was let go cannot be looked at, and holds the rest back as it is.
+        assert_eq!(applied(&sinks, 901), 900);
+        assert_eq!(may_go(&state(901, 1000), false, applied(&sinks, 901)), None);
+        sinks[0] = reported("a", true, 890, None);
+        assert_eq!(applied(&sinks, 1), 890);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The source database over SQL: what it is, what its tables look like, and the objects that we keep there.
 
 mod catalog;
+mod key;
 mod publication;
 mod slot;
 

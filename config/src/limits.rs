@@ -9,7 +9,7 @@ const MIB: usize = 1024 * KIB;
 pub const WAL_BATCH_BYTES_MAX: usize = MIB;
 
 /// Bytes between the reader of the replication connection and the publisher; beyond, the reader waits.
-pub const CAPTURE_QUEUE_BYTES_MAX: usize = 8 * MIB;
+pub const CAPTURE_QUEUE_BYTES_MAX: usize = 4 * MIB;
 
 /// Bytes published and not yet acknowledged.
 pub const PUBLISH_WINDOW_BYTES_MAX: usize = 16 * MIB;

@@ -56,9 +56,15 @@ impl CopyProgress {
     /// the consistent point of the snapshot that the copy read.
     #[must_use]
     pub fn covers(&self, table: &TableName, version: Version) -> bool {
+        version.commit_lsn < self.copied_below(table)
+    }
+
+    /// The consistent point of the snapshot that the table's copy read; zero where there is no such copy.
+    #[must_use]
+    pub fn copied_below(&self, table: &TableName) -> Lsn {
         match self.tables.get(table) {
-            Some(CopyState::Copied { lsn }) => version.commit_lsn < *lsn,
-            _ => false,
+            Some(CopyState::Copied { lsn }) => *lsn,
+            _ => Lsn::ZERO,
         }
     }
 
@@ -280,6 +286,9 @@ pub struct RowOp {
     pub key: Key,
     /// The version of the newest change.
     pub version: Version,
+    /// Whether the first change of this key here made the row: then a target that has all that came before has
+    /// no row of it. A hint: only the target knows.
+    pub created: bool,
     /// What it does.
     pub action: Action,
 }

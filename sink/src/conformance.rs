@@ -117,6 +117,14 @@ impl<S: Sink> Bench<S> {
         }
     }
 
+    /// Begins anew where the target stands, as after a restart.
+    async fn reopen(&mut self) {
+        let Elected::Yes(position) = self.sink.open().await.expect("opens again") else {
+            panic!("the same sink is elected again");
+        };
+        assert_eq!(position.checkpoint, self.at);
+    }
+
     fn push(&mut self, lsn: u64, seq: u32, change: RowChange) {
         let version = Version::new(1, Lsn(lsn), seq);
         self.fold
@@ -161,6 +169,16 @@ fn text(value: impl ToString) -> Cell {
 
 fn put(id: u64, n: impl ToString, big: Cell) -> RowChange {
     RowChange::Put {
+        created: false,
+        row: vec![text(id), text(n), big].into(),
+        old: None,
+    }
+}
+
+/// A row that the source made just now.
+fn create(id: u64, n: impl ToString, big: Cell) -> RowChange {
+    RowChange::Put {
+        created: true,
         row: vec![text(id), text(n), big].into(),
         old: None,
     }
@@ -309,7 +327,7 @@ async fn refused_rows<T: Target>(target: &T) {
         } else {
             id.to_string()
         };
-        bench.push(1, 1, put(id, n, text("a")));
+        bench.push(1, 1, create(id, n, text("a")));
     }
     let applied = bench.apply(true).await;
     assert_eq!((applied.written, applied.dead()), (17, 3));
@@ -346,6 +364,7 @@ async fn incomplete_rows<T: Target>(target: &T) {
         1,
         3,
         RowChange::Put {
+            created: false,
             row,
             old: Some(key(2)),
         },
@@ -376,7 +395,7 @@ async fn large_transaction<T: Target>(target: &T) {
             bench.push(
                 1,
                 part * 100 + id + 1,
-                put(u64::from(part * 100 + id), id, text("a")),
+                create(u64::from(part * 100 + id), id, text("a")),
             );
         }
         bench.apply(false).await;
@@ -389,7 +408,7 @@ async fn large_transaction<T: Target>(target: &T) {
             bench.push(
                 1,
                 part * 100 + id + 1,
-                put(u64::from(part * 100 + id), id, text("a")),
+                create(u64::from(part * 100 + id), id, text("a")),
             );
         }
         bench.apply(part == 2).await;

@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use crate::copying::{CopyError, CopyMark, Copying, Input};
 use crate::error::Error;
 use crate::life::{LOOK_INTERVAL, Life};
+use crate::sink::CopyTooOld;
 
 /// How often it is checked that what was copied also arrived.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
@@ -147,8 +148,15 @@ async fn follow(
     loop {
         let mut delivery = reader.try_next()?;
         let drained = delivery.is_none();
-        if let Some(batch) = machine.poll(drained) {
-            life.apply(batch).await?;
+        if let Some(batch) = machine.poll(drained)
+            && let Err(error) = life.apply(batch).await
+        {
+            if is_too_old(&error) {
+                // The same rows would be refused for ever: a new request brings a new snapshot.
+                tracing::warn!(sink = %life.settings.name, error = error.chain(), "asking for the copy again");
+                withdraw(life).await?;
+            }
+            return Err(error);
         }
         if drained {
             if life.progress.is_complete() {
@@ -188,6 +196,10 @@ async fn follow(
             Err(Taken::Failed(error)) => return Err(error),
         }
     }
+}
+
+fn is_too_old(error: &Error) -> bool {
+    matches!(error, Error::Retry { source: Some(source), .. } if source.is::<CopyTooOld>())
 }
 
 enum Taken {

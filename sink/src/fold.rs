@@ -1,10 +1,12 @@
 //! Folds a sequence of changes into the fewest steps with the same outcome: the newest version of each key.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use millrace_event::{ChangeEvent, Columns, Op, TableName, Version};
+use foldhash::fast::RandomState;
+use millrace_event::{ChangeEvent, Columns, Op, Version};
 
 use crate::batch::{Action, Move, MoveRow, RowOp, Step, TableRows};
 use crate::row::{Cell, Key, Projection, Row, RowError, TableLayout, fill, is_full};
@@ -14,6 +16,8 @@ use crate::row::{Cell, Key, Projection, Row, RowError, TableLayout, fill, is_ful
 pub enum RowChange {
     /// A row was written.
     Put {
+        /// Whether the source had no row of this key before.
+        created: bool,
         /// The row; a missing cell is one that the change did not touch.
         row: Row,
         /// The row's old key, in a row of which only the key's cells are set, if this change moved it.
@@ -42,19 +46,43 @@ pub enum RowChange {
 #[derive(Debug, Default)]
 pub struct Fold {
     steps: Vec<Step>,
-    tables: HashMap<TableName, TableFold>,
+    /// By name, so that the same changes always give the same steps.
+    tables: Vec<TableFold>,
+    /// Where the last change's table stands in them: the next one's is mostly the same.
+    current: usize,
     /// The delete that the very last change was: a move may refer to it.
-    trailing: Option<(TableName, Key)>,
+    trailing: Option<Trailing>,
     rows: usize,
     bytes: usize,
     superseded: u64,
 }
 
+/// A delete: its table and key.
+type Trailing = (Arc<TableLayout>, Key);
+
 #[derive(Debug)]
 struct TableFold {
     projection: Projection,
-    index: HashMap<Key, usize>,
+    /// Keys come from users' rows, so the hash has a random seed.
+    index: HashMap<Key, usize, RandomState>,
     ops: Vec<RowOp>,
+    /// How many there were when they were last handed out: about as many come next.
+    expected: usize,
+}
+
+impl TableFold {
+    fn new(layout: &Arc<TableLayout>) -> Self {
+        Self {
+            projection: Projection::new(Arc::clone(layout)),
+            index: HashMap::default(),
+            ops: Vec::new(),
+            expected: 0,
+        }
+    }
+
+    fn layout(&self) -> &Arc<TableLayout> {
+        self.projection.layout()
+    }
 }
 
 impl Fold {
@@ -113,6 +141,7 @@ impl Fold {
                 }
                 let moved = event.op == Op::Create && before.is_some();
                 RowChange::Put {
+                    created: event.op != Op::Update,
                     row: after,
                     old: moved.then(|| only_key(layout, before)),
                 }
@@ -138,7 +167,7 @@ impl Fold {
             RowChange::Delete(row) => {
                 let key = layout.key_of(&row)?;
                 self.bytes += bytes_of(&row);
-                self.trailing = Some((layout.source.clone(), key.clone()));
+                self.trailing = Some((Arc::clone(layout), key.clone()));
                 let action = Action::Delete {
                     key: row,
                     last: None,
@@ -148,11 +177,16 @@ impl Fold {
                     RowOp {
                         key,
                         version,
+                        created: false,
                         action,
                     },
                 );
             }
-            RowChange::Put { mut row, old } => {
+            RowChange::Put {
+                created,
+                mut row,
+                old,
+            } => {
                 let key = layout.key_of(&row)?;
                 self.bytes += bytes_of(&row);
                 if let Some(old) = old.filter(|_| !is_full(&row)) {
@@ -175,6 +209,7 @@ impl Fold {
                     RowOp {
                         key,
                         version,
+                        created,
                         action: Action::Put(row),
                     },
                 );
@@ -205,36 +240,53 @@ impl Fold {
     pub fn cut(&mut self) -> Vec<Step> {
         let trailing = self.trailing.clone();
         self.flush(trailing.as_ref());
-        self.rows = self.tables.values().map(|table| table.ops.len()).sum();
+        self.rows = self.tables.iter().map(|table| table.ops.len()).sum();
         self.bytes = 0;
         std::mem::take(&mut self.steps)
     }
 
     fn table(&mut self, layout: &Arc<TableLayout>) -> &mut TableFold {
-        let changed = self
+        let is_current = self
             .tables
-            .get(&layout.source)
-            .is_some_and(|table| !Arc::ptr_eq(table.projection.layout(), layout));
-        if changed {
-            // Rows of two shapes never share a step.
-            self.flush(None);
-            self.tables.remove(&layout.source);
+            .get(self.current)
+            .is_some_and(|table| Arc::ptr_eq(table.layout(), layout));
+        if !is_current {
+            self.current = self.find(layout);
         }
-        self.tables
-            .entry(layout.source.clone())
-            .or_insert_with(|| TableFold {
-                projection: Projection::new(Arc::clone(layout)),
-                index: HashMap::new(),
-                ops: Vec::new(),
-            })
+        &mut self.tables[self.current]
+    }
+
+    /// Where a table stands in [`Fold::tables`], entered where it is new.
+    fn find(&mut self, layout: &Arc<TableLayout>) -> usize {
+        let by_name = |table: &TableFold| table.layout().source.cmp(&layout.source);
+        match self.tables.binary_search_by(by_name) {
+            Ok(index) => {
+                if !Arc::ptr_eq(self.tables[index].layout(), layout) {
+                    // Rows of two shapes never share a step.
+                    self.flush(None);
+                    self.tables[index] = TableFold::new(layout);
+                }
+                index
+            }
+            Err(index) => {
+                self.tables.insert(index, TableFold::new(layout));
+                index
+            }
+        }
     }
 
     fn put(&mut self, layout: &Arc<TableLayout>, mut op: RowOp) {
         let table = self.table(layout);
-        let Some(&at) = table.index.get(&op.key) else {
-            table.index.insert(op.key.clone(), table.ops.len());
-            table.ops.push(op);
-            return;
+        let at = match table.index.entry(op.key.clone()) {
+            Entry::Occupied(entry) => *entry.get(),
+            Entry::Vacant(entry) => {
+                if table.ops.is_empty() {
+                    table.ops.reserve(table.expected);
+                }
+                entry.insert(table.ops.len());
+                table.ops.push(op);
+                return;
+            }
         };
         let stored = &mut table.ops[at];
         if op.version <= stored.version {
@@ -254,6 +306,7 @@ impl Fold {
             }
             (Action::Delete { .. }, _) => {}
         }
+        op.created = stored.created;
         *stored = op;
         self.superseded += 1;
     }
@@ -269,13 +322,9 @@ impl Fold {
         }
     }
 
-    fn move_row(
-        &mut self,
-        layout: &Arc<TableLayout>,
-        trailing: Option<&(TableName, Key)>,
-        row: MoveRow,
-    ) {
-        let held = trailing.filter(|(table, key)| *table == layout.source && *key == row.old_key);
+    fn move_row(&mut self, layout: &Arc<TableLayout>, trailing: Option<&Trailing>, row: MoveRow) {
+        let held =
+            trailing.filter(|(held, key)| held.source == layout.source && *key == row.old_key);
         self.flush(held);
         let step = Move {
             layout: Arc::clone(layout),
@@ -297,13 +346,14 @@ impl Fold {
     }
 
     /// Hands out everything so far except the held delete.
-    fn flush(&mut self, held: Option<&(TableName, Key)>) {
+    fn flush(&mut self, held: Option<&Trailing>) {
         let mut tables = Vec::new();
-        for (name, table) in &mut self.tables {
+        for table in &mut self.tables {
             let held_at = held
-                .filter(|(held_table, _)| held_table == name)
+                .filter(|(layout, _)| layout.source == table.layout().source)
                 .and_then(|(_, key)| table.index.get(key).copied());
             let mut rows = std::mem::take(&mut table.ops);
+            table.expected = rows.len();
             table.index.clear();
             if let Some(at) = held_at {
                 let op = rows.swap_remove(at);
@@ -311,13 +361,11 @@ impl Fold {
                 table.ops.push(op);
             }
             if !rows.is_empty() {
-                let layout = Arc::clone(table.projection.layout());
+                let layout = Arc::clone(table.layout());
                 tables.push(TableRows { layout, rows });
             }
         }
         if !tables.is_empty() {
-            // The map's order is random; the same changes must give the same steps.
-            tables.sort_by(|a, b| a.layout.source.cmp(&b.layout.source));
             self.steps.push(Step::Rows(tables));
         }
     }

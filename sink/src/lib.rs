@@ -4,6 +4,7 @@
 //! ([`fold`]) into a [`batch::Batch`]; a [`sink::Sink`] applies it in one target transaction together with its
 //! checkpoint. [`run`] carries deliveries to the machine and batches to the target.
 
+mod catching;
 mod copy;
 mod error;
 mod life;

@@ -47,8 +47,8 @@ pub(crate) struct Life<'l> {
     schemas: kv::Store,
     reports: kv::Store,
     reported_at: Option<tokio::time::Instant>,
-    /// The committed sequence of the last report.
-    reported_seq: u64,
+    /// The committed sequence and position of the last report.
+    reported: Option<(u64, Position)>,
     pub(crate) limits: BatchLimits,
     target: Option<Target>,
     pub(crate) checkpoint: Checkpoint,
@@ -97,7 +97,7 @@ impl<'l> Life<'l> {
             reports: bucket(&jetstream, source, work::SINKS).await?,
             jetstream,
             reported_at: None,
-            reported_seq: 0,
+            reported: None,
             limits: BatchLimits {
                 rows: settings.batch.max_rows as usize,
                 bytes: usize::try_from(settings.batch.max_bytes).unwrap_or(usize::MAX),
@@ -348,12 +348,14 @@ impl<'l> Life<'l> {
         let due = self
             .reported_at
             .is_none_or(|at| now - at >= REPORT_INTERVAL);
-        let news = self.committed.stream_seq != self.reported_seq;
+        // The same sequence with another position is news too: the broker may have lost its tail in between.
+        let stands_at = (self.committed.stream_seq, self.committed.position);
+        let news = self.reported != Some(stands_at);
         if !(at_once || due && news) {
             return Ok(());
         }
         self.reported_at = Some(now);
-        self.reported_seq = self.committed.stream_seq;
+        self.reported = Some(stands_at);
         let parked = self.progress.claims();
         let report = SinkReport {
             stream_seq: self.committed.stream_seq,

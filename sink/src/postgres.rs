@@ -3,6 +3,7 @@
 mod apply;
 mod commands;
 mod fault;
+mod inserts;
 mod isolate;
 mod parameters;
 mod session;
@@ -33,6 +34,8 @@ pub struct PostgresSink {
     connect: Connect,
     create: Create,
     statement_timeout: Duration,
+    /// New rows of one table and batch that are worth a plain insert.
+    plain_insert_rows: usize,
     /// What becomes of a refused row, by table at the source.
     on_row_error: HashMap<TableName, OnRowError>,
     /// The relations that this sink writes: others in the same database are not its business.
@@ -49,6 +52,7 @@ impl PostgresSink {
             connect,
             create,
             statement_timeout: STATEMENT_TIMEOUT,
+            plain_insert_rows: inserts::ROWS_MIN,
             on_row_error: HashMap::new(),
             relations: BTreeSet::new(),
             session: None,
@@ -59,6 +63,14 @@ impl PostgresSink {
     #[must_use]
     pub fn with_statement_timeout(mut self, limit: Duration) -> Self {
         self.statement_timeout = limit;
+        self
+    }
+
+    /// Writes so many new rows of one table and batch, at least one, by a plain insert. The default is where
+    /// that pays; a test sets it low, so that small batches take this path too.
+    #[must_use]
+    pub fn with_plain_inserts_of(mut self, rows: usize) -> Self {
+        self.plain_insert_rows = rows;
         self
     }
 
@@ -124,9 +136,10 @@ impl Sink for PostgresSink {
             self.statement_timeout,
         )
         .await?;
-        let Some((session, position)) = opened else {
+        let Some((mut session, position)) = opened else {
             return Ok(Elected::No);
         };
+        session.inserts = inserts::Inserts::of_at_least(self.plain_insert_rows);
         self.session = Some(session);
         Ok(Elected::Yes(position))
     }
@@ -195,31 +208,38 @@ impl Sink for PostgresSink {
             if mine == 0 {
                 return Ok(None);
             }
-            transaction
-                .execute(
+            let raised = transaction
+                .query(
                     "INSERT INTO millrace.table_floor AS f (relation, cleanup_floor) \
                      SELECT DISTINCT relation, $1::uuid FROM millrace.tombstone \
                      WHERE version <= $1 AND relation = ANY ($2) \
                      ON CONFLICT (relation) DO UPDATE SET \
-                     cleanup_floor = greatest(f.cleanup_floor, excluded.cleanup_floor)",
+                     cleanup_floor = greatest(f.cleanup_floor, excluded.cleanup_floor) \
+                     RETURNING relation, cleanup_floor",
                     &[&Uuid(up_to), &relations],
                 )
                 .await?;
+            let raised = raised
+                .iter()
+                .map(|row| Ok((row.try_get(0)?, row.try_get::<_, Uuid>(1)?.0)))
+                .collect::<Result<Vec<(String, Version)>, tokio_postgres::Error>>()?;
             let delete =
                 "DELETE FROM millrace.tombstone WHERE version <= $1 AND relation = ANY ($2)";
-            transaction
+            let deleted = transaction
                 .execute(delete, &[&Uuid(up_to), &relations])
-                .await
-                .map(Some)
+                .await?;
+            Ok(Some((deleted, raised)))
         };
         let result = result.await;
         let ended = match &result {
             Ok(Some(_)) => transaction.commit().await,
             _ => transaction.rollback().await,
         };
-        let deleted = result.and_then(|deleted| ended.map(|()| deleted));
-        deleted
+        let (deleted, raised) = result
+            .and_then(|cleaned| ended.map(|()| cleaned))
             .map_err(|error| fault::general("cleaning up tombstones", error))?
-            .ok_or(SinkError::Fenced)
+            .ok_or(SinkError::Fenced)?;
+        session.forgotten.extend(raised);
+        Ok(deleted)
     }
 }

@@ -12,10 +12,10 @@ use millrace_consumer::{Body, ReadError, Reader, ReaderOptions, Start, Token};
 use millrace_event::{ChangeEvent, Lsn, Op, Position, TableName};
 use tokio_util::sync::CancellationToken;
 
-use crate::batch::{Batch, CopyState};
+use crate::batch::{Batch, CopyState, Step};
+use crate::catching::{Catching, Part};
 use crate::copy::withdraw;
 use crate::error::Error;
-use crate::fold::Fold;
 use crate::life::{Life, now_us};
 
 /// Parks a table at the sink's checkpoint: everything below it has been applied.
@@ -46,7 +46,7 @@ pub(crate) async fn park(
         sink = %life.settings.name, %table, code = condition.code.as_str(), remedy = %condition.remedy,
         "table parked: {}; the others go on", condition.message
     );
-    store(life, table, state, Fold::new()).await?;
+    store(life, table, state, Vec::new()).await?;
     life.status.set_parked(table, condition.clone());
     Ok(())
 }
@@ -120,7 +120,7 @@ async fn lapse(life: &mut Life<'_>, table: &TableName, state: CopyState) -> Resu
         sink = %life.settings.name, %table, code = Code::ParkedTooLong.as_str(),
         "the stream no longer holds what the parked table needs; it is copied again once the target takes it"
     );
-    store(life, table, state, Fold::new()).await
+    store(life, table, state, Vec::new()).await
 }
 
 /// Has a table rejoin that the target takes again.
@@ -150,7 +150,7 @@ async fn take_back(
         Some(state) if state.may_copy_again(now_us()) => {
             tracing::info!(sink = %life.settings.name, %table, "table is copied again");
             life.status.set_begun();
-            store(life, table, CopyState::again(), Fold::new()).await
+            store(life, table, CopyState::again(), Vec::new()).await
         }
         _ => Ok(()),
     }
@@ -181,7 +181,7 @@ async fn catch_up(
         Start::After(from),
     ));
     let (deletes, truncates) = life.rule(table);
-    let mut fold = Fold::new();
+    let mut catching = Catching::new(life.limits, from);
     let mut reached = from.position;
     while reached < life.checkpoint.position {
         let delivery = tokio::select! {
@@ -215,35 +215,38 @@ async fn catch_up(
             if wanted && own && version.commit_lsn >= lsn {
                 let shape = event.source.table_version.as_ref();
                 let layout = life.layout_of(table, shape).await?;
-                fold.push(&layout, event, payload)
+                catching
+                    .push(&layout, event, payload)
                     .map_err(|error| Error::retry("a change has no key", error))?;
             }
         }
-        // Not between the two halves of a key change.
-        let halfway = events
-            .last()
-            .is_some_and(|event| event.op == Op::Delete && !event.source.last);
-        let full = fold.rows() >= life.limits.rows || fold.bytes() >= life.limits.bytes;
-        if full && !halfway && reached <= life.checkpoint.position {
-            let (stream_seq, position) = (delivery.stream_seq, reached);
+        // What reaches beyond the sink's own position is applied in the transaction that has it rejoin.
+        if reached > life.checkpoint.position {
+            break;
+        }
+        let at = Token {
+            stream_seq: delivery.stream_seq,
+            position: reached,
+        };
+        if let Some(Part { after, steps }) = catching.end_message(at) {
             let state = CopyState::Parked {
                 lsn,
-                stream_seq,
-                position,
+                stream_seq: after.stream_seq,
+                position: after.position,
             };
-            store(life, table, state, std::mem::take(&mut fold)).await?;
+            store(life, table, state, steps).await?;
         }
     }
-    store(life, table, CopyState::Copied { lsn }, fold).await?;
+    store(life, table, CopyState::Copied { lsn }, catching.finish()).await?;
     Ok(CaughtUp::Rejoined)
 }
 
-/// Applies what was folded, and stores the table's state with it.
+/// Applies steps, and stores the table's state with it.
 async fn store(
     life: &mut Life<'_>,
     table: &TableName,
     state: CopyState,
-    mut fold: Fold,
+    steps: Vec<Step>,
 ) -> Result<(), Error> {
     let mut progress = life.progress.clone();
     progress.tables.insert(table.clone(), state);
@@ -252,7 +255,7 @@ async fn store(
         from,
         to,
         copy: Some(progress),
-        steps: fold.finish(),
+        steps,
         commit: true,
     })
     .await

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use millrace_config::{Backoff, Code, Condition, Config, Sink as Settings, State, limits};
 use millrace_consumer::{Body, Delivery, Reader, ReaderOptions, Start, Token};
-use millrace_event::{ChangeEvent, TableName, Version};
+use millrace_event::{TableName, Version};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
@@ -192,7 +192,10 @@ async fn follow(mut life: Life<'_>, stop: &CancellationToken) -> Result<Ended, E
                 break;
             };
             take(&mut life, &mut worker, &delivery).await?;
-            if let Some(batch) = worker.poll(began.elapsed()) {
+            // Before nothing more is waiting only a full batch is handed out: the clock is not asked for each.
+            if worker.is_full()
+                && let Some(batch) = worker.poll(began.elapsed())
+            {
                 life.begin(batch);
             }
         }
@@ -256,20 +259,16 @@ async fn take(life: &mut Life<'_>, worker: &mut Worker, delivery: &Delivery) -> 
         }
         Body::Changes(payload) => payload,
     };
-    let events: Vec<ChangeEvent<'_>> =
-        delivery
-            .changes()
-            .collect::<Result<_, _>>()
-            .map_err(|error| {
-                Error::Halt(Condition::new(
-                    Code::StreamShape,
-                    format!("stream sequence {stream_seq} holds what is no change event: {error}"),
-                    "only millrace may publish to the stream's subjects; \
+    for event in delivery.changes() {
+        let event = event.map_err(|error| {
+            Error::Halt(Condition::new(
+                Code::StreamShape,
+                format!("stream sequence {stream_seq} holds what is no change event: {error}"),
+                "only millrace may publish to the stream's subjects; \
              if a newer release wrote this, upgrade this one",
-                ))
-            })?;
-    for event in &events {
-        if let Some(table) = worker.missing_layout(event) {
+            ))
+        })?;
+        if let Some(table) = worker.missing_layout(&event) {
             // The target is asked about the table, so nothing else may be going on there.
             if life.is_applying() {
                 life.applied().await?;
@@ -278,14 +277,15 @@ async fn take(life: &mut Life<'_>, worker: &mut Worker, delivery: &Delivery) -> 
             let version = event.source.table_version.as_ref();
             worker.set_layout(life.layout(&table, Some(version)).await?);
         }
+        worker
+            .handle(Input::Changes {
+                stream_seq,
+                payload,
+                events: std::slice::from_ref(&event),
+            })
+            .map_err(no_key)?;
     }
-    worker
-        .handle(Input::Changes {
-            stream_seq,
-            payload,
-            events: &events,
-        })
-        .map_err(no_key)
+    Ok(())
 }
 
 /// Forgets the deletes that the sink passed a while ago: nothing at or below its position is applied again.

@@ -124,6 +124,21 @@ impl Applied {
 /// The reason below a [`SinkError`].
 pub type Cause = Box<dyn Error + Send + Sync>;
 
+/// A copy's row is as old as deletes that the sink has forgotten: whether it was deleted since, nobody can tell.
+/// The table must be copied again, from a snapshot of now.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "copied row of table {table} has version {version}, and deletes up to {forgotten} are forgotten"
+)]
+pub struct CopyTooOld {
+    /// The table at the source.
+    pub table: TableName,
+    /// The row's version.
+    pub version: Version,
+    /// The newest version up to which deletes were forgotten.
+    pub forgotten: Version,
+}
+
 /// Why a sink could not do what it was asked to.
 #[derive(Debug, thiserror::Error)]
 pub enum SinkError {

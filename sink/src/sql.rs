@@ -1,13 +1,17 @@
 //! The SQL text that the Postgres sink applies rows with, made from a table's layout. Pure.
 //!
-//! Every value travels as text and is cast by the server to the column's type *without* its modifier, so that
-//! the assignment then checks lengths: an explicit cast to `varchar(3)` would silently cut the value.
+//! Values travel as text and are cast by the server to the column's type *without* its modifier, so that the
+//! assignment then checks lengths: an explicit cast to `varchar(3)` would silently cut the value. Where many full
+//! rows are written, values of a few plain types travel in their binary [`Form`].
+
+mod form;
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 use millrace_event::{TableName, quote_identifier, quote_literal};
 
+pub use self::form::Form;
 use crate::row::TableLayout;
 
 /// The column that holds a row's version.
@@ -48,13 +52,28 @@ fn join(items: impl IntoIterator<Item = String>, separator: &str) -> String {
     items.into_iter().collect::<Vec<_>>().join(separator)
 }
 
-/// `unnest` over the text arrays `$1..` of these columns, then the versions and the key texts.
-fn source(columns: &[usize]) -> String {
-    let arrays = join((1..=columns.len()).map(|n| format!("${n}::text[]")), ", ");
-    let names = join(columns.iter().map(|column| format!("c{column}")), ", ");
-    let (version, key) = (columns.len() + 1, columns.len() + 2);
-    format!("unnest({arrays}, ${version}::uuid[], ${key}::text[]) AS s({names}, v, k)")
+fn as_text(columns: &[usize]) -> Vec<(usize, Form)> {
+    columns.iter().map(|column| (*column, Form::Text)).collect()
 }
+
+/// The rows of the arrays `$1..` of these columns, then the versions and, where asked for, the key texts.
+///
+/// The arrays are unnested in a SELECT list, where the server hands on row by row. In a FROM it would first
+/// store every array as a table of its own, which costs a fifth of the whole statement.
+fn source(columns: &[(usize, Form)], with_key: bool) -> String {
+    let arrays = columns
+        .iter()
+        .zip(1..)
+        .map(|((column, form), n)| format!("unnest(${n}::{}[]) AS c{column}", form.type_name()));
+    let version = columns.len() + 1;
+    let key = format!("unnest(${}::text[]) AS k", version + 1);
+    let last = [format!("unnest(${version}::uuid[]) AS v"), key];
+    let last = last.into_iter().take(1 + usize::from(with_key));
+    format!("(SELECT {}) AS s", join(arrays.chain(last), ", "))
+}
+
+/// Versions and key texts alone.
+const KEYS: &str = "(SELECT unnest($1::uuid[]) AS v, unnest($2::text[]) AS k) AS s";
 
 fn cast(layout: &TableLayout, column: usize) -> String {
     format!("s.c{column}::{}", layout.columns[column].cast)
@@ -121,44 +140,54 @@ fn insert_into(layout: &TableLayout) -> String {
 /// Lifts the statement timeout until the transaction ends.
 pub const UNBOUNDED: &str = "SELECT set_config('statement_timeout', '0', true)";
 
-/// Writes full rows. Parameters: a text array for each column, versions, key texts.
+/// Writes full rows. Parameters: an array of its form for each column, versions, key texts.
 #[must_use]
-pub fn upsert(layout: &TableLayout) -> String {
-    let columns: Vec<_> = (0..layout.columns.len()).collect();
-    let values = join(columns.iter().map(|column| cast(layout, *column)), ", ");
+pub fn upsert(layout: &TableLayout, forms: &[Form]) -> String {
     format!(
-        "{} SELECT {values}, s.v FROM {} WHERE NOT {} {}",
-        insert_into(layout),
-        source(&columns),
+        "{} WHERE NOT {} {}",
+        insert_from(layout, forms, true),
         entombed(layout, "s.k", "s.v"),
         on_conflict(layout)
     )
 }
 
-/// Writes full rows that are newer than every tombstone of their table. Parameters: a text array for each
-/// column, versions.
+/// Writes full rows that are newer than every tombstone of their table. Parameters: an array of its form for
+/// each column, versions.
 #[must_use]
-pub fn upsert_newest(layout: &TableLayout) -> String {
-    let columns: Vec<_> = (0..layout.columns.len()).collect();
-    let values = join(columns.iter().map(|column| cast(layout, *column)), ", ");
-    let arrays = join((1..=columns.len()).map(|n| format!("${n}::text[]")), ", ");
-    let names = join(columns.iter().map(|column| format!("c{column}")), ", ");
+pub fn upsert_newest(layout: &TableLayout, forms: &[Form]) -> String {
+    format!("{} {}", insert(layout, forms), on_conflict(layout))
+}
+
+/// Writes full rows that are newer than every tombstone of their table and whose keys the target does not
+/// have; it fails as a whole if it has one. Parameters: as [`upsert_newest`].
+#[must_use]
+pub fn insert(layout: &TableLayout, forms: &[Form]) -> String {
+    insert_from(layout, forms, false)
+}
+
+fn insert_from(layout: &TableLayout, forms: &[Form], with_key: bool) -> String {
+    let columns: Vec<_> = (0..layout.columns.len())
+        .zip(forms.iter().copied())
+        .collect();
+    let values = columns.iter().map(|(column, form)| match form {
+        Form::Text => cast(layout, *column),
+        _ => format!("s.c{column}"),
+    });
     format!(
-        "{} SELECT {values}, s.v FROM unnest({arrays}, ${}::uuid[]) AS s({names}, v) {}",
+        "{} SELECT {}, s.v FROM {}",
         insert_into(layout),
-        columns.len() + 1,
-        on_conflict(layout)
+        join(values, ", "),
+        source(&columns, with_key)
     )
 }
 
-/// Deletes rows. Parameters: a text array for each key column, versions, key texts.
+/// Deletes rows. Parameters: a text array for each key column, versions.
 #[must_use]
 pub fn delete(layout: &TableLayout) -> String {
-    // The keys are named so that each parameter's type is known although none is used twice.
     format!(
-        "DELETE FROM {} AS t USING {} WHERE {} AND t.{VERSION} < s.v AND s.k IS NOT NULL",
+        "DELETE FROM {} AS t USING {} WHERE {} AND t.{VERSION} < s.v",
         layout.target.quoted(),
-        source(&layout.key),
+        source(&as_text(&layout.key), false),
         same_key(layout)
     )
 }
@@ -168,7 +197,7 @@ pub fn delete(layout: &TableLayout) -> String {
 pub fn tombstone(layout: &TableLayout) -> String {
     format!(
         "INSERT INTO millrace.tombstone AS x (relation, key, version) \
-         SELECT {}, s.k, s.v FROM unnest($1::uuid[], $2::text[]) AS s(v, k) \
+         SELECT {}, s.k, s.v FROM {KEYS} \
          ON CONFLICT (relation, key) DO UPDATE SET version = excluded.version, deleted_at = now() \
          WHERE x.version < excluded.version",
         relation(layout)
@@ -193,7 +222,7 @@ pub fn partial(layout: &TableLayout, present: &Present) -> String {
     format!(
         "UPDATE {} AS t SET {set}{VERSION} = s.v FROM {} WHERE {} AND t.{VERSION} < s.v AND NOT {}",
         layout.target.quoted(),
-        source(&columns),
+        source(&as_text(&columns), true),
         same_key(layout),
         has_letter(layout, "s.k")
     )
@@ -238,7 +267,7 @@ pub fn partial_letters(layout: &TableLayout, present: &Present) -> String {
         columns.len() + 3,
         relation(layout),
         event(layout, &columns, |_, column| format!("s.c{column}")),
-        source(&columns),
+        source(&as_text(&columns), true),
         entombed(layout, "s.k", "s.v"),
         has_letter(layout, "s.k")
     )
@@ -363,7 +392,7 @@ pub fn move_letter(layout: &TableLayout, present: &Present) -> String {
 pub fn resolve(layout: &TableLayout) -> String {
     format!(
         "UPDATE millrace.dead_letter d SET resolved_at = now() \
-         FROM unnest($1::uuid[], $2::text[]) AS s(v, k) \
+         FROM {KEYS} \
          WHERE d.relation = {} AND d.key = s.k AND d.version < s.v AND d.resolved_at IS NULL",
         relation(layout)
     )

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use millrace_event::{ChangeEvent, Control, Position, TableName};
+use millrace_event::{ChangeEvent, Control, Lsn, Position, TableName};
 
 use crate::batch::{Batch, Checkpoint, CopyProgress};
 use crate::fold::Fold;
@@ -93,6 +93,23 @@ enum Urgency {
     Now,
 }
 
+/// A table that is applied.
+#[derive(Debug)]
+struct Followed {
+    name: TableName,
+    rule: TableRule,
+    /// Its copy has what was committed below this.
+    copied_below: Lsn,
+    layout: Option<Arc<TableLayout>>,
+}
+
+impl Followed {
+    /// The name in the order that names have.
+    fn name_parts(&self) -> (&str, &str) {
+        (&self.name.schema, &self.name.table)
+    }
+}
+
 /// Collects deliveries into batches.
 ///
 /// After every [`Worker::handle`], drain [`Worker::poll`] until it returns `None`; only then wait, and only
@@ -100,9 +117,10 @@ enum Urgency {
 #[derive(Debug)]
 pub struct Worker {
     limits: BatchLimits,
-    rules: HashMap<TableName, TableRule>,
-    layouts: HashMap<TableName, Arc<TableLayout>>,
-    copies: CopyProgress,
+    /// This sink's tables, by name.
+    tables: Vec<Followed>,
+    /// Where the last event's table stands in them: the next one's is mostly the same.
+    current: usize,
     fold: Fold,
     /// Where the target stands once everything handed out is applied.
     handed_out: Checkpoint,
@@ -138,11 +156,18 @@ impl Worker {
             limits.rows > 0 && limits.bytes > 0,
             "a batch holds something"
         );
+        let tables = rules.into_iter().map(|(name, rule)| Followed {
+            copied_below: copies.copied_below(&name),
+            name,
+            rule,
+            layout: None,
+        });
+        let mut tables: Vec<_> = tables.collect();
+        tables.sort_by(|a, b| a.name.cmp(&b.name));
         Self {
             limits,
-            rules,
-            layouts: HashMap::new(),
-            copies,
+            tables,
+            current: 0,
             fold: Fold::new(),
             handed_out: checkpoint,
             collected: checkpoint,
@@ -160,16 +185,19 @@ impl Worker {
     /// [`Worker::set_layout`] before the event is handled.
     #[must_use]
     pub fn missing_layout(&self, event: &ChangeEvent<'_>) -> Option<TableName> {
-        let table = event.source.table_name();
-        let known = self.layouts.get(&table);
-        let missing = self.rules.contains_key(&table)
-            && known.is_none_or(|layout| layout.shape != event.source.table_version);
-        missing.then_some(table)
+        let table = &self.tables[self.find(&event.source.schema, &event.source.table)?];
+        let known = table
+            .layout
+            .as_ref()
+            .is_some_and(|layout| layout.shape == event.source.table_version);
+        (!known).then(|| table.name.clone())
     }
 
     /// Takes the layout for a table's events from here on.
     pub fn set_layout(&mut self, layout: Arc<TableLayout>) {
-        self.layouts.insert(layout.source.clone(), layout);
+        if let Some(index) = self.find(&layout.source.schema, &layout.source.table) {
+            self.tables[index].layout = Some(layout);
+        }
     }
 
     /// Whether another delivery may be handled: there is room for it.
@@ -284,7 +312,9 @@ impl Worker {
         Some(batch)
     }
 
-    fn is_full(&self) -> bool {
+    /// Whether a batch is due although more is waiting.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
         self.fold.rows() >= self.limits.rows || self.fold.bytes() >= self.limits.bytes
     }
 
@@ -304,24 +334,36 @@ impl Worker {
             Within::Transaction
         };
         self.urgency = self.urgency.max(Urgency::Position);
-        let table = event.source.table_name();
-        let Some(rule) = self.rules.get(&table) else {
+        let Some(index) = self.find(&event.source.schema, &event.source.table) else {
             return Ok(());
         };
+        self.current = index;
+        let table = &self.tables[index];
         let wanted = match event.op {
-            millrace_event::Op::Delete => rule.deletes,
-            millrace_event::Op::Truncate => rule.truncates,
+            millrace_event::Op::Delete => table.rule.deletes,
+            millrace_event::Op::Truncate => table.rule.truncates,
             _ => true,
         };
-        if !wanted || self.copies.covers(&table, version) {
+        if !wanted || version.commit_lsn < table.copied_below {
             return Ok(());
         }
-        let layout = self
-            .layouts
-            .get(&table)
+        let layout = table
+            .layout
+            .as_ref()
             .expect("the caller asked for missing layouts");
         self.urgency = Urgency::Now;
         self.fold.push(layout, event, payload)
+    }
+
+    /// Where a table stands in [`Worker::tables`]; `None` for one that is not this sink's.
+    fn find(&self, schema: &str, table: &str) -> Option<usize> {
+        let current = self.tables.get(self.current);
+        if current.is_some_and(|followed| followed.name_parts() == (schema, table)) {
+            return Some(self.current);
+        }
+        self.tables
+            .binary_search_by(|followed| followed.name_parts().cmp(&(schema, table)))
+            .ok()
     }
 
     /// Moves on to a position; `false` where it is not above everything seen: a repetition.

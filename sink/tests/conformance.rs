@@ -6,13 +6,13 @@ use bytes::Bytes;
 use millrace_config::{Code, Create};
 use millrace_event::{ColumnSchema, Lsn, Position, TableName, TableSchema, TypeSchema, Version};
 use millrace_lab::{Postgres, PostgresOptions};
-use millrace_sink::batch::{Batch, Checkpoint};
+use millrace_sink::batch::{Batch, Checkpoint, CopyProgress, CopyState};
 use millrace_sink::conformance::{self, Rows, Target};
 use millrace_sink::fold::{Fold, RowChange};
 use millrace_sink::memory::MemoryTarget;
 use millrace_sink::postgres::{Connect, PostgresSink, connector};
 use millrace_sink::row::{Cell, TableLayout};
-use millrace_sink::sink::{Elected, Sink, SinkError};
+use millrace_sink::sink::{CopyTooOld, Elected, Sink, SinkError};
 use millrace_sink::sql;
 use tokio_postgres::Client;
 
@@ -24,13 +24,19 @@ async fn memory_passes_the_suite() {
 struct PostgresTarget {
     connect: Connect,
     client: Client,
+    /// `None` for the default.
+    plain_insert_rows: Option<usize>,
 }
 
 impl Target for PostgresTarget {
     type Sink = PostgresSink;
 
     fn sink(&self, name: &str) -> PostgresSink {
-        PostgresSink::new(name, Arc::clone(&self.connect), Create::Auto)
+        let sink = PostgresSink::new(name, Arc::clone(&self.connect), Create::Auto);
+        match self.plain_insert_rows {
+            Some(rows) => sink.with_plain_inserts_of(rows),
+            None => sink,
+        }
     }
 
     async fn rows(&self, layout: &TableLayout) -> Rows {
@@ -70,6 +76,7 @@ async fn database(postgres: &Postgres, name: &str) -> PostgresTarget {
     PostgresTarget {
         connect: connector(name, dsn),
         client,
+        plain_insert_rows: None,
     }
 }
 
@@ -79,6 +86,19 @@ async fn postgres_passes_the_suite() {
         .await
         .expect("starts");
     conformance::check(&database(&postgres, "suite").await, 25).await;
+}
+
+/// The suite's batches are small, and so would never be worth a plain insert.
+#[tokio::test(flavor = "multi_thread")]
+async fn postgres_passes_the_suite_with_plain_inserts() {
+    let postgres = Postgres::start(PostgresOptions::default())
+        .await
+        .expect("starts");
+    let plainly = PostgresTarget {
+        plain_insert_rows: Some(1),
+        ..database(&postgres, "plainly").await
+    };
+    conformance::check(&plainly, 25).await;
 }
 
 fn cell(text: &str) -> Cell {
@@ -122,6 +142,7 @@ async fn a_deposed_worker_cannot_bring_a_deleted_row_back() {
         .await;
     let layout = ensured.expect("ensures").layout;
     let put = |n: &str| RowChange::Put {
+        created: false,
         row: [cell("1"), cell(n), cell("x")].into(),
         old: None,
     };
@@ -143,7 +164,7 @@ async fn a_deposed_worker_cannot_bring_a_deleted_row_back() {
     assert!(matches!(refused, Err(SinkError::Fenced)), "{refused:?}");
     assert!(target.rows(&layout).await.is_empty());
     // The guard alone, with a snapshot that sees the tombstone, refuses the row too.
-    let sql = sql::upsert(&layout)
+    let sql = sql::upsert(&layout, &[sql::Form::Text; 3])
         .replace("$1", "'{1}'")
         .replace("$2", "'{5}'")
         .replace("$3", "'{x}'")
@@ -151,6 +172,158 @@ async fn a_deposed_worker_cannot_bring_a_deleted_row_back() {
         .replace("$5", "'{1}'");
     successor.batch_execute(&sql).await.expect("runs");
     assert!(target.rows(&layout).await.is_empty());
+}
+
+/// Rows that the source made are written by a plain insert where there are many. One that the target has all the
+/// same, newer or older, meets the guard.
+#[tokio::test(flavor = "multi_thread")]
+async fn new_rows_that_the_target_has_already_meet_the_guard() {
+    let postgres = Postgres::start(PostgresOptions::default())
+        .await
+        .expect("starts");
+    let target = database(&postgres, "new_rows").await;
+    let mut sink = target.sink("new_rows");
+    let Ok(Elected::Yes(position)) = sink.open().await else {
+        panic!("is elected")
+    };
+    let schema = conformance::schema("new_rows");
+    let ensured = sink
+        .ensure_table(&schema, &conformance::settings(&schema.name))
+        .await;
+    let layout = ensured.expect("ensures").layout;
+    let created = |lsn: u64, ids: std::ops::Range<u64>, from: Checkpoint| {
+        let mut fold = Fold::new();
+        for id in ids {
+            let put = RowChange::Put {
+                created: true,
+                row: [cell(&id.to_string()), cell(&lsn.to_string()), cell("x")].into(),
+                old: None,
+            };
+            fold.change(&layout, Version::new(1, Lsn(lsn), 1), put)
+                .expect("has its key");
+        }
+        let to = Checkpoint {
+            stream_seq: from.stream_seq + 1,
+            position: Position::new(1, Lsn(lsn), 1),
+            source_ts_us: 0,
+        };
+        let (steps, commit) = (fold.finish(), true);
+        Batch {
+            from,
+            to,
+            copy: None,
+            steps,
+            commit,
+        }
+    };
+    let sums = "SELECT count(*), coalesce(sum(n), 0)::bigint, count(DISTINCT xmin::text) \
+        FROM millrace_suite.new_rows";
+    let sums = async || {
+        let row = target.client.query_one(sums, &[]).await.expect("reads");
+        (row.get::<_, i64>(0), row.get::<_, i64>(1), row.get(2))
+    };
+    let first = created(1, 0..300, position.checkpoint);
+    assert_eq!(sink.apply(&first).await.expect("applies").written, 300);
+    assert_eq!(sums().await, (300, 300, 1_i64));
+    // Row 299 is older here, row 300 newer.
+    let newer = "INSERT INTO millrace_suite.new_rows \
+        VALUES (300, 1000, 'y', 'ffffffff-ffff-ffff-ffff-ffffffffffff')";
+    target.client.batch_execute(newer).await.expect("inserts");
+    let second = created(2, 299..600, first.to);
+    let applied = sink.apply(&second).await.expect("applies");
+    assert_eq!((applied.written, applied.stale), (300, 1));
+    assert_eq!(applied.dead(), 0);
+    assert_eq!(sums().await.0, 600);
+    assert_eq!(sums().await.1, 299 + 300 * 2 + 1000);
+    let newer = "UPDATE millrace_suite.new_rows SET _millrace_version = DEFAULT WHERE id = 300";
+    target.client.batch_execute(newer).await.expect("updates");
+    // What could not tell that a key is there is not written to. A new session makes the guess again.
+    drop(sink);
+    let mut sink = target.sink("new_rows");
+    let Ok(Elected::Yes(_)) = sink.open().await else {
+        panic!("is elected")
+    };
+    let mut adopt = conformance::settings(&schema.name);
+    adopt.adopt = true;
+    let ensured = sink.ensure_table(&schema, &adopt).await;
+    ensured.unwrap_or_else(|error| panic!("ensures: {error:?}"));
+    let third = created(3, 600..900, second.to);
+    sink.apply(&third).await.expect("applies");
+    let drop_key = "ALTER TABLE millrace_suite.new_rows DROP CONSTRAINT new_rows_pkey";
+    target.client.batch_execute(drop_key).await.expect("drops");
+    let refused = sink.apply(&created(4, 600..900, third.to)).await;
+    assert!(
+        matches!(&refused, Err(SinkError::Table { condition, .. }) if condition.code == Code::TargetKey),
+        "{refused:?}"
+    );
+    assert_eq!(sums().await.0, 900);
+}
+
+/// A copy from before deletes that are forgotten would bring deleted rows back, or be rejected without a word.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_from_before_forgotten_deletes_is_refused_aloud() {
+    let postgres = Postgres::start(PostgresOptions::default())
+        .await
+        .expect("starts");
+    let target = database(&postgres, "old_copy").await;
+    let mut sink = target.sink("old_copy");
+    let Ok(Elected::Yes(position)) = sink.open().await else {
+        panic!("is elected")
+    };
+    let schema = conformance::schema("old_copy");
+    let settings = conformance::settings(&schema.name);
+    let ensured = sink.ensure_table(&schema, &settings).await;
+    let layout = ensured.expect("ensures").layout;
+    let put = || RowChange::Put {
+        created: true,
+        row: [cell("1"), cell("1"), cell("x")].into(),
+        old: None,
+    };
+    let key = [cell("1"), Cell::Missing, Cell::Missing].into();
+    let first = change(&layout, 5, put(), position.checkpoint);
+    sink.apply(&first).await.expect("applies");
+    let delete = change(&layout, 6, RowChange::Delete(key), first.to);
+    sink.apply(&delete).await.expect("applies");
+    let version = |lsn| Version::new(1, Lsn(lsn), 1);
+    assert_eq!(sink.clean_up(version(6)).await.expect("cleans up"), 1);
+
+    let copied = |lsn| {
+        let state = CopyState::Copying {
+            request: "r".to_owned(),
+            attempt: 1,
+            number: 1,
+            lsn: Lsn(lsn),
+        };
+        let tables = std::collections::BTreeMap::from([(schema.name.clone(), state)]);
+        Batch {
+            to: delete.to,
+            copy: Some(CopyProgress {
+                tables,
+                ..CopyProgress::default()
+            }),
+            ..change(&layout, lsn, put(), delete.to)
+        }
+    };
+    for restarted in [false, true] {
+        if restarted {
+            assert!(matches!(sink.open().await, Ok(Elected::Yes(_))));
+        }
+        for lsn in [5, 6] {
+            let refused = sink.apply(&copied(lsn)).await;
+            let Err(SinkError::Transient { source, .. }) = refused else {
+                panic!("is not refused: {refused:?}")
+            };
+            let too_old = source.downcast_ref::<CopyTooOld>().expect("says why");
+            assert_eq!(
+                (too_old.version, too_old.forgotten),
+                (version(lsn), version(6))
+            );
+            assert!(target.rows(&layout).await.is_empty());
+        }
+    }
+    // A newer copy is taken, by the same session.
+    let applied = sink.apply(&copied(7)).await.expect("applies");
+    assert_eq!(applied.written, 1);
 }
 
 /// Every type's text, as a source prints it, is stored as the same value.
@@ -212,6 +385,22 @@ async fn every_type_arrives_exactly() {
         ("shop.small", "7"),
         ("shop.small[]", "{7}"),
         ("shop.unknown", "anything"),
+        ("bigint", "9223372036854775807"),
+        ("smallint", "-32768"),
+        ("integer", "2147483647"),
+        ("boolean", "f"),
+        ("uuid", "fedcba98-7654-3210-0123-456789abcdef"),
+        ("date", "0001-01-01"),
+        ("date", "9999-12-31"),
+        ("date", "2024-02-29"),
+        ("date", "10000-01-01"),
+        ("timestamp without time zone", "1999-12-31 23:59:59.999999"),
+        ("timestamp without time zone", "0001-01-01 00:00:00"),
+        ("timestamp without time zone", "-infinity"),
+        ("timestamp with time zone", "2026-11-21 08:40:51.00001+00"),
+        ("timestamp with time zone", "9999-12-31 23:59:59+00"),
+        ("timestamp(3) with time zone", "1970-01-01 00:00:00.5+00"),
+        ("timestamp with time zone", "0044-03-15 00:00:00+00 BC"),
     ];
     let column = |(n, (type_name, _)): (usize, &(&str, &str))| ColumnSchema {
         name: format!("c{n}"),
@@ -248,7 +437,11 @@ async fn every_type_arrives_exactly() {
     let ensured = ensured.unwrap_or_else(|error| panic!("ensures: {error:?}"));
     assert_eq!(ensured.warnings.len(), 1, "{:?}", ensured.warnings);
     let row = values.iter().map(|(_, text)| cell(text)).collect();
-    let put = RowChange::Put { row, old: None };
+    let put = RowChange::Put {
+        created: false,
+        row,
+        old: None,
+    };
     let batch = change(&ensured.layout, 1, put, position.checkpoint);
     let applied = sink
         .apply(&batch)
@@ -278,7 +471,11 @@ async fn every_type_arrives_exactly() {
     // Too long is refused, never cut.
     let mut row: Box<[Cell]> = values.iter().map(|(_, text)| cell(text)).collect();
     row[12] = cell("abcd");
-    let put = RowChange::Put { row, old: None };
+    let put = RowChange::Put {
+        created: false,
+        row,
+        old: None,
+    };
     let batch = change(&ensured.layout, 2, put, batch.to);
     assert_eq!(sink.apply(&batch).await.expect("applies").dead(), 1);
     // The same table again, as after a restart.

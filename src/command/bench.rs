@@ -36,7 +36,13 @@ const BULK: [Contender; 6] = [
     Contender::ReplicaPacked,
 ];
 
-const OLTP: [Contender; 2] = [Contender::Native, Contender::Replica];
+const OLTP: [Contender; 3] = [
+    Contender::Native,
+    Contender::Replica,
+    Contender::ReplicaPacked,
+];
+
+const LATENCY: [Contender; 2] = [Contender::Native, Contender::Replica];
 
 /// Measures it.
 pub(crate) async fn run(arguments: BenchArguments) -> Exit {
@@ -109,9 +115,9 @@ async fn backlog(
 }
 
 async fn latencies(round: u32) -> Result<Vec<Latency>, LabError> {
-    let stage = Stage::start(&OLTP, &latency::SETTINGS).await?;
+    let stage = Stage::start(&LATENCY, &latency::SETTINGS).await?;
     let mut all = Vec::new();
-    for (nth, contender) in (0..).zip(rotated(&OLTP, round)) {
+    for (nth, contender) in (0..).zip(rotated(&LATENCY, round)) {
         let seen = latency::measure(&stage, contender, nth).await?;
         say(&format!(
             "  {}: commit -> visible p50 {:.1} ms, p99 {:.1} ms at {:.0} tx/s",

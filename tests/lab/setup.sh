@@ -105,6 +105,8 @@ install_system() {
     missing=''
     if ! command -v cc >/dev/null 2>&1; then missing="$missing gcc libc6-dev"; fi
     if ! have_every_nats && ! have_pip; then missing="$missing python3-pip"; fi
+    # The tests make their certificates with it.
+    if [ "$tests" = yes ] && ! command -v openssl >/dev/null 2>&1; then missing="$missing openssl"; fi
     postgres=no
     if ! have_postgres; then
         if [ -n "${MILLRACE_PG_BIN:-}" ]; then

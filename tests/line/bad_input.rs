@@ -158,8 +158,9 @@ async fn a_table_without_a_key_is_refused_before_anything_is_touched() {
     })
     .await;
     let run = stage.start();
-    let logs = stage.ends(run, 4, &["public.t", "primary key"]).await;
-    assert!(logs.contains("E1115") || logs.contains("E1107"), "{logs}");
+    stage
+        .ends(run, 4, &["E1115", "public.t", "primary key"])
+        .await;
     stage
         .sql("INSERT INTO t VALUES (1, 'one'); UPDATE t SET v = 'two'")
         .await;
@@ -167,6 +168,35 @@ async fn a_table_without_a_key_is_refused_before_anything_is_touched() {
         .ask("SELECT count(*)::text FROM pg_replication_slots")
         .await;
     assert_eq!(slots.as_deref(), Some("0"));
+}
+
+#[tokio::test]
+async fn a_key_that_is_not_logged_is_refused_with_the_statement() {
+    let stage = Stage::set(Setting {
+        schema:
+            "CREATE TABLE t (id int PRIMARY KEY, v text); ALTER TABLE t REPLICA IDENTITY NOTHING;
+             CREATE TABLE other (id int PRIMARY KEY, code int NOT NULL);
+             CREATE UNIQUE INDEX \"by Code\" ON other (code)",
+        tables: &[("public.t", ""), ("public.other", "key = [\"code\"]")],
+        ..Setting::default()
+    })
+    .await;
+    let run = stage.start();
+    let reason = "REPLICA IDENTITY NOTHING";
+    let logs = stage.ends(run, 4, &["E1107", "public.t", reason]).await;
+    let statements = [
+        "ALTER TABLE \"public\".\"t\" REPLICA IDENTITY DEFAULT",
+        "ALTER TABLE \"public\".\"other\" REPLICA IDENTITY USING INDEX \"by Code\"",
+    ];
+    let publications = "SELECT count(*)::text FROM pg_publication";
+    assert_eq!(stage.source_text(publications).await, "0");
+    for statement in statements {
+        assert!(logs.contains(statement), "{logs}");
+        stage.sql(statement).await;
+    }
+    stage.sql("INSERT INTO t VALUES (1, 'one')").await;
+    stage.run_once().await;
+    assert_eq!(stage.target_text("SELECT v FROM t").await, "one");
 }
 
 #[tokio::test]

@@ -9,8 +9,10 @@ use serde_json::value::RawValue;
 
 use crate::{Lsn, Op, TableName, Value, Version};
 
+mod canonical;
+
 /// One row change, or one table's truncate, borrowed from a line of a message's payload.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct ChangeEvent<'a> {
     /// What happened to the row.
     pub op: Op,
@@ -35,7 +37,7 @@ pub struct ChangeEvent<'a> {
 }
 
 /// Where a change comes from.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Source<'a> {
     /// The source's name in the configuration.
     #[serde(borrow)]
@@ -196,7 +198,11 @@ pub struct DecodeError(#[from] serde_json::Error);
 pub fn decode_line(line: &[u8]) -> Result<ChangeEvent<'_>, DecodeError> {
     // Checked as a whole, the text need not be checked again string by string.
     let text = std::str::from_utf8(line).map_err(serde::de::Error::custom);
-    Ok(serde_json::from_str(text.map_err(DecodeError)?)?)
+    let text = text.map_err(DecodeError)?;
+    match canonical::read(text) {
+        Some(event) => Ok(event),
+        None => Ok(serde_json::from_str(text)?),
+    }
 }
 
 /// The change events of a payload, one a line.

@@ -107,7 +107,7 @@ fn write_element(out: &mut Vec<u8>, element: Element, text: &str) {
 }
 
 /// Whether the text is a number by JSON's grammar, as `-0`, `1e+20` and `1.5e-07` are.
-fn is_json_number(text: &str) -> bool {
+pub(crate) fn is_json_number(text: &str) -> bool {
     let digits = |bytes: &[u8]| {
         bytes
             .iter()
@@ -228,6 +228,9 @@ pub enum Value<'a> {
 }
 
 impl<'a> Value<'a> {
+    pub(crate) const TRUE: Self = Self::Text(Cow::Borrowed("t"));
+    pub(crate) const FALSE: Self = Self::Text(Cow::Borrowed("f"));
+
     /// The Postgres text; `None` for NULL.
     #[must_use]
     pub fn as_text(&self) -> Option<&str> {
@@ -243,8 +246,8 @@ impl<'a> Value<'a> {
         Ok(match json.as_bytes().first() {
             Some(b'n') => Self::Null,
             Some(b'"') => Self::Text(string_from_json(json)?),
-            Some(b't') => Self::Text(Cow::Borrowed("t")),
-            Some(b'f') => Self::Text(Cow::Borrowed("f")),
+            Some(b't') => Self::TRUE,
+            Some(b'f') => Self::FALSE,
             Some(b'[') => Self::Text(Cow::Owned(array_from_json(json)?)),
             Some(b'{') => return Err(serde::de::Error::custom("a value is never an object")),
             _ => Self::Text(Cow::Borrowed(json)),

@@ -61,6 +61,19 @@ impl Version {
             seq: value as u32,
         }
     }
+
+    /// Reads 32 hexadecimal digits; `None` for anything else.
+    #[must_use]
+    pub fn from_digits(text: &[u8]) -> Option<Self> {
+        let text = <&[u8; 32]>::try_from(text).ok()?;
+        let (mut bytes, mut wrong) = ([0; 16], 0);
+        for (byte, pair) in bytes.iter_mut().zip(text.as_chunks::<2>().0) {
+            let [high, low] = pair.map(|digit| DIGITS[usize::from(digit)]);
+            *byte = high << 4 | low;
+            wrong |= high | low;
+        }
+        (wrong < 16).then(|| Self::from_bytes(bytes))
+    }
 }
 
 /// A text that is not 32 hexadecimal digits.
@@ -68,16 +81,24 @@ impl Version {
 #[error("not a version of 32 hexadecimal digits: {0:?}")]
 pub struct ParseVersionError(String);
 
+/// What each byte stands for as a hexadecimal digit; [`NO_DIGIT`] for every other one.
+const DIGITS: [u8; 256] = {
+    let mut digits = [NO_DIGIT; 256];
+    let mut value = 0;
+    while value < 16 {
+        digits[b"0123456789abcdef"[value] as usize] = value as u8;
+        digits[b"0123456789ABCDEF"[value] as usize] = value as u8;
+        value += 1;
+    }
+    digits
+};
+const NO_DIGIT: u8 = 0xFF;
+
 impl FromStr for Version {
     type Err = ParseVersionError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let valid = text.len() == 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
-        valid
-            .then(|| u128::from_str_radix(text, 16).ok())
-            .flatten()
-            .map(|value| Self::from_bytes(value.to_be_bytes()))
-            .ok_or_else(|| ParseVersionError(text.to_owned()))
+        Self::from_digits(text.as_bytes()).ok_or_else(|| ParseVersionError(text.to_owned()))
     }
 }
 

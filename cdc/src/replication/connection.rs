@@ -6,6 +6,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
+use millrace_config::limits::CAPTURE_QUEUE_BYTES_MAX;
 use millrace_connect::postgres::{
     Attempt, ConnectError, Dialed, Dsn, MaybeTlsStream, dial_with, pinned_options,
 };
@@ -21,7 +22,7 @@ use super::command::{self, CreatedSlot, Row, SlotKind, Snapshot, StartOptions, S
 use super::error::WalError;
 use super::feedback::Feedback;
 use super::framing::Framer;
-use super::reader::{QUEUE_BYTES_MAX, Stream};
+use super::reader::Stream;
 use super::session::{Login, Session};
 use super::wal::{Delivery, Shared, WalReader};
 
@@ -353,7 +354,7 @@ impl Owner {
             feedback: Feedback::new(Instant::now(), sender_timeout),
             shared: Arc::clone(&self.shared),
             queue,
-            budget: Arc::new(Semaphore::new(QUEUE_BYTES_MAX)),
+            budget: Arc::new(Semaphore::new(CAPTURE_QUEUE_BYTES_MAX)),
         };
         // If the caller is gone, so is the queue, and the stream ends by itself.
         let _ = reply.send(Ok(()));

@@ -1,6 +1,7 @@
 //! Cuts the replication stream's bytes into batches of whole messages. Pure.
 
 use bytes::{Bytes, BytesMut};
+use millrace_config::limits::WAL_BATCH_BYTES_MAX;
 use millrace_event::Lsn;
 
 use super::error::ServerError;
@@ -9,7 +10,7 @@ use super::error::ServerError;
 pub(super) const POSTGRES_EPOCH_US: i64 = 946_684_800_000_000;
 
 /// The size of a read buffer, and of a batch unless a single message is larger.
-const BUFFER_BYTES: usize = 1 << 20;
+const BUFFER_BYTES: usize = WAL_BATCH_BYTES_MAX;
 
 /// A buffer with less room than this is not read into again.
 const ROOM_BYTES_MIN: usize = 64 << 10;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::BytesMut;
 use futures_util::FutureExt;
+use millrace_config::limits::CAPTURE_QUEUE_BYTES_MAX;
 use postgres_protocol::message::frontend;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::Semaphore;
@@ -16,27 +17,14 @@ use tokio::time::{sleep_until, timeout, timeout_at};
 use super::error::WalError;
 use super::feedback::Feedback;
 use super::framing::{Ending, Framer, WalBatch};
+use super::pace::Pace;
 use super::wal::{Delivery, Shared};
-
-/// The most bytes that wait to be taken by [`super::WalReader::next`].
-pub(super) const QUEUE_BYTES_MAX: usize = 4 << 20;
 
 /// What the smallest batch counts as in the queue, which bounds the number of batches as well.
 const BATCH_SHARE_BYTES_MIN: usize = 4 << 10;
 
-/// The walsender writes its messages one by one. When less than this was waiting, we let it get on.
-const SHORT_READ_BYTES: usize = 16 << 10;
-
-/// How long we let it: a wake-up for every row would cost both sides more than the rows do. An idle stream's
-/// first message has been handed over by then.
-const SHORT_READ_PAUSE: Duration = Duration::from_micros(100);
-
-/// From so many bytes in one read on the stream is busy, and is let on for longer: it fills no more than a part of
-/// the socket's buffer meanwhile.
-const BUSY_READ_BYTES: usize = 1 << 10;
-
-/// How long a busy stream is let on.
-const BUSY_READ_PAUSE: Duration = Duration::from_micros(500);
+/// What is read at a time when nobody wants it any more.
+const DISCARD_BYTES: usize = 16 << 10;
 
 /// How long a report may take to be written. It is 39 bytes: the socket is dead when it does not fit.
 const REPORT_WRITE_LIMIT: Duration = Duration::from_secs(10);
@@ -75,6 +63,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Stream<S> {
     async fn read_all(&mut self) -> Result<Instant, WalError> {
         // Messages may have arrived together with the answer to START_REPLICATION.
         let mut read = 0;
+        let mut pace = Pace::default();
         loop {
             let scanned = self.framer.scan()?;
             self.feedback
@@ -89,10 +78,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Stream<S> {
                 Some(Ending::Complete) => return Err(WalError::ServerShutdown),
                 Some(Ending::Failed(error)) => return Err(WalError::server(error)),
             }
-            match read {
-                0 | SHORT_READ_BYTES.. => {}
-                BUSY_READ_BYTES.. => std::thread::sleep(BUSY_READ_PAUSE),
-                _ => std::thread::sleep(SHORT_READ_PAUSE),
+            if let Some(pause) = pace.after(read) {
+                std::thread::sleep(pause);
             }
             read = match self.read().await? {
                 Event::Done(read) => read,
@@ -147,7 +134,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Stream<S> {
     /// Puts a batch into the queue. While the queue is full nothing is read, but reports go on.
     async fn hand_over(&mut self, batch: WalBatch) -> Result<Event<()>, WalError> {
         // A batch larger than the whole queue takes all of it.
-        let share = batch.bytes().clamp(BATCH_SHARE_BYTES_MIN, QUEUE_BYTES_MAX);
+        let share = batch
+            .bytes()
+            .clamp(BATCH_SHARE_BYTES_MIN, CAPTURE_QUEUE_BYTES_MAX);
         let budget = Arc::clone(&self.budget);
         let mut admitted = pin!(budget.acquire_many_owned(share as u32));
         let permit = loop {
@@ -203,7 +192,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Stream<S> {
             frontend::terminate(&mut out);
             self.socket.write_all(&out).await.map_err(failed)?;
             self.socket.shutdown().await.map_err(failed)?;
-            let mut discarded = vec![0; SHORT_READ_BYTES];
+            let mut discarded = vec![0; DISCARD_BYTES];
             while self.socket.read(&mut discarded).await.map_err(failed)? > 0 {}
             Ok::<(), WalError>(())
         };

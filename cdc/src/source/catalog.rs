@@ -3,11 +3,10 @@
 use std::collections::BTreeSet;
 
 use millrace_config::{Code, Condition, Table};
-use millrace_event::{
-    ColumnSchema, ColumnShape, TableName, TableSchema, TypeSchema, fingerprint, quote_identifier,
-};
+use millrace_event::{ColumnSchema, ColumnShape, TableName, TableSchema, TypeSchema, fingerprint};
 use tokio_postgres::Client;
 
+use super::key::{UniqueIndex, key_of};
 use crate::Error;
 
 /// A configured table as the source has it.
@@ -91,19 +90,14 @@ const COLUMNS: &str = "SELECT attname::text, atttypid, atttypmod, attnotnull FRO
 
 /// The unique indexes that can identify rows, with their columns in the index's order.
 const KEYS: &str = "SELECT i.indisprimary, i.indisreplident, \
-    array_agg(a.attname::text ORDER BY k.place), bool_and(a.attnotnull) \
-    FROM pg_index i CROSS JOIN unnest(i.indkey::smallint[]) WITH ORDINALITY k(attnum, place) \
+    array_agg(a.attname::text ORDER BY k.place), bool_and(a.attnotnull), c.relname::text, i.indimmediate \
+    FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid \
+    CROSS JOIN unnest(i.indkey::smallint[]) WITH ORDINALITY k(attnum, place) \
     JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum \
     WHERE i.indrelid = $1 AND i.indisunique AND i.indisvalid AND i.indpred IS NULL \
-    AND k.place <= i.indnkeyatts \
-    AND i.indexprs IS NULL GROUP BY i.indexrelid, i.indisprimary, i.indisreplident";
-
-struct UniqueIndex {
-    primary: bool,
-    identity: bool,
-    columns: Vec<String>,
-    not_null: bool,
-}
+    AND k.place <= i.indnkeyatts AND i.indexprs IS NULL \
+    GROUP BY i.indexrelid, i.indisprimary, i.indisreplident, c.relname, i.indimmediate \
+    ORDER BY i.indexrelid";
 
 async fn inspect_table(client: &Client, table: &Table) -> Result<SourceTable, Error> {
     let name = &table.name;
@@ -151,79 +145,16 @@ async fn inspect_table(client: &Client, table: &Table) -> Result<SourceTable, Er
             identity: row.get(1),
             columns: row.get(2),
             not_null: row.get(3),
+            name: row.get(4),
+            immediate: row.get(5),
         })
         .collect();
-    let key = key_of(table, &identity, &indexes)?;
+    let key = key_of(table, &identity, &indexes).map_err(Error::halt)?;
     Ok(SourceTable {
         name: name.clone(),
         key,
         columns,
     })
-}
-
-/// The key that rows are known by, checked against what the table logs of old rows.
-fn key_of(table: &Table, identity: &str, indexes: &[UniqueIndex]) -> Result<Vec<String>, Error> {
-    let (name, quoted) = (&table.name, table.name.quoted());
-    let primary = indexes.iter().find(|index| index.primary);
-    let by_identity = indexes.iter().find(|index| index.identity);
-    let key = match (&table.key, primary, by_identity) {
-        (Some(key), ..) => {
-            let same = |index: &&UniqueIndex| {
-                index.not_null
-                    && index.columns.iter().collect::<BTreeSet<_>>() == key.iter().collect()
-            };
-            if !indexes.iter().any(|index| same(&index)) {
-                let list = key
-                    .iter()
-                    .map(|column| quote_identifier(column))
-                    .collect::<Vec<_>>()
-                    .join(", ");
-                return Err(Error::halt(Condition::new(
-                    Code::NoKey,
-                    format!(
-                        "table {name}: no unique index on exactly its key ({list}), or a column may be NULL"
-                    ),
-                    format!(
-                        "ALTER TABLE {quoted} ADD UNIQUE ({list}), and make its columns NOT NULL"
-                    ),
-                )));
-            }
-            key.clone()
-        }
-        (None, Some(index), _) => index.columns.clone(),
-        (None, None, Some(index)) => index.columns.clone(),
-        (None, None, None) => {
-            return Err(Error::halt(Condition::new(
-                Code::NoKey,
-                format!("table {name} has no primary key"),
-                format!(
-                    "ALTER TABLE {quoted} ADD PRIMARY KEY (..), or name a unique key in tables/{name}.toml"
-                ),
-            )));
-        }
-    };
-    let covered = match identity {
-        "f" => true,
-        "d" => primary.is_some_and(|index| key.iter().all(|column| index.columns.contains(column))),
-        "i" => {
-            by_identity.is_some_and(|index| key.iter().all(|column| index.columns.contains(column)))
-        }
-        _ => false,
-    };
-    if !covered {
-        return Err(Error::halt(Condition::new(
-            Code::NoReplicaIdentity,
-            format!(
-                "table {name} has no replica identity that covers its key ({}): \
-                 publishing it would break the application's own updates and deletes",
-                key.join(", ")
-            ),
-            format!(
-                "ALTER TABLE {quoted} REPLICA IDENTITY DEFAULT (with a primary key), USING INDEX .., or FULL"
-            ),
-        )));
-    }
-    Ok(key)
 }
 
 /// Describes a table's columns for those who create it elsewhere: types as SQL, and the enums and domains

@@ -81,10 +81,11 @@ codes! {
         outside Millrace. Changes made meanwhile were never decoded, without any error. The table is parked, \
         because its replica may lack rows. Put the publication right, then copy the table again.";
     NoReplicaIdentity = "E1107", "a table has no replica identity",
-        "The table has neither a primary key nor another replica identity. Publishing it would make the \
-        application's own UPDATE and DELETE statements fail, so Millrace does not touch the publication. Add a \
-        primary key, or set `REPLICA IDENTITY USING INDEX` to a unique index over columns that are not null. \
-        Or remove the table's file.";
+        "Postgres does not log the key of the table's old rows: it has no primary key (a DEFERRABLE one does \
+        not count), or its replica identity is another index or NOTHING. Publishing it would make the \
+        application's own UPDATE and DELETE statements fail, so Millrace does not touch the publication. Run \
+        the statement beside this code. Or add a primary key, or set `REPLICA IDENTITY USING INDEX` to a \
+        unique index over columns that are not null. Or remove the table's file.";
     SourceChanged = "E1108", "the source is another server or timeline",
         "The source's system identifier or timeline differs from the one the stream was fed from: a standby \
         was promoted, or the address leads to another server. Commits may have been dropped in between, and \
@@ -116,7 +117,8 @@ codes! {
     NoKey = "E1115", "a table has no key",
         "The table has no primary key and its file names no `key`, so its rows cannot be told apart in a \
         target. Add a primary key. Or set `key` to the columns of a unique index without nulls that is also \
-        the table's replica identity.";
+        the table's replica identity. A DEFERRABLE constraint does not count: two rows may share its columns \
+        until the transaction's end, so their changes cannot be told apart.";
     SourcePrivilege = "E1116", "the source user lacks a privilege",
         "The user of `source.url` may not do what is needed: reading a table, creating the publication, or \
         using replication. `millrace init-sql` prints the least-privilege roles and grants. The missing \

@@ -24,19 +24,17 @@ async fn main() -> Result<(), Box<dyn Error>> {
     // The newest version applied of every row. A service with a database keeps it beside the row instead.
     let mut applied: HashMap<String, Version> = HashMap::new();
     loop {
-        let delivery = reader.next().await?;
-        for event in delivery.changes() {
+        for event in reader.next().await?.changes() {
             let event = event?;
             let Some(key) = &event.key else {
                 println!("{:?} of the whole table", event.op);
                 continue;
             };
             let newest = applied.entry(format!("{key:?}")).or_insert(Version::ZERO);
-            if event.source.version <= *newest {
-                continue;
+            if event.source.version > *newest {
+                *newest = event.source.version;
+                println!("{:?} {key:?} -> {:?}", event.op, event.after);
             }
-            *newest = event.source.version;
-            println!("{:?} {key:?} -> {:?}", event.op, event.after);
         }
     }
 }

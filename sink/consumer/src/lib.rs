@@ -12,6 +12,7 @@ mod link;
 mod position;
 mod progress;
 mod reader;
+mod stored;
 
 pub use delivery::{Body, Delivery, Token};
 pub use reader::{Ordering, ReadError, Reader, ReaderOptions, Start};

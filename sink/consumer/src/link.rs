@@ -12,8 +12,11 @@ use crate::{Ordering, ReadError, ReaderOptions, Start, Token};
 
 /// Messages asked for at a time: well below the 65,536 that the client holds before it drops some.
 const PULL_MESSAGES_MAX: usize = 10_000;
-/// Bytes asked for at a time.
+/// Bytes asked for at a time, or one message of any size that the server takes.
 const PULL_BYTES_MAX: usize = 4 * 1024 * 1024;
+/// What a message counts for beyond the server's `max_payload`, which limits payload and headers: its subject, and
+/// the reply that says where it is stored.
+const MESSAGE_OVERHEAD_BYTES: usize = 16 * 1024;
 /// How long the server keeps a request for messages.
 const PULL_EXPIRES: Duration = Duration::from_secs(30);
 /// How often an idle server says that it is there; two missing ones end the consumer.
@@ -75,7 +78,7 @@ pub(crate) async fn make(options: ReaderOptions, reached: Option<Token>) -> Resu
     let filter_subjects = filter_subjects
         .map(|table| subject::table_filter(&options.source, table))
         .collect();
-    let (_, messages) = consume(&stream, after + 1, filter_subjects).await?;
+    let (_, messages) = consume(&options, &stream, after + 1, filter_subjects).await?;
     let link = Link {
         messages,
         consumer_seq: 0,
@@ -92,6 +95,7 @@ async fn answer<F: Future>(question: F) -> Result<F::Output, Fault> {
 
 /// A new consumer from `start_sequence` on: how many messages it has waiting, and its messages.
 async fn consume(
+    options: &ReaderOptions,
     stream: &Stream,
     start_sequence: u64,
     filter_subjects: Vec<String>,
@@ -106,14 +110,21 @@ async fn consume(
         ..pull::Config::default()
     };
     let consumer: PullConsumer = answer(stream.create_consumer(config)).await??;
+    let max_payload = options.jetstream.client().server_info().max_payload;
     let messages = consumer
         .stream()
         .max_messages_per_batch(PULL_MESSAGES_MAX)
-        .max_bytes_per_batch(PULL_BYTES_MAX)
+        .max_bytes_per_batch(pull_bytes(max_payload))
         .expires(PULL_EXPIRES)
         .heartbeat(IDLE_HEARTBEAT);
     let messages = answer(messages.messages()).await??;
     Ok((consumer.cached_info().num_pending, messages))
+}
+
+/// How many bytes to ask for. The server never sends a message that is larger than the request: it refuses the
+/// request, and the client makes the same one again, for ever.
+fn pull_bytes(max_payload: usize) -> usize {
+    PULL_BYTES_MAX.max(max_payload.saturating_add(MESSAGE_OVERHEAD_BYTES))
 }
 
 /// The sequence to resume after: the token's, unless the stream was rolled back meanwhile.
@@ -165,7 +176,7 @@ async fn newest_heartbeat(
     first: u64,
 ) -> Result<Option<u64>, Fault> {
     let heartbeats = subject::control(&options.source, ControlKind::Heartbeat);
-    let (mut pending, mut messages) = consume(stream, first, vec![heartbeats]).await?;
+    let (mut pending, mut messages) = consume(options, stream, first, vec![heartbeats]).await?;
     let mut search = ResumeSearch::new(own);
     let mut consumer_seq = 0;
     while pending > 0 {
@@ -214,4 +225,19 @@ async fn position_at(stream: &Stream, stream_seq: u64) -> Result<Option<Position
     }
     let control_position = || control(&message.payload).map(|control| control.position);
     Ok(of_changes(&message.payload).or_else(control_position))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_has_room_for_the_largest_message_that_the_server_takes() {
+        assert_eq!(pull_bytes(1024 * 1024), PULL_BYTES_MAX);
+        assert!(pull_bytes(PULL_BYTES_MAX) > PULL_BYTES_MAX);
+        assert_eq!(
+            pull_bytes(64 * 1024 * 1024),
+            64 * 1024 * 1024 + MESSAGE_OVERHEAD_BYTES
+        );
+    }
 }

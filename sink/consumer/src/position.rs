@@ -1,41 +1,42 @@
 //! Which position a message stands at, and which messages a reader drops. Pure.
 
-use millrace_event::{Control, Position, decode_line};
+use std::sync::LazyLock;
 
-/// The member that holds the position in an event's last line. Its quotes are not escaped and its value is an
-/// object, so it cannot occur inside a row: values of columns are never objects.
-const SOURCE: &[u8] = b"\"source\":{";
-/// The member is seldom longer than this.
-const SOURCE_BYTES: usize = 512;
-const VERSION: &[u8] = b"\"version\":\"";
+use memchr::memmem::Finder;
+use millrace_event::{Control, Position, Version, decode_line};
+
+/// What stands before the object that holds the position of an event. Its quotes are not escaped and an object
+/// follows, so it cannot occur inside a row: values of columns are never objects.
+const SOURCE: &[u8] = b"\"source\":";
+/// Where in it the position stands.
+static VERSION_MEMBER: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"version\":\""));
 const DIGITS: usize = 32;
 
 /// The position of a message with changes: its last line's. `None` for a message that is not ours.
 #[must_use]
 pub(crate) fn of_changes(payload: &[u8]) -> Option<Position> {
     let payload = payload.trim_ascii_end();
+    // The last brace that opens an object: our own publisher ends a line with its source.
+    if let Some(brace) = memchr::memrchr(b'{', payload)
+        && let (before, source) = payload.split_at(brace)
+        && before.ends_with(SOURCE)
+        && let Some(position) = of_source(source)
+    {
+        return Some(position);
+    }
     let start = memchr::memrchr(b'\n', payload).map_or(0, |end| end + 1);
-    let line = payload.get(start..)?;
-    quick(line).or_else(|| {
-        decode_line(line)
-            .ok()
-            .map(|event| event.source.version.into())
-    })
+    let event = decode_line(payload.get(start..)?).ok()?;
+    Some(event.source.version.into())
 }
 
-/// The version of a line as our own publisher writes it, without decoding its row.
-fn quick(line: &[u8]) -> Option<Position> {
-    // The member is the line's last and short; what a row holds before it need not be looked at.
-    let end = line.len().saturating_sub(SOURCE_BYTES);
-    let source = memchr::memmem::rfind(&line[end..], SOURCE).map(|at| end + at + SOURCE.len());
-    let source = &line[source.or_else(|| find(line, SOURCE))?..];
-    let digits = source.get(find(source, VERSION)?..)?.get(..DIGITS)?;
-    std::str::from_utf8(digits).ok()?.parse().ok()
-}
-
-/// Where the first `needle` ends.
-fn find(bytes: &[u8], needle: &[u8]) -> Option<usize> {
-    memchr::memmem::find(bytes, needle).map(|at| at + needle.len())
+/// The position in a `source` of the last line, whose members are no objects.
+fn of_source(source: &[u8]) -> Option<Position> {
+    if memchr::memchr(b'\n', source).is_some() {
+        return None;
+    }
+    let digits = VERSION_MEMBER.find(source)? + VERSION_MEMBER.needle().len();
+    let digits = source.get(digits..)?.get(..DIGITS)?;
+    Version::from_digits(digits).map(Position)
 }
 
 /// The control message in a payload; `None` for one that is not ours.
@@ -113,6 +114,31 @@ mod tests {
         assert_eq!(of_changes(line.as_bytes()), Some(at(7)));
         assert_eq!(of_changes(format!("{line}\n").as_bytes()), Some(at(7)));
         assert_eq!(of_changes(b"hello"), None);
+        assert_eq!(of_changes(format!("{line}\nhello").as_bytes()), None);
+    }
+
+    #[test]
+    fn the_position_is_found_in_any_layout_of_the_last_line() {
+        let line = |table: &str, seq| {
+            format!(
+                r#"{{"op":"t","before":null,"after":null,"key":null,"ts_ms":1,"source":{{"name":"s","db":"d","schema":"p","table":"{table}","table_version":"0","snapshot":"false","txId":1,"ts_us":1,"version":"{}","lsn":1}}}}"#,
+                at(seq)
+            )
+        };
+        let plain = line("t", 7);
+        let layouts = [
+            plain.clone(),
+            line("{", 7),
+            line(r#"\"source\":{"#, 7),
+            plain.replacen("\"source\":", "\"source\" : ", 1),
+            plain.replacen("\"version\":", "\"version\": ", 1),
+            plain.replacen("\"lsn\"", "\"new\":{\"version\":\"0\"},\"lsn\"", 1),
+            plain.replacen("}}", "},\"new\":{\"version\":\"0\"}}", 1),
+        ];
+        for last in layouts {
+            let payload = format!("{}\n{last}\n", line("t", 6));
+            assert_eq!(of_changes(payload.as_bytes()), Some(at(7)), "{last}");
+        }
     }
 
     /// Steps of publishers, of which several write to one stream.

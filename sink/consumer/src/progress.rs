@@ -141,12 +141,19 @@ impl Progress {
         if self.ordering == Ordering::ByStream {
             return Some((Position::ZERO, Body::Changes(payload)));
         }
-        if subject.split('.').nth(2) == Some("_ctl") {
+        if is_control(subject) {
             let control = control(&payload)?;
             return Some((control.position, Body::Control(control)));
         }
         Some((of_changes(&payload)?, Body::Changes(payload)))
     }
+}
+
+/// Whether a subject is a control message's: its third token says so.
+fn is_control(subject: &str) -> bool {
+    let mut dots = memchr::memchr_iter(b'.', subject.as_bytes());
+    let rest = dots.nth(1).and_then(|dot| subject.get(dot + 1..));
+    rest.is_some_and(|rest| rest.starts_with("_ctl."))
 }
 
 #[cfg(test)]
@@ -178,6 +185,20 @@ mod tests {
             Position::new(0, Lsn(1), seq)
         )
         .into()
+    }
+
+    #[test]
+    fn only_a_control_messages_third_token_makes_it_one() {
+        assert!(is_control("cdc.s._ctl.heartbeat"));
+        for subject in [
+            "cdc.s.public._ctl.c",
+            "cdc.s.=5Fctl.t.c",
+            "cdc._ctl.x.y",
+            "cdc",
+            "",
+        ] {
+            assert!(!is_control(subject), "{subject}");
+        }
     }
 
     #[test]

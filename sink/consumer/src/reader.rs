@@ -10,6 +10,7 @@ use millrace_event::{TableName, subject};
 
 use crate::link::{self, Fault, Link, Made};
 use crate::progress::{Arrival, Progress};
+use crate::stored::Stored;
 use crate::{Delivery, Token};
 
 /// The wait after the first fault; it doubles with each further one.
@@ -181,13 +182,22 @@ impl Reader {
         let (Some(link), Some(progress)) = (&mut self.link, &mut self.progress) else {
             return Ok(None);
         };
-        let (stream_seq, consumer_seq, stored_at) = match message.info() {
-            Ok(info) => (info.stream_sequence, info.consumer_sequence, info.published),
-            Err(error) => {
-                self.fault(&error.to_string());
-                return Ok(None);
-            }
+        let async_nats::Message {
+            subject,
+            reply,
+            headers,
+            payload,
+            ..
+        } = message.message;
+        let Some(stored) = reply.as_deref().and_then(Stored::parse) else {
+            self.fault("a message does not say where it is stored");
+            return Ok(None);
         };
+        let Stored {
+            stream_seq,
+            consumer_seq,
+            at: stored_at,
+        } = stored;
         if consumer_seq != link.consumer_seq + 1 {
             self.fault("the client dropped messages");
             return Ok(None);
@@ -201,14 +211,6 @@ impl Reader {
         }
         link.consumer_seq = consumer_seq;
         (self.faults, self.retry_at) = (0, None);
-        let Message { message, .. } = message;
-        let async_nats::Message {
-            subject,
-            headers,
-            payload,
-            ..
-        } = message;
-        let stored_at = stored_at.into();
         Ok(progress.on_message(Arrival {
             stream_seq,
             stored_at,

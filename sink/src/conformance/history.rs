@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use millrace_event::{Lsn, Version};
 
-use super::{Bench, Rows, Target, key, put, seen, text};
+use super::{Bench, Rows, Target, create, key, put, seen, text};
 use crate::fold::RowChange;
 use crate::row::Cell;
 use crate::sink::Sink;
@@ -22,11 +22,29 @@ impl Dice {
     }
 }
 
-/// Any batching of a history, partial rows and key changes included, ends as the source did.
+/// The source's rows, and every change that it made, in its order.
+#[derive(Default)]
+struct Source {
+    rows: BTreeMap<u64, (Version, u64, u64)>,
+    changes: Vec<(Version, RowChange)>,
+}
+
+impl Source {
+    fn rows(&self) -> Rows {
+        let rows = self.rows.iter().map(|(id, (version, n, big))| {
+            let big = format!("big{big}");
+            seen(*id, version.commit_lsn.0, version.seq, *n, &big)
+        });
+        rows.collect()
+    }
+}
+
+/// Any batching of a history, partial rows and key changes included, ends as the source did, whatever of it
+/// comes again after a restart.
 pub(super) async fn history<T: Target>(target: &T, seed: u64) {
     let mut bench = Bench::new(target, &format!("history_{seed}")).await;
     let mut dice = Dice(seed.wrapping_mul(7_919) + 1);
-    let mut source: BTreeMap<u64, (Version, u64, u64)> = BTreeMap::new();
+    let mut source = Source::default();
     for lsn in 1..60 {
         let mut seq = 0;
         for _ in 0..=dice.roll(6) {
@@ -36,23 +54,40 @@ pub(super) async fn history<T: Target>(target: &T, seed: u64) {
             }
         }
         if dice.roll(3) == 0 {
-            let applied = bench.apply(true).await;
-            assert_eq!(applied.dead(), 0, "seed {seed}: a row was set aside");
-            let rows = source.iter().map(|(id, (version, n, big))| {
-                seen(
-                    *id,
-                    version.commit_lsn.0,
-                    version.seq,
-                    *n,
-                    &format!("big{big}"),
-                )
-            });
-            let rows: Rows = rows.collect();
-            assert_eq!(
-                target.rows(&bench.layout).await,
-                rows,
-                "seed {seed} after {lsn}"
-            );
+            commit(target, &mut bench, &source, seed).await;
+            if dice.roll(3) == 0 {
+                bench.reopen().await;
+                come_again(&mut bench, &mut dice, &source, lsn).await;
+                // Else it is committed together with what is new.
+                if dice.roll(2) == 0 {
+                    commit(target, &mut bench, &source, seed).await;
+                }
+            }
+        }
+    }
+    commit(target, &mut bench, &source, seed).await;
+}
+
+async fn commit<T: Target>(target: &T, bench: &mut Bench<T::Sink>, source: &Source, seed: u64) {
+    let applied = bench.apply(true).await;
+    assert_eq!(applied.dead(), 0, "seed {seed}: a row was set aside");
+    assert_eq!(
+        target.rows(&bench.layout).await,
+        source.rows(),
+        "seed {seed}"
+    );
+}
+
+/// Everything from one of the source's transactions up to this one comes again.
+async fn come_again<S: Sink>(bench: &mut Bench<S>, dice: &mut Dice, source: &Source, lsn: u64) {
+    let from = lsn.saturating_sub(dice.roll(12));
+    for (version, change) in &source.changes {
+        if version.commit_lsn.0 < from {
+            continue;
+        }
+        bench.push(version.commit_lsn.0, version.seq, change.clone());
+        if dice.roll(8) == 0 {
+            bench.apply(false).await;
         }
     }
 }
@@ -60,52 +95,58 @@ pub(super) async fn history<T: Target>(target: &T, seed: u64) {
 fn change<S: Sink>(
     bench: &mut Bench<S>,
     dice: &mut Dice,
-    source: &mut BTreeMap<u64, (Version, u64, u64)>,
+    source: &mut Source,
     lsn: u64,
     seq: &mut u32,
 ) {
+    let mut push = |seq: u32, change: RowChange| {
+        bench.push(lsn, seq, change.clone());
+        let version = Version::new(1, Lsn(lsn), seq);
+        source.changes.push((version, change));
+    };
+    let rows = &mut source.rows;
     let id = dice.roll(6);
     let value = lsn * 100 + u64::from(*seq);
     *seq += 1;
     let version = Version::new(1, Lsn(lsn), *seq);
     let big = |value: u64| text(format!("big{value}"));
-    let stored = source.get(&id).copied();
+    let stored = rows.get(&id).copied();
     match (stored, dice.roll(12)) {
         (_, 0) => {
-            source.clear();
-            bench.push(lsn, *seq, RowChange::Truncate);
+            rows.clear();
+            push(*seq, RowChange::Truncate);
         }
         (None, _) => {
-            source.insert(id, (version, value, value));
-            bench.push(lsn, *seq, put(id, value, big(value)));
+            rows.insert(id, (version, value, value));
+            push(*seq, create(id, value, big(value)));
         }
         (Some(_), 1..=3) => {
-            source.remove(&id);
-            bench.push(lsn, *seq, RowChange::Delete(key(id)));
+            rows.remove(&id);
+            push(*seq, RowChange::Delete(key(id)));
         }
         (Some((_, _, old)), 4..=6) => {
-            source.insert(id, (version, value, old));
-            bench.push(lsn, *seq, put(id, value, Cell::Missing));
+            rows.insert(id, (version, value, old));
+            push(*seq, put(id, value, Cell::Missing));
         }
         (Some((_, _, old)), 7..=8) => {
-            let to = (0..20).find(|id| !source.contains_key(id)).unwrap_or(20);
-            source.remove(&id);
-            bench.push(lsn, *seq, RowChange::Delete(key(id)));
+            let to = (0..20).find(|id| !rows.contains_key(id)).unwrap_or(20);
+            rows.remove(&id);
+            push(*seq, RowChange::Delete(key(id)));
             *seq += 1;
-            source.insert(to, (Version::new(1, Lsn(lsn), *seq), value, old));
+            rows.insert(to, (Version::new(1, Lsn(lsn), *seq), value, old));
             let row = vec![text(to), text(value), Cell::Missing].into();
-            bench.push(
-                lsn,
+            push(
                 *seq,
                 RowChange::Put {
+                    created: true,
                     row,
                     old: Some(key(id)),
                 },
             );
         }
         (Some(_), _) => {
-            source.insert(id, (version, value, value));
-            bench.push(lsn, *seq, put(id, value, big(value)));
+            rows.insert(id, (version, value, value));
+            push(*seq, put(id, value, big(value)));
         }
     }
 }

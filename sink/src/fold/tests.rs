@@ -1,6 +1,6 @@
 use std::collections::BTreeMap;
 
-use millrace_event::{Lsn, decode_line};
+use millrace_event::{Lsn, TableName, decode_line};
 use proptest::prelude::*;
 
 use super::*;
@@ -42,6 +42,7 @@ fn at(lsn: u64) -> Version {
 fn a_key_change_takes_unchanged_columns_from_the_fold_or_else_moves() {
     let (layout, mut fold) = (layout(), Fold::new());
     let moved = |to: u8| RowChange::Put {
+        created: false,
         row: row(to, 9, None),
         old: Some(key(1)),
     };
@@ -49,6 +50,7 @@ fn a_key_change_takes_unchanged_columns_from_the_fold_or_else_moves() {
         &layout,
         at(1),
         RowChange::Put {
+            created: false,
             row: row(1, 1, Some(5)),
             old: None,
         },
@@ -68,6 +70,7 @@ fn a_key_change_takes_unchanged_columns_from_the_fold_or_else_moves() {
         &layout,
         at(4),
         RowChange::Put {
+            created: false,
             row: row(7, 1, Some(1)),
             old: None,
         },
@@ -159,10 +162,41 @@ fn change(kind: u8, id: u8, value: u32) -> RowChange {
         0 => RowChange::Truncate,
         1..=3 => RowChange::Delete(key(id)),
         _ => RowChange::Put {
+            created: false,
             row: row(id, value, Some(value)),
             old: None,
         },
     }
+}
+
+#[test]
+fn the_first_change_of_a_key_says_whether_the_row_is_new() {
+    let (layout, mut fold) = (layout(), Fold::new());
+    let put = |id: u8, created| RowChange::Put {
+        created,
+        row: row(id, 1, Some(1)),
+        old: None,
+    };
+    let changes = [
+        put(1, true),
+        put(1, false),
+        put(2, false),
+        RowChange::Delete(key(3)),
+        put(3, true),
+        put(4, true),
+        RowChange::Delete(key(4)),
+        put(4, true),
+    ];
+    for (lsn, change) in (1..).zip(changes) {
+        fold.change(&layout, at(lsn), change)
+            .expect("is well formed");
+    }
+    let steps = fold.finish();
+    let [Step::Rows(tables)] = steps.as_slice() else {
+        panic!("{steps:?}")
+    };
+    let created: Vec<_> = tables[0].rows.iter().map(|op| op.created).collect();
+    assert_eq!(created, [true, false, false, true]);
 }
 
 proptest! {

@@ -13,8 +13,8 @@ use super::fault::{self, Cause};
 use super::isolate;
 use super::parameters::{Parameter, Uuid};
 use super::session::{PARTITION, Session, Transaction};
-use crate::batch::{Batch, Step};
-use crate::sink::{Applied, SinkError};
+use crate::batch::{Batch, CopyState, Step};
+use crate::sink::{Applied, CopyTooOld, SinkError};
 
 /// What a failed flush failed at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +43,13 @@ pub(super) async fn apply(
     batch: &Batch,
     halt_on: &(dyn Fn(&millrace_event::TableName) -> bool + Sync),
 ) -> Result<Applied, SinkError> {
+    if let Some(too_old) = copied_too_old(session, batch) {
+        return Err(SinkError::Transient {
+            what: "applying the rows of a copy",
+            condition: None,
+            source: too_old.into(),
+        });
+    }
     // Until this call has ended, an abandoned one leaves a transaction in an unknown state.
     let before = std::mem::replace(&mut session.transaction, Transaction::Broken);
     let (fresh, floors) = match before {
@@ -51,9 +58,18 @@ pub(super) async fn apply(
         Transaction::Broken => return Err(broken()),
     };
     let mut applied = Applied::default();
-    let mut result = pipelined(session, sink, batch, fresh, &mut applied).await;
+    let mut inserted = Vec::new();
+    let mut result = pipelined(session, sink, batch, fresh, &mut inserted, &mut applied).await;
+    if result.is_ok() {
+        for relation in &inserted {
+            session.inserts.taken(relation);
+        }
+    }
     if let Err(Failure::Row { at_end }) = result {
         tracing::debug!(at_end, "isolating the rows that the target refuses");
+        for relation in inserted {
+            session.inserts.refused(relation);
+        }
         session.floors.clone_from(&floors);
         applied = Applied::default();
         result = isolate::apply(session, sink, batch, fresh, at_end, halt_on, &mut applied)
@@ -96,6 +112,31 @@ fn layouts_of(step: &Step) -> Vec<&crate::row::TableLayout> {
     }
 }
 
+/// A row of a copy, of a table not copied yet, that a forgotten delete may have removed. One worker at a time
+/// makes the clean-up floors in memory true, and the fence is checked with the rows.
+fn copied_too_old(session: &Session, batch: &Batch) -> Option<CopyTooOld> {
+    batch.copy.as_ref()?;
+    let rows = batch.steps.iter().filter_map(|step| match step {
+        Step::Rows(tables) => Some(tables),
+        _ => None,
+    });
+    rows.flatten().find_map(|table| {
+        let name = &table.layout.source;
+        let state = session.copied.tables.get(name);
+        // The rows of a parked table that catches up come from the stream: what they could meet was kept.
+        if state.is_some_and(CopyState::is_copied) {
+            return None;
+        }
+        let forgotten = *session.forgotten.get(&table.layout.relation())?;
+        let old = table.rows.iter().find(|op| op.version <= forgotten)?;
+        Some(CopyTooOld {
+            table: name.clone(),
+            version: old.version,
+            forgotten,
+        })
+    })
+}
+
 pub(super) fn broken() -> SinkError {
     SinkError::Transient {
         what: "the session is in an unknown state",
@@ -117,11 +158,14 @@ impl From<SinkError> for Failure {
     }
 }
 
+/// Applies a batch in one flush, and commits it if it says so. `inserted` gets the relations of which new rows
+/// were sent as plain inserts.
 async fn pipelined(
     session: &mut Session,
     sink: &str,
     batch: &Batch,
     fresh: bool,
+    inserted: &mut Vec<String>,
     applied: &mut Applied,
 ) -> Result<(), Failure> {
     // Rows are sorted lazily per step because a truncate raises the floor for the steps behind it.
@@ -133,7 +177,14 @@ async fn pipelined(
                 sorted.push(
                     tables
                         .iter()
-                        .map(|table| Sorted::new(table, &floors))
+                        .map(|table| {
+                            let sorted = Sorted::new(table, &floors)
+                                .with_inserts(&table.layout, &mut session.inserts);
+                            if !sorted.new.is_empty() {
+                                inserted.push(table.layout.relation());
+                            }
+                            sorted
+                        })
                         .collect(),
                 );
             }
@@ -188,7 +239,11 @@ async fn pipelined(
         end: match (fresh, batch.commit) {
             (true, true) => Some("COMMIT"),
             (true, false) => None,
-            (false, _) => Some("RELEASE SAVEPOINT millrace_batch"),
+            (false, false) => Some("RELEASE SAVEPOINT millrace_batch"),
+            // What was deferred is checked while this batch can still be taken back alone.
+            (false, true) => {
+                Some("SET CONSTRAINTS ALL IMMEDIATE; RELEASE SAVEPOINT millrace_batch")
+            }
         },
     };
     run(&session.client, flush, &list, applied)

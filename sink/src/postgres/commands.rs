@@ -5,12 +5,15 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use millrace_event::{TableName, Version};
 use tokio_postgres::Statement;
 
-use super::parameters::{KeyColumn, Parameter, Text, TextColumn, Uuid, VersionColumn, cells};
-use super::session::{Kind, Session};
+use super::inserts::Inserts;
+use super::parameters::{
+    BinaryColumn, KeyColumn, Parameter, Text, TextColumn, Uuid, VersionColumn, cells,
+};
+use super::session::{Forms, Kind, Session};
 use crate::batch::{Action, Move, RowOp, Step, TableRows};
 use crate::row::{Cell, TableLayout, is_full};
 use crate::sink::SinkError;
-use crate::sql::{self, Present};
+use crate::sql::{self, Form, Present};
 
 /// What a statement's row count means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,7 +45,13 @@ pub(super) enum Group<'a> {
     Partial(&'a Present),
     /// Whole rows.
     Full,
+    /// Whole rows of keys that the target should not have. Always behind a [`Group::Full`] of the same table,
+    /// be it empty: its statement fails where the key has no unique index, which an insert would not notice.
+    New,
 }
+
+/// Makes the text of a statement that writes full rows.
+type FullRowsSql = fn(&TableLayout, &[Form]) -> String;
 
 /// One table's rows of a step, by how they are written. In this order: a delete frees a key that another
 /// spelling of it (`1.0` and `1.00`) may take.
@@ -51,6 +60,7 @@ pub(super) struct Sorted<'a> {
     pub(super) deletes: Vec<&'a RowOp>,
     pub(super) partials: BTreeMap<Present, Vec<&'a RowOp>>,
     pub(super) full: Vec<&'a RowOp>,
+    pub(super) new: Vec<&'a RowOp>,
     /// Rows at or below the truncate floor.
     pub(super) stale: u64,
 }
@@ -73,6 +83,15 @@ impl<'a> Sorted<'a> {
         sorted
     }
 
+    /// Takes the rows that the source made apart, if they may be written by a plain insert.
+    pub(super) fn with_inserts(mut self, layout: &TableLayout, inserts: &mut Inserts) -> Self {
+        let created = self.full.iter().filter(|op| op.created).count();
+        if inserts.may(&layout.relation(), created) {
+            (self.new, self.full) = self.full.iter().partition(|op| op.created);
+        }
+        self
+    }
+
     /// The groups that are not empty, in order.
     pub(super) fn groups(&self) -> Vec<(Group<'_>, &[&'a RowOp])> {
         let mut groups: Vec<(Group<'_>, &[&'a RowOp])> = vec![(Group::Delete, &self.deletes)];
@@ -81,8 +100,13 @@ impl<'a> Sorted<'a> {
                 .iter()
                 .map(|(present, ops)| (Group::Partial(present), &**ops)),
         );
-        groups.push((Group::Full, &self.full));
         groups.retain(|(_, ops)| !ops.is_empty());
+        if !(self.full.is_empty() && self.new.is_empty()) {
+            groups.push((Group::Full, &self.full));
+        }
+        if !self.new.is_empty() {
+            groups.push((Group::New, &self.new));
+        }
         groups
     }
 }
@@ -142,15 +166,9 @@ impl<'a, 's> Commands<'a, 's> {
         let rows = |columns: &[usize]| columns_of(ops, columns);
         match group {
             Group::Delete => {
-                let sql = || sql::delete(layout);
-                self.add(
-                    layout,
-                    Counts::Deleted,
-                    Kind::Delete,
-                    sql,
-                    rows(&layout.key),
-                )
-                .await?;
+                let (sql, keys) = (|| sql::delete(layout), rows(&layout.key));
+                self.add(layout, Counts::Deleted, Kind::Delete, sql, keys)
+                    .await?;
                 let sql = || sql::tombstone(layout);
                 let keys = keys_of(ops);
                 self.add(layout, Counts::Nothing, Kind::Tombstone, sql, keys)
@@ -163,6 +181,7 @@ impl<'a, 's> Commands<'a, 's> {
                 self.touched.insert(layout.relation());
                 let columns: Vec<_> = present.iter().copied().collect();
                 let mut parameters = rows(&columns);
+                parameters.push(Box::new(KeyColumn(ops)));
                 parameters.push(Box::new(self.sink));
                 let kind = Kind::PartialLetters(present.clone());
                 let sql = || sql::partial_letters(layout, present);
@@ -170,41 +189,48 @@ impl<'a, 's> Commands<'a, 's> {
                     .await?;
                 let kind = Kind::Partial(present.clone());
                 let sql = || sql::partial(layout, present);
-                self.add(layout, Counts::Upserted, kind, sql, rows(&columns))
+                let mut parameters = rows(&columns);
+                parameters.push(Box::new(KeyColumn(ops)));
+                self.add(layout, Counts::Upserted, kind, sql, parameters)
                     .await?;
                 return Ok(());
             }
-            Group::Full => {
-                let all: Vec<_> = (0..layout.columns.len()).collect();
-                let mut parameters = rows(&all);
-                let oldest = ops.iter().map(|op| op.version).min().unwrap_or_default();
-                let entombed = self.session.tombstones.get(&layout.relation());
-                // In the stream's order every row is newer than every delete before it, so no look is needed.
-                if entombed.is_none_or(|newest| *newest < oldest) {
-                    parameters.pop();
-                    let sql = || sql::upsert_newest(layout);
-                    self.add(
-                        layout,
-                        Counts::Upserted,
-                        Kind::UpsertNewest,
-                        sql,
-                        parameters,
-                    )
+            Group::Full | Group::New => {
+                let (forms, mut parameters) = full_rows(layout, ops);
+                let is_new = matches!(group, Group::New);
+                let (kind, text): (fn(Forms) -> Kind, FullRowsSql) =
+                    match (self.are_newest(layout, ops), is_new) {
+                        (true, true) => (Kind::Insert, sql::insert),
+                        (true, false) => (Kind::UpsertNewest, sql::upsert_newest),
+                        (false, _) => {
+                            parameters.push(Box::new(KeyColumn(ops)));
+                            (Kind::Upsert, sql::upsert)
+                        }
+                    };
+                let (kind, sql) = (kind(forms.clone()), || text(layout, &forms));
+                self.add(layout, Counts::Upserted, kind, sql, parameters)
                     .await?;
-                } else {
-                    let sql = || sql::upsert(layout);
-                    self.add(layout, Counts::Upserted, Kind::Upsert, sql, parameters)
-                        .await?;
-                }
             }
         }
         let relation = layout.relation();
-        if self.touched.contains(&relation) || self.session.letters.contains(&relation) {
+        let has_letters =
+            self.touched.contains(&relation) || self.session.letters.contains(&relation);
+        if has_letters && !ops.is_empty() {
             let sql = || sql::resolve(layout);
             self.add(layout, Counts::Nothing, Kind::Resolve, sql, keys_of(ops))
                 .await?;
         }
         Ok(())
+    }
+
+    /// Whether these rows are newer than every tombstone of their table. In the stream's order every row is
+    /// newer than every delete before it, so no look for tombstones is needed.
+    fn are_newest(&self, layout: &TableLayout, ops: &[&RowOp]) -> bool {
+        let oldest = ops.iter().map(|op| op.version).min();
+        let entombed = self.session.tombstones.get(&layout.relation());
+        entombed
+            .zip(oldest)
+            .is_none_or(|(newest, oldest)| *newest < oldest)
     }
 
     /// The statements that move one row.
@@ -313,6 +339,24 @@ fn keys_of<'a>(ops: &'a [&'a RowOp]) -> Vec<Parameter<'a>> {
     vec![Box::new(VersionColumn(ops)), Box::new(KeyColumn(ops))]
 }
 
+/// An array for each column, in its binary form where all its values have one, then the versions.
+fn full_rows<'a>(layout: &TableLayout, ops: &'a [&'a RowOp]) -> (Forms, Vec<Parameter<'a>>) {
+    let mut forms = Vec::with_capacity(layout.columns.len());
+    let mut parameters: Vec<Parameter<'a>> = Vec::with_capacity(layout.columns.len() + 2);
+    for (at, column) in layout.columns.iter().enumerate() {
+        let (form, parameter): (_, Parameter<'a>) =
+            match BinaryColumn::new(Form::of(&column.cast), ops, at) {
+                Some(binary) => (binary.form(), Box::new(binary)),
+                None => (Form::Text, Box::new(TextColumn { ops, column: at })),
+            };
+        forms.push(form);
+        parameters.push(parameter);
+    }
+    parameters.push(Box::new(VersionColumn(ops)));
+    (forms, parameters)
+}
+
+/// A text array for each of these columns, then the versions.
 fn columns_of<'a>(ops: &'a [&'a RowOp], columns: &[usize]) -> Vec<Parameter<'a>> {
     let mut parameters: Vec<Parameter<'a>> = Vec::with_capacity(columns.len() + 2);
     for column in columns {
@@ -321,7 +365,7 @@ fn columns_of<'a>(ops: &'a [&'a RowOp], columns: &[usize]) -> Vec<Parameter<'a>>
             column: *column,
         }));
     }
-    parameters.extend(keys_of(ops));
+    parameters.push(Box::new(VersionColumn(ops)));
     parameters
 }
 

@@ -5,6 +5,7 @@
 use millrace_config::{Code, Condition};
 use millrace_event::TableName;
 use tokio_postgres::Error;
+use tokio_postgres::error::SqlState;
 
 use super::apply::{At, Flush, fence, run};
 use super::commands::{Command, Commands, Group, Sorted, event, is_above_floor};
@@ -18,6 +19,9 @@ use crate::sink::{Applied, SinkError};
 const LETTER: &str = "INSERT INTO millrace.dead_letter \
     (sink, relation, key, version, op, reason, sqlstate, event) \
     VALUES ($1, $2, $3, $4, $5, $6, $7, $8::text::jsonb)";
+
+/// Checks what was deferred so far.
+const CHECK_DEFERRED: &str = "SET CONSTRAINTS ALL IMMEDIATE; SET CONSTRAINTS ALL DEFERRED";
 
 /// Which tables halt on a refused row instead of setting it aside.
 pub(super) type HaltOn<'h> = &'h (dyn Fn(&TableName) -> bool + Sync);
@@ -38,6 +42,20 @@ struct Refused<'a> {
     error: Error,
 }
 
+/// Why a batch was not isolated to its end.
+enum Stopped {
+    /// A deferred constraint refused something when the transaction was to end.
+    AtEnd(Error),
+    /// Anything else.
+    Sink(SinkError),
+}
+
+impl From<SinkError> for Stopped {
+    fn from(error: SinkError) -> Self {
+        Self::Sink(error)
+    }
+}
+
 /// Applies the batch in small pieces, and commits it if it says so.
 pub(super) async fn apply(
     session: &mut Session,
@@ -48,27 +66,7 @@ pub(super) async fn apply(
     halt_on: HaltOn<'_>,
     applied: &mut Applied,
 ) -> Result<(), SinkError> {
-    let begin = if fresh {
-        "ROLLBACK; BEGIN"
-    } else {
-        "ROLLBACK TO SAVEPOINT millrace_batch"
-    };
-    let cas = (session.cas.clone(), fence(session, sink, batch));
-    let flush = Flush {
-        begin,
-        fence: Some(cas),
-        end: None,
-    };
-    run(&session.client, flush, &[], applied)
-        .await
-        .map_err(|(at, error)| match at {
-            At::Fence
-                if error.code() == Some(&tokio_postgres::error::SqlState::DIVISION_BY_ZERO) =>
-            {
-                SinkError::Fenced
-            }
-            _ => general("isolating a refused row", error),
-        })?;
+    let floors = session.floors.clone();
     let mut isolation = Isolation {
         session,
         sink,
@@ -76,21 +74,72 @@ pub(super) async fn apply(
         halt_on,
         applied,
     };
-    for step in &batch.steps {
-        match step {
-            Step::Rows(tables) => isolation.rows(tables).await?,
-            Step::Move(moves) => isolation.moves(moves).await?,
-            Step::Truncate(_) | Step::Sweep { .. } => isolation.whole(step).await?,
-        }
+    let mut ended = isolation.batch(batch, fresh).await;
+    if let (Err(Stopped::AtEnd(_)), false) = (&ended, immediate) {
+        // A row, or a wrong guess about the keys that the target has, was refused at once, and hid another
+        // one that is refused at the end.
+        isolation.immediate = true;
+        isolation.session.floors = floors;
+        *isolation.applied = Applied::default();
+        ended = isolation.batch(batch, fresh).await;
     }
-    if batch.commit {
-        let committed = session.client.batch_execute("COMMIT").await;
-        committed.map_err(|error| general("committing", error))?;
-    }
-    Ok(())
+    ended.map_err(|stopped| match stopped {
+        Stopped::AtEnd(error) => general("committing", error),
+        Stopped::Sink(error) => error,
+    })
 }
 
 impl<'a> Isolation<'a, '_> {
+    async fn batch(&mut self, batch: &'a Batch, fresh: bool) -> Result<(), Stopped> {
+        let begin = if fresh {
+            "ROLLBACK; BEGIN"
+        } else {
+            "ROLLBACK TO SAVEPOINT millrace_batch"
+        };
+        let cas = (
+            self.session.cas.clone(),
+            fence(self.session, self.sink, batch),
+        );
+        let flush = Flush {
+            begin,
+            fence: Some(cas),
+            end: None,
+        };
+        run(&self.session.client, flush, &[], self.applied)
+            .await
+            .map_err(|(at, error)| match at {
+                At::Fence if error.code() == Some(&SqlState::DIVISION_BY_ZERO) => SinkError::Fenced,
+                _ => general("isolating a refused row", error),
+            })?;
+        if self.immediate && !fresh {
+            // What the transaction's earlier batches left to be checked must not be held against this one's
+            // rows. If it does not hold by now, nobody can tell which row would be the one to set aside.
+            self.check(CHECK_DEFERRED).await?;
+        }
+        for step in &batch.steps {
+            match step {
+                Step::Rows(tables) => self.rows(tables).await?,
+                Step::Move(moves) => self.moves(moves).await?,
+                Step::Truncate(_) | Step::Sweep { .. } => self.whole(step).await?,
+            }
+        }
+        if batch.commit {
+            // Apart from the commit, after whose failure the transaction's earlier batches would be gone.
+            self.check("SET CONSTRAINTS ALL IMMEDIATE").await?;
+            self.check("COMMIT").await?;
+        }
+        Ok(())
+    }
+
+    /// Runs SQL that checks what was deferred.
+    async fn check(&self, sql: &str) -> Result<(), Stopped> {
+        let checked = self.session.client.batch_execute(sql).await;
+        checked.map_err(|error| match fault::cause(&error) {
+            Cause::Row => Stopped::AtEnd(error),
+            _ => Stopped::Sink(general("committing", error)),
+        })
+    }
+
     async fn rows(&mut self, tables: &'a [TableRows]) -> Result<(), SinkError> {
         let mut refused = Vec::new();
         for table in tables {
@@ -236,6 +285,7 @@ impl<'a> Isolation<'a, '_> {
                 let op = RowOp {
                     key: row.key.clone(),
                     version: row.version,
+                    created: true,
                     action: Action::Put(row.row.clone()),
                 };
                 let event = event(&moved.layout, &op).to_string();

@@ -11,11 +11,12 @@ use millrace_event::{Position, TableName, Version};
 use tokio_postgres::{Client, Row, Statement};
 
 use super::fault::{self, general};
+use super::inserts::Inserts;
 use super::parameters::Uuid;
 use crate::batch::{Checkpoint, CopyProgress, PositionRow};
 use crate::row::TableLayout;
 use crate::sink::SinkError;
-use crate::sql::Present;
+use crate::sql::{Form, Present};
 
 /// A connection to the target that is being made.
 pub type Connecting = Pin<Box<dyn Future<Output = Result<Client, SinkError>> + Send>>;
@@ -52,11 +53,15 @@ const MIGRATION_TABLE: &str = "CREATE TABLE IF NOT EXISTS millrace.migration (\n
 const POSITION: &str = "stream_seq, position, epoch, \
     (extract(epoch FROM source_ts) * 1000000)::bigint AS source_ts_us, fence, copy::text AS copy";
 
+/// The form of each column of a layout.
+pub(super) type Forms = Vec<Form>;
+
 /// Which statement of a table.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Kind {
-    Upsert,
-    UpsertNewest,
+    Upsert(Forms),
+    UpsertNewest(Forms),
+    Insert(Forms),
     Delete,
     Tombstone,
     Resolve,
@@ -89,12 +94,16 @@ pub(super) struct Session {
     pub(super) transaction: Transaction,
     /// Truncate floors by relation; one worker at a time makes the copy in memory true.
     pub(super) floors: HashMap<String, Version>,
+    /// Up to which version tombstones were dropped, by relation.
+    pub(super) forgotten: HashMap<String, Version>,
     /// Relations with open dead letters; may hold too many, never too few.
     pub(super) letters: HashSet<String>,
     /// The newest tombstone by relation; may be too new (of a transaction that was rolled back), never too old.
     pub(super) tombstones: HashMap<String, Version>,
     /// Tombstones of the step under way: none of its other rows has one of these keys.
     pub(super) buried: HashMap<String, Version>,
+    /// Which tables' new rows may be written without a guard.
+    pub(super) inserts: Inserts,
     /// The tables of which this sink has begun a copy.
     pub(super) copied: CopyProgress,
     pub(super) cas: Statement,
@@ -186,15 +195,12 @@ pub(super) async fn open(
 }
 
 async fn load(client: Client, position: &PositionRow) -> Result<Session, tokio_postgres::Error> {
-    let mut floors = HashMap::new();
-    for row in client
-        .query(
-            "SELECT relation, truncate_floor FROM millrace.table_floor",
-            &[],
-        )
-        .await?
-    {
-        floors.insert(row.try_get(0)?, row.try_get::<_, Uuid>(1)?.0);
+    let (mut floors, mut forgotten) = (HashMap::new(), HashMap::new());
+    let both = "SELECT relation, truncate_floor, cleanup_floor FROM millrace.table_floor";
+    for row in client.query(both, &[]).await? {
+        let relation: String = row.try_get(0)?;
+        floors.insert(relation.clone(), row.try_get::<_, Uuid>(1)?.0);
+        forgotten.insert(relation, row.try_get::<_, Uuid>(2)?.0);
     }
     let mut tombstones = HashMap::new();
     // The version's text has the version's order; uuid itself has no maximum before Postgres 18.
@@ -223,9 +229,11 @@ async fn load(client: Client, position: &PositionRow) -> Result<Session, tokio_p
         fence: position.fence,
         transaction: Transaction::Closed,
         floors,
+        forgotten,
         letters,
         tombstones,
         buried: HashMap::new(),
+        inserts: Inserts::default(),
         copied: position.copy.clone(),
         cas,
         statements: HashMap::new(),

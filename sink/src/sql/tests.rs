@@ -23,11 +23,11 @@ fn layout() -> TableLayout {
 #[test]
 fn upsert_is_guarded_and_casts_without_modifiers() {
     assert_eq!(
-        upsert(&layout()),
+        upsert(&layout(), &[Form::Text; 3]),
         "INSERT INTO \"shop\".\"or'ders\" AS t (\"id\", \"n\"\"\", \"big\", \"_millrace_version\") \
          OVERRIDING SYSTEM VALUE SELECT s.c0::bigint, s.c1::bpchar, s.c2::text, s.v \
-         FROM unnest($1::text[], $2::text[], $3::text[], $4::uuid[], $5::text[]) \
-         AS s(c0, c1, c2, v, k) WHERE NOT EXISTS (SELECT 1 FROM millrace.tombstone x \
+         FROM (SELECT unnest($1::text[]) AS c0, unnest($2::text[]) AS c1, unnest($3::text[]) AS c2, \
+         unnest($4::uuid[]) AS v, unnest($5::text[]) AS k) AS s WHERE NOT EXISTS (SELECT 1 FROM millrace.tombstone x \
          WHERE x.relation = 'shop.or''ders' AND x.key = s.k AND x.version >= s.v) \
          ON CONFLICT (\"id\") DO UPDATE SET \"n\"\"\" = excluded.\"n\"\"\", \"big\" = excluded.\"big\", \
          \"_millrace_version\" = excluded.\"_millrace_version\" \
@@ -36,17 +36,38 @@ fn upsert_is_guarded_and_casts_without_modifiers() {
 }
 
 #[test]
+fn binary_values_are_not_cast() {
+    let forms = [Form::Int8, Form::Text, Form::Text];
+    let text = "INSERT INTO \"shop\".\"or'ders\" AS t (\"id\", \"n\"\"\", \"big\", \"_millrace_version\") \
+         OVERRIDING SYSTEM VALUE SELECT s.c0, s.c1::bpchar, s.c2::text, s.v \
+         FROM (SELECT unnest($1::bigint[]) AS c0, unnest($2::text[]) AS c1, \
+         unnest($3::text[]) AS c2, unnest($4::uuid[]) AS v) AS s";
+    assert_eq!(insert(&layout(), &forms), text);
+    let guarded = upsert_newest(&layout(), &forms);
+    let guard = guarded.strip_prefix(text).expect("is the same insert");
+    assert!(
+        guard.starts_with(" ON CONFLICT (\"id\") DO UPDATE SET "),
+        "{guard}"
+    );
+    assert!(
+        guard.ends_with(" WHERE t.\"_millrace_version\" < excluded.\"_millrace_version\""),
+        "{guard}"
+    );
+}
+
+#[test]
 fn delete_partial_and_truncate_are_guarded() {
     assert_eq!(
         delete(&layout()),
-        "DELETE FROM \"shop\".\"or'ders\" AS t USING unnest($1::text[], $2::uuid[], $3::text[]) \
-         AS s(c0, v, k) WHERE t.\"id\" = s.c0::bigint AND t.\"_millrace_version\" < s.v \
-         AND s.k IS NOT NULL"
+        "DELETE FROM \"shop\".\"or'ders\" AS t USING (SELECT unnest($1::text[]) AS c0, \
+         unnest($2::uuid[]) AS v) AS s WHERE t.\"id\" = s.c0::bigint \
+         AND t.\"_millrace_version\" < s.v"
     );
     assert_eq!(
         partial(&layout(), &Present::from([0, 1])),
         "UPDATE \"shop\".\"or'ders\" AS t SET \"n\"\"\" = s.c1::bpchar, \"_millrace_version\" = s.v \
-         FROM unnest($1::text[], $2::text[], $3::uuid[], $4::text[]) AS s(c0, c1, v, k) \
+         FROM (SELECT unnest($1::text[]) AS c0, unnest($2::text[]) AS c1, unnest($3::uuid[]) AS v, \
+         unnest($4::text[]) AS k) AS s \
          WHERE t.\"id\" = s.c0::bigint AND t.\"_millrace_version\" < s.v \
          AND NOT EXISTS (SELECT 1 FROM millrace.dead_letter d WHERE d.relation = 'shop.or''ders' \
          AND d.key = s.k AND d.resolved_at IS NULL)"

@@ -52,6 +52,7 @@ const CAPTURE_PACKED: Goal = goal(
 const REPLICA: Goal = goal("replica_vs_native", Sense::AtLeast, Some(0.4), Some(0.6));
 const REPLICA_PACKED: Goal = goal("replica_packed_vs_native", Sense::AtLeast, None, Some(1.0));
 const OLTP: Goal = goal("oltp_vs_native", Sense::AtLeast, Some(1.0), Some(2.0));
+const OLTP_PACKED: Goal = goal("oltp_packed_vs_native", Sense::AtLeast, None, Some(2.0));
 const P50: Goal = goal("latency_p50_ms", Sense::AtMost, None, Some(3.0));
 const P99: Goal = goal("latency_p99_ms", Sense::AtMost, Some(50.0), Some(15.0));
 const PEAK_RSS: Goal = goal("peak_rss_mib", Sense::AtMost, Some(64.0), Some(64.0));
@@ -118,6 +119,7 @@ impl Report {
             (REPLICA.key, ratio(&bulk, Replica, Native)),
             (REPLICA_PACKED.key, ratio(&bulk, ReplicaPacked, Native)),
             (OLTP.key, ratio(&oltp, Replica, Native)),
+            (OLTP_PACKED.key, ratio(&oltp, ReplicaPacked, Native)),
             (P50.key, millis(Replica, |seen| seen.p50_ms)),
             (P99.key, millis(Replica, |seen| seen.p99_ms)),
             ("native_latency_p50_ms", millis(Native, |seen| seen.p50_ms)),
@@ -138,6 +140,7 @@ impl Report {
             REPLICA,
             REPLICA_PACKED,
             OLTP,
+            OLTP_PACKED,
             P50,
             P99,
             PEAK_RSS,
@@ -145,10 +148,9 @@ impl Report {
         ];
         let missed = goals
             .iter()
-            .filter(|goal| {
-                numbers
-                    .get(goal.key)
-                    .is_some_and(|value| goal.is_missed(*value))
+            .filter(|goal| match numbers.get(goal.key) {
+                Some(value) => goal.is_missed(*value),
+                None => goal.floor.is_some(),
             })
             .map(|goal| goal.key)
             .collect();
@@ -212,7 +214,11 @@ impl Report {
             format!("source -> replica, {} transactions", self.transactions),
             &self.oltp,
             "tx/s",
-            &[(Native, None), (Replica, Some(OLTP))],
+            &[
+                (Native, None),
+                (Replica, Some(OLTP)),
+                (ReplicaPacked, Some(OLTP_PACKED)),
+            ],
         );
         let mut number = |what: &str, contender: Contender, key, unit, goal: Option<Goal>| {
             let [floor, target] = limits(goal);

@@ -10,7 +10,7 @@ use postgres_protocol::message::frontend;
 use rustls_pki_types::{IpAddr, ServerName};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpStream, UnixStream, lookup_host};
+use tokio::net::{TcpSocket, TcpStream, UnixStream, lookup_host};
 use tokio::time::timeout;
 use tokio_postgres::config::{Host, SslNegotiation};
 use tokio_rustls::TlsConnector;
@@ -158,7 +158,10 @@ async fn tcp(dsn: &Dsn, index: usize) -> io::Result<TcpStream> {
         (None, Some(Host::Tcp(host))) => lookup_host((host.as_str(), port)).await?.collect(),
         (None, Some(Host::Unix(_)) | None) => Vec::new(),
     };
-    let stream = TcpStream::connect(addresses.as_slice()).await?;
+    let stream = match dsn.receive_buffer() {
+        Some(bytes) => connect_with(bytes, &addresses).await?,
+        None => TcpStream::connect(addresses.as_slice()).await?,
+    };
     stream.set_nodelay(true)?;
     let socket = SockRef::from(&stream);
     #[cfg(target_os = "linux")]
@@ -174,6 +177,24 @@ async fn tcp(dsn: &Dsn, index: usize) -> io::Result<TcpStream> {
         socket.set_tcp_keepalive(&keepalive)?;
     }
     Ok(stream)
+}
+
+/// The first of the addresses that answers. The buffer must be there before the connection: the sender cuts its
+/// segments by the largest window that it has ever seen, and waits for a timer when one does not fit.
+async fn connect_with(receive_buffer: u32, addresses: &[SocketAddr]) -> io::Result<TcpStream> {
+    let mut last = io::ErrorKind::NotFound.into();
+    for address in addresses {
+        let socket = match address {
+            SocketAddr::V4(_) => TcpSocket::new_v4()?,
+            SocketAddr::V6(_) => TcpSocket::new_v6()?,
+        };
+        socket.set_recv_buffer_size(receive_buffer)?;
+        match socket.connect(*address).await {
+            Ok(stream) => return Ok(stream),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
 }
 
 /// Sends SSLRequest; whether the server agrees.

@@ -36,6 +36,7 @@ pub struct Dsn {
     config: Config,
     ssl_mode: SslMode,
     tls: Tls,
+    receive_buffer: Option<u32>,
 }
 
 /// Why a connection string is not understood. No variant holds a value of it.
@@ -138,6 +139,7 @@ impl Dsn {
                 roots,
                 identity,
             },
+            receive_buffer: None,
         })
     }
 
@@ -172,6 +174,21 @@ impl Dsn {
         }
     }
 
+    /// Gives TCP connections a receive buffer of so many bytes (Linux doubles it) instead of one that the system
+    /// fits to the traffic. It bounds how much the server sends before it is read, so also the rate over a long way.
+    #[must_use]
+    pub fn with_receive_buffer(self, bytes: u32) -> Self {
+        let receive_buffer = Some(bytes);
+        Self {
+            receive_buffer,
+            ..self
+        }
+    }
+
+    pub(super) fn receive_buffer(&self) -> Option<u32> {
+        self.receive_buffer
+    }
+
     /// How long connecting to one host may take, TLS and login included.
     #[must_use]
     pub fn connect_timeout(&self) -> Duration {
@@ -194,7 +211,8 @@ impl Dsn {
     }
 
     /// How many hosts there are to try.
-    pub(super) fn hosts(&self) -> usize {
+    #[must_use]
+    pub fn hosts(&self) -> usize {
         self.config
             .get_hosts()
             .len()

@@ -1,0 +1,151 @@
+//! Which columns of a table its rows are known by.
+
+use std::collections::BTreeSet;
+
+use millrace_config::{Code, Condition, Table};
+use millrace_event::quote_identifier;
+
+/// A unique index over plain columns of the whole table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct UniqueIndex {
+    /// Its name; that of its constraint, if it has one.
+    pub(super) name: String,
+    pub(super) primary: bool,
+    /// Whether it was chosen with `REPLICA IDENTITY USING INDEX`.
+    pub(super) identity: bool,
+    /// False for a DEFERRABLE constraint.
+    pub(super) immediate: bool,
+    /// Its columns, in its order.
+    pub(super) columns: Vec<String>,
+    /// Whether all of them are NOT NULL.
+    pub(super) not_null: bool,
+}
+
+/// The key that rows are known by, checked against what the table logs of old rows; `identity` is the
+/// table's `relreplident`.
+///
+/// Only an immediate index is a key. Under a deferrable one two rows can share a key until the transaction's
+/// end, and their changes cannot be told apart. Postgres takes none for a replica identity either.
+pub(super) fn key_of(
+    table: &Table,
+    identity: &str,
+    indexes: &[UniqueIndex],
+) -> Result<Vec<String>, Condition> {
+    let immediate = || indexes.iter().filter(|index| index.immediate);
+    let primary = immediate().find(|index| index.primary);
+    let by_identity = immediate().find(|index| index.identity);
+    let found = match &table.key {
+        Some(key) => immediate().find(|index| index.not_null && same_columns(&index.columns, key)),
+        None => primary.or(by_identity),
+    };
+    let Some(found) = found else {
+        return Err(no_key(table, indexes));
+    };
+    let logged = match identity {
+        "d" => primary,
+        "i" => by_identity,
+        _ => None,
+    };
+    let key = table.key.as_ref().unwrap_or(&found.columns);
+    let covers = |index: &UniqueIndex| key.iter().all(|column| index.columns.contains(column));
+    match identity == "f" || logged.is_some_and(covers) {
+        true => Ok(key.clone()),
+        false => Err(no_identity(table, identity, found, key, indexes)),
+    }
+}
+
+fn same_columns(one: &[String], other: &[String]) -> bool {
+    one.iter().collect::<BTreeSet<_>>() == other.iter().collect()
+}
+
+fn no_key(table: &Table, indexes: &[UniqueIndex]) -> Condition {
+    let (name, quoted) = (&table.name, table.name.quoted());
+    let deferrable = indexes.iter().find(|index| {
+        !index.immediate
+            && match &table.key {
+                Some(key) => same_columns(&index.columns, key),
+                None => index.primary,
+            }
+    });
+    let (message, remedy) = match (&table.key, deferrable) {
+        (_, Some(index)) => {
+            let kind = match index.primary {
+                true => "PRIMARY KEY",
+                false => "UNIQUE",
+            };
+            let list = list(&index.columns);
+            let nullable = match index.not_null {
+                true => "",
+                false => ", and make its columns NOT NULL",
+            };
+            let constraint = quote_identifier(&index.name);
+            (
+                format!(
+                    "table {name}: the {kind} constraint on its key ({list}) is DEFERRABLE: \
+                     two rows may share a key until the transaction's end"
+                ),
+                format!(
+                    "ALTER TABLE {quoted} DROP CONSTRAINT {constraint}, ADD {kind} ({list}){nullable}; or keep it, \
+                     and CREATE UNIQUE INDEX over other columns that are NOT NULL, \
+                     ALTER TABLE {quoted} REPLICA IDENTITY USING INDEX that index, \
+                     and name its columns as `key` in tables/{name}.toml"
+                ),
+            )
+        }
+        (Some(key), None) => {
+            let list = list(key);
+            (
+                format!(
+                    "table {name}: no unique index on exactly its key ({list}), or a column may be NULL"
+                ),
+                format!("ALTER TABLE {quoted} ADD UNIQUE ({list}), and make its columns NOT NULL"),
+            )
+        }
+        (None, None) => (
+            format!("table {name} has no primary key"),
+            format!(
+                "ALTER TABLE {quoted} ADD PRIMARY KEY (..), or name a unique key in tables/{name}.toml"
+            ),
+        ),
+    };
+    Condition::new(Code::NoKey, message, remedy)
+}
+
+fn no_identity(
+    table: &Table,
+    identity: &str,
+    found: &UniqueIndex,
+    key: &[String],
+    indexes: &[UniqueIndex],
+) -> Condition {
+    let (name, quoted) = (&table.name, table.name.quoted());
+    let deferrable = indexes
+        .iter()
+        .any(|index| index.primary && !index.immediate);
+    let reason = match identity {
+        "d" if deferrable => " (Postgres does not take a DEFERRABLE primary key for one)",
+        "n" => " (REPLICA IDENTITY NOTHING)",
+        _ => "",
+    };
+    let choice = match found.primary {
+        true => "DEFAULT".to_owned(),
+        false => format!("USING INDEX {}", quote_identifier(&found.name)),
+    };
+    Condition::new(
+        Code::NoReplicaIdentity,
+        format!(
+            "table {name} has no replica identity that covers its key ({}){reason}: \
+             publishing it would break the application's own updates and deletes",
+            list(key)
+        ),
+        format!("ALTER TABLE {quoted} REPLICA IDENTITY {choice}, or FULL"),
+    )
+}
+
+fn list(columns: &[String]) -> String {
+    let quoted: Vec<_> = columns
+        .iter()
+        .map(|column| quote_identifier(column))
+        .collect();
+    quoted.join(", ")
+}
