@@ -15,6 +15,7 @@ mod copy_faults;
 mod create_never;
 mod deferrable_keys;
 mod deferred_constraints;
+mod demo;
 mod hot_key;
 mod idle_source;
 mod insert_update_delete;
