@@ -5,7 +5,6 @@
 //! every row gets the version (epoch, C, 0), above every change that it includes and below every change
 //! that it does not, and the sink drops what the stream still says of these tables below C. After a crash the
 //! tables that were not finished are read under another snapshot, with another C.
-
 //!
 //! Each sink's copies run by themselves and beside the streaming. What fails of them is tried again by itself
 //! and shown meanwhile; nothing else stands still for it.

@@ -12,7 +12,7 @@ mod wal;
 
 use std::path::Path;
 
-use millrace_config::Exit;
+use millrace_config::{Exit, chain};
 use millrace_lab::LabError;
 
 use self::contender::Contender;
@@ -151,16 +151,6 @@ fn write(report: &Report, path: &Path) -> Result<(), LabError> {
         .map_err(|error| LabError::Unexpected(format!("the report has no JSON: {error}")))?;
     text.push(b'\n');
     std::fs::write(path, text).map_err(cannot())
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        text = format!("{text}: {inner}");
-        cause = inner.source();
-    }
-    text
 }
 
 #[cfg(test)]

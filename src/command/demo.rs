@@ -5,7 +5,7 @@ mod screen;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use millrace_config::Exit;
+use millrace_config::{Exit, chain};
 use millrace_consumer::{Body, Reader, ReaderOptions, Start};
 use millrace_event::{ChangeEvent, Columns, Op, subject};
 use millrace_lab::{
@@ -284,14 +284,4 @@ fn describe(event: &ChangeEvent<'_>) -> String {
         columns(&event.key)
     };
     format!("{} {} {row}", event.op.letter(), event.source.table_name())
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        text = format!("{text}: {inner}");
-        cause = inner.source();
-    }
-    text
 }
