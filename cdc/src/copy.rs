@@ -127,15 +127,11 @@ impl Asked<'_> {
             return Ok(());
         };
         let status = status.filter(|status| status.request == request.id);
-        let status = status.unwrap_or(CopyStatus {
-            request: request.id,
-            attempt: 0,
-            copied: Vec::new(),
-            last_seq: 0,
-        });
+        let status = status.unwrap_or_else(|| CopyStatus::new(request.id));
         let remaining: Vec<_> = request
             .tables
             .into_iter()
+            .map(|wanted| wanted.table)
             // A table that is not configured here (yet) waits; the sink goes on asking.
             .filter(|table| !status.copied.contains(table) && self.copier.table(table).is_some())
             .collect();

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use millrace_consumer::{Body, Delivery, Ordering, Reader, ReaderOptions, Start};
-use millrace_event::work::{Copied, CopyApplied, CopyRequest, CopyStatus};
+use millrace_event::work::{Copied, CopyApplied, CopyRequest, CopyStatus, TableRequest, Wanted};
 use millrace_event::{ChangeEvent, TableName, header, subject};
 use tokio_util::sync::CancellationToken;
 
@@ -76,16 +76,24 @@ async fn request(life: &Life<'_>) -> Result<CopyRequest, Error> {
     let failed = |error| Error::retry("copy requests cannot be read", error);
     if let Some(entry) = life.copies.get(&key).await.map_err(failed)? {
         let known: Option<CopyRequest> = serde_json::from_slice(&entry).ok();
-        if let Some(known) =
-            known.filter(|known| remaining.iter().all(|table| known.tables.contains(table)))
-        {
+        if let Some(known) = known.filter(|known| {
+            let asked =
+                |table: &TableName| known.tables.iter().any(|wanted| wanted.table == *table);
+            remaining.iter().all(asked)
+        }) {
             return Ok(known);
         }
     }
     let id = format!("{:016x}", rand::random::<u64>());
     let request = CopyRequest {
         id,
-        tables: remaining,
+        tables: remaining
+            .into_iter()
+            .map(|table| TableRequest {
+                table,
+                rows: Wanted::Load,
+            })
+            .collect(),
     };
     let value = serde_json::to_vec(&request).expect("plain JSON");
     life.copies
@@ -136,7 +144,7 @@ async fn follow(
         checkpoint,
         life.progress.clone(),
     );
-    for table in &request.tables {
+    for TableRequest { table, .. } in &request.tables {
         if life.tables.contains_key(table) {
             machine.set_layout(life.layout(table, None).await?);
         }
@@ -173,7 +181,7 @@ async fn follow(
                 _ = checks.tick() => {
                     let status = status(life, request).await?;
                     let Some(status) = status else { continue };
-                    let told = |table| status.copied.contains(table);
+                    let told = |wanted: &TableRequest| status.copied.contains(&wanted.table);
                     if request.tables.iter().all(told) {
                         // Everything was put on the stream and read, or the broker lost the stream's end: and
                         // yet something is missing.
@@ -283,6 +291,7 @@ async fn tell_applied(
     let applied = CopyApplied {
         request: request.id.clone(),
         stream_seq,
+        after: Vec::new(),
     };
     let value = serde_json::to_vec(&applied).expect("plain JSON");
     life.copies

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use bytes::Bytes;
-use millrace_event::work::{Copied, CopyStatus};
+use millrace_event::work::{Copied, CopyStatus, Part};
 use millrace_event::{
     Before, Change, Datum, LineEnd, Lsn, Op, TableName, Transaction, subject, write_change,
     write_line_end,
@@ -120,10 +120,9 @@ impl World {
         ));
         self.counts.copy_attempts += 1;
         self.copier.status = Some(CopyStatus {
-            request: request.id,
             attempt,
             copied,
-            last_seq: 0,
+            ..CopyStatus::new(request.id)
         });
         self.copier.attempt = Some(Attempt { number: 0, steps });
     }
@@ -220,6 +219,7 @@ fn steps(
             epoch: EPOCH,
             lsn,
             rows,
+            part: Part::Load,
         }));
         steps.push_back(Step::Told(name.clone()));
     }

@@ -11,3 +11,7 @@ pub const COPY: &str = "Millrace-Copy";
 
 /// On a copy stream: the message's number in its attempt, from 1 and without gaps.
 pub const COPY_NUMBER: &str = "Millrace-Copy-Number";
+
+/// On a copy stream, with rows of a chunk: its sink applies them once it has applied the stream up to this LSN
+/// (`X/X`). By then the stream has told of all that the chunk's snapshot shows.
+pub const COPY_REACH: &str = "Millrace-Copy-Reach";

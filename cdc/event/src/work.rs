@@ -53,13 +53,55 @@ pub struct ParkedClaim {
     pub stream_seq: u64,
 }
 
-/// A sink asks for the existing rows of tables.
+/// A sink asks for rows of tables. One request at a time: a new one, with another id, replaces it, and asks again
+/// for what it had not brought.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CopyRequest {
-    /// Names this request: a new one, with another id, replaces it.
+    /// Names this request.
     pub id: String,
-    /// The tables, in the order in which they shall come.
-    pub tables: Vec<TableName>,
+    /// The tables, in the order in which they shall come; each at most once.
+    pub tables: Vec<TableRequest>,
+}
+
+/// What a sink asks of one table.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TableRequest {
+    /// The table.
+    #[serde(flatten)]
+    pub table: TableName,
+    /// Which rows, and how they are read.
+    #[serde(flatten)]
+    pub rows: Wanted,
+}
+
+/// Which rows of a table a sink asks for, and how they are read.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "rows", rename_all = "lowercase")]
+pub enum Wanted {
+    /// All rows, under one exported snapshot, by ranges of blocks. The sink applies no streamed change of the
+    /// table before they are all there.
+    Load,
+    /// All rows, in chunks in the order of the key, each under a snapshot of its own. The sink applies the
+    /// table's streamed changes meanwhile.
+    Chunks {
+        /// Only rows behind this key: a text for each key column. `None`: from the first one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        after: Option<Vec<String>>,
+        /// Only rows for which this SQL condition on the source's table holds.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        filter: Option<String>,
+        /// At most so many rows a second.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        rows_per_second: Option<u32>,
+        /// Nothing is read until another request says otherwise.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        paused: bool,
+    },
+    /// The rows of these keys, as one chunk, which heals rows of which some columns are not known.
+    Keys {
+        /// A text for each key column of each key.
+        keys: Vec<Vec<String>>,
+    },
 }
 
 /// What has been put on the copy stream for a request.
@@ -67,12 +109,42 @@ pub struct CopyRequest {
 pub struct CopyStatus {
     /// The request's id.
     pub request: String,
-    /// Rises with each snapshot that the request needed.
+    /// Rises with each attempt that the request needed.
     pub attempt: u32,
     /// The tables whose rows are all on the copy stream.
     pub copied: Vec<TableName>,
     /// The copy stream's last sequence after them.
     pub last_seq: u64,
+    /// Tables whose load was cut off behind its first rows: its snapshot is gone, and the sink must ask for the
+    /// table in another way.
+    #[serde(default)]
+    pub cut: Vec<TableName>,
+    /// The table whose load has rows on the copy stream, and not all of them.
+    #[serde(default)]
+    pub loading: Option<TableName>,
+    /// How many rows each table is thought to have: the source's own estimate.
+    #[serde(default)]
+    pub estimates: Vec<(TableName, u64)>,
+    /// Why nothing of a table comes for now.
+    #[serde(default)]
+    pub troubles: Vec<(TableName, String)>,
+}
+
+impl CopyStatus {
+    /// Nothing of a request is on the copy stream yet.
+    #[must_use]
+    pub fn new(request: String) -> Self {
+        Self {
+            request,
+            attempt: 0,
+            copied: Vec::new(),
+            last_seq: 0,
+            cut: Vec::new(),
+            loading: None,
+            estimates: Vec::new(),
+            troubles: Vec::new(),
+        }
+    }
 }
 
 /// How far a sink has applied its copy stream.
@@ -82,20 +154,44 @@ pub struct CopyApplied {
     pub request: String,
     /// The newest sequence of the copy stream that is committed in the target.
     pub stream_seq: u64,
+    /// The last key of the newest whole chunk that is committed in the target, of each table that comes in chunks.
+    #[serde(default)]
+    pub after: Vec<(TableName, Vec<String>)>,
 }
 
-/// On the copy stream: all rows of a table came before this message.
+/// On the copy stream: what came before this message is a whole.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Copied {
     /// The table.
     pub table: TableName,
     /// The epoch of the rows' versions.
     pub epoch: u32,
-    /// The snapshot's consistent point: the rows show exactly the commits below it.
+    /// Every row at the source had a row on the copy stream with at least this version, or a change that is
+    /// newer: of a load its snapshot's consistent point, of chunks where the request began.
     #[serde(with = "crate::lsn::as_number")]
     pub lsn: Lsn,
     /// How many rows there were.
     pub rows: u64,
+    /// What is whole.
+    #[serde(flatten)]
+    pub part: Part,
+}
+
+/// What a [`Copied`] ends.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "part", rename_all = "lowercase")]
+pub enum Part {
+    /// A table under one snapshot: its rows show exactly the commits below `lsn`.
+    Load,
+    /// A chunk.
+    Chunk {
+        /// The key of its last row; `None` where it has no row.
+        after: Option<Vec<String>>,
+        /// Whether no row of the table follows.
+        last: bool,
+    },
+    /// The keys that were asked for.
+    Keys,
 }
 
 /// Which source the stream's newest epoch comes from.

@@ -7,7 +7,7 @@ use bytes::{Buf as _, Bytes};
 use futures_util::StreamExt;
 use millrace_config::{Condition, Config, limits};
 use millrace_connect::postgres::{ConnectError, Dsn, Session, connect};
-use millrace_event::work::{Copied, CopyStatus};
+use millrace_event::work::{Copied, CopyStatus, Part};
 use millrace_event::{
     Before, Change, Datum, LineEnd, Lsn, Op, Relation, TableName, Transaction, quote_identifier,
     quote_literal, subject, write_change, write_line_end,
@@ -118,6 +118,7 @@ impl Asked<'_> {
                 epoch: copier.source.epoch,
                 lsn,
                 rows,
+                part: Part::Load,
             };
             let payload = serde_json::to_vec(&copied).expect("plain JSON");
             out.publish(subject::copied(source, sink), payload.into())
