@@ -104,6 +104,49 @@ pub enum Wanted {
     },
 }
 
+/// An operator wants a table's rows to be read again, for one sink. All of a sink's orders are under one key of the
+/// bucket of copies: [`orders_key`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackfillOrder {
+    /// Names this order.
+    pub id: String,
+    /// The table.
+    pub table: TableName,
+    /// Only rows for which this SQL condition on the source's table holds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub filter: Option<String>,
+    /// At most so many rows a second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rows_per_second: Option<u32>,
+    /// Nothing is read until it is resumed.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub paused: bool,
+    /// It is to end where it is.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub cancelled: bool,
+}
+
+impl BackfillOrder {
+    /// An order for all rows of a table.
+    #[must_use]
+    pub fn new(id: String, table: TableName) -> Self {
+        Self {
+            id,
+            table,
+            filter: None,
+            rows_per_second: None,
+            paused: false,
+            cancelled: false,
+        }
+    }
+}
+
+/// The key of a sink's orders: a list of [`BackfillOrder`].
+#[must_use]
+pub fn orders_key(sink: &str) -> String {
+    format!("orders.{sink}")
+}
+
 /// What has been put on the copy stream for a request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CopyStatus {
