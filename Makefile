@@ -4,12 +4,13 @@ CARGO = cargo
 DEMO_ARGS =
 BENCH_ARGS =
 
-.PHONY: help setup setup-tests demo test bench lint
+.PHONY: help setup setup-tests demo test bench bench-backfill lint
 
 help:
 	@echo 'make demo   throwaway servers, live traffic, a kill in the middle, a full comparison'
 	@echo 'make test   the whole test suite, on real servers'
 	@echo 'make bench  the measurements of the README (release build)'
+	@echo 'make bench-backfill  the initial copy against native table synchronization (release build)'
 	@echo 'make lint   formatting and clippy, as CI runs them'
 	@echo 'make setup  only install what the others need: Postgres and nats-server'
 	@echo 'make setup-tests  the same, and what only the tests need'
@@ -30,6 +31,10 @@ test: setup-tests
 bench: setup
 	$(CARGO) build --release --locked
 	target/release/millrace bench $(BENCH_ARGS)
+
+bench-backfill: setup
+	$(CARGO) build --release --locked
+	target/release/millrace bench-backfill $(BENCH_ARGS)
 
 lint:
 	$(CARGO) fmt --all --check

@@ -66,6 +66,8 @@ pub(crate) enum Command {
     Validate,
     /// Show the source, the stream and the targets, whether or not a process runs
     Status(StatusArguments),
+    /// Read rows of a table again for a sink, beside its changes: to repair a replica
+    Backfill(BackfillArguments),
     /// Remove what `run` created at the source and on the stream
     Drop(DropArguments),
     /// Print the least-privilege roles and grants, and the NATS permissions
@@ -79,6 +81,8 @@ pub(crate) enum Command {
     Demo(DemoArguments),
     /// Measure against pg_recvlogical and native logical replication
     Bench(BenchArguments),
+    /// Measure the initial copy against that of native logical replication
+    BenchBackfill(BenchBackfillArguments),
 }
 
 /// What `run` is asked to do.
@@ -141,6 +145,127 @@ pub(crate) enum Output {
     Json,
 }
 
+/// What `backfill` is asked to do.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub(crate) struct BackfillArguments {
+    /// The verb.
+    #[command(subcommand)]
+    pub(crate) verb: BackfillVerb,
+}
+
+/// What is done about backfills.
+#[derive(Clone, Debug, Subcommand)]
+pub(crate) enum BackfillVerb {
+    /// Read a table's rows again; the replica takes part in the stream meanwhile
+    ///
+    /// Without --where the replica is equal to the source at the end: rows that are wrong or missing come, and
+    /// rows that the source does not have go. With --where the rows for which it holds are written, and nothing
+    /// is removed.
+    #[command(after_help = EXIT_CODES)]
+    Start(BackfillStart),
+    /// Show how far each table is, whether or not a process runs
+    Status(BackfillStatus),
+    /// Read no more rows until it is resumed; changes flow on
+    Pause(BackfillTables),
+    /// Go on with what was paused, or at another pace
+    Resume(BackfillResume),
+    /// End it where it is: rows that came are right, the others stay as they were
+    Cancel(BackfillTables),
+}
+
+/// Which tables of which sinks a verb is for.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct BackfillTables {
+    /// The table at the source: schema.table, or table in the schema public
+    pub(crate) table: Option<String>,
+    /// Every configured table
+    #[arg(long, conflicts_with = "table")]
+    pub(crate) all: bool,
+    /// Only for this sink; default: every sink that receives the table
+    #[arg(long, value_name = "NAME")]
+    pub(crate) sink: Option<String>,
+}
+
+/// What `backfill start` is asked to do.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct BackfillStart {
+    /// Of which tables and sinks.
+    #[command(flatten)]
+    pub(crate) tables: BackfillTables,
+    /// Only rows for which this SQL condition holds, over the source's columns
+    #[arg(long = "where", value_name = "SQL", conflicts_with = "all")]
+    pub(crate) filter: Option<String>,
+    /// At most so many rows a second
+    #[arg(long, value_name = "ROWS/s", value_parser = rows_per_second)]
+    pub(crate) rate: Option<u32>,
+    /// Follow it to its end: exit code 0 when all is done, 3 when one was cancelled or its table is parked
+    #[arg(long)]
+    pub(crate) wait: bool,
+}
+
+/// What `backfill status` is asked to show.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct BackfillStatus {
+    /// Only this table; default: every configured one
+    pub(crate) table: Option<String>,
+    /// Only of this sink; default: every sink
+    #[arg(long, value_name = "NAME")]
+    pub(crate) sink: Option<String>,
+    /// The form of the answer
+    #[arg(short, long, value_enum, default_value_t = Output::Table)]
+    pub(crate) output: Output,
+}
+
+/// What `backfill resume` is asked to do.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct BackfillResume {
+    /// Of which tables and sinks.
+    #[command(flatten)]
+    pub(crate) tables: BackfillTables,
+    /// From now on at most so many rows a second, or `unlimited`; default: as before
+    #[arg(long, value_name = "ROWS/s", value_parser = Pace::from_str)]
+    pub(crate) rate: Option<Pace>,
+}
+
+/// How fast rows are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pace {
+    /// As fast as the sink takes them.
+    Unlimited,
+    /// At most so many rows a second.
+    RowsPerSecond(u32),
+}
+
+impl Pace {
+    /// Rows a second, where they are limited.
+    pub(crate) fn limit(self) -> Option<u32> {
+        match self {
+            Self::Unlimited => None,
+            Self::RowsPerSecond(rows) => Some(rows),
+        }
+    }
+}
+
+impl FromStr for Pace {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "unlimited" => Ok(Self::Unlimited),
+            text => match rows_per_second(text) {
+                Ok(rows) => Ok(Self::RowsPerSecond(rows)),
+                Err(error) => Err(format!("{error}, or `unlimited`")),
+            },
+        }
+    }
+}
+
+fn rows_per_second(text: &str) -> Result<u32, String> {
+    let rows: Option<u32> = text.parse().ok().filter(|rows| *rows > 0);
+    rows.ok_or_else(|| format!("expected a number of rows from 1 to {}", u32::MAX))
+}
+
 /// What `drop` is asked to do.
 #[derive(Clone, Copy, Debug, Args)]
 pub(crate) struct DropArguments {
@@ -196,6 +321,24 @@ pub(crate) struct BenchArguments {
     pub(crate) output: PathBuf,
 }
 
+/// What `bench-backfill` is asked to measure.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct BenchBackfillArguments {
+    /// Rows that are there before the replica is
+    #[arg(long, value_name = "N", default_value_t = 1_000_000)]
+    pub(crate) rows: u64,
+    /// Runs of each contender; the median counts
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub(crate) runs: u32,
+    /// Where the numbers are written
+    #[arg(
+        long,
+        value_name = "FILE",
+        default_value = "target/bench/backfill.json"
+    )]
+    pub(crate) output: PathBuf,
+}
+
 fn log_level(text: &str) -> Result<LogLevel, String> {
     let levels = [
         LogLevel::Error,
@@ -236,6 +379,41 @@ mod tests {
             panic!("{arguments:?}")
         };
         assert_eq!(run.timeout, ONCE_TIMEOUT_DEFAULT);
+    }
+
+    #[test]
+    fn backfills_are_asked_for() {
+        let parse = |line: &str| Arguments::try_parse_from(line.split(' '));
+        let line = "millrace backfill start orders --sink wh --where id>3 --rate 500 --wait -c etc";
+        let Command::Backfill(asked) = parse(line).expect("valid").command else {
+            panic!("{line}")
+        };
+        let BackfillVerb::Start(start) = asked.verb else {
+            panic!("{asked:?}")
+        };
+        assert_eq!(start.tables.table.as_deref(), Some("orders"));
+        assert_eq!(start.tables.sink.as_deref(), Some("wh"));
+        assert_eq!(start.filter.as_deref(), Some("id>3"));
+        assert_eq!((start.rate, start.wait), (Some(500), true));
+        for wrong in [
+            "start orders --all",
+            "start --all --where true",
+            "start orders --rate 0",
+            "start orders --rate -5",
+            "start orders --rate fast",
+            "resume orders --rate 0",
+            "cancel orders --rate 5",
+            "status --all",
+            "stop orders",
+        ] {
+            assert!(
+                parse(&format!("millrace backfill {wrong}")).is_err(),
+                "{wrong}"
+            );
+        }
+        for (text, limit) in [("unlimited", None), ("7", Some(7))] {
+            assert_eq!(text.parse::<Pace>().expect("valid").limit(), limit);
+        }
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! One file per verb, and what they have in common.
 
+mod backfill;
 mod bench;
 mod demo;
 mod drop;
@@ -44,6 +45,9 @@ pub(crate) fn execute(arguments: Arguments) -> Exit {
         Command::Status(arguments) => {
             configured(&mut |config| block_on(status::status(&config, arguments)))
         }
+        Command::Backfill(arguments) => {
+            configured(&mut |config| block_on(backfill::backfill(&config, arguments.verb.clone())))
+        }
         Command::Drop(arguments) => {
             configured(&mut |config| block_on(drop::drop(&config, arguments)))
         }
@@ -58,6 +62,10 @@ pub(crate) fn execute(arguments: Arguments) -> Exit {
         Command::Bench(arguments) => {
             logging::start(log, logging::DEFAULT);
             block_on(bench::run(arguments))
+        }
+        Command::BenchBackfill(arguments) => {
+            logging::start(log, logging::DEFAULT);
+            block_on(bench::run_backfill(arguments))
         }
     }
 }

@@ -1,6 +1,9 @@
 //! The capture machine: from WAL frames to messages, and from their acknowledgements to what the slot may
 //! forget. It knows no network and no clock.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,10 +14,12 @@ use millrace_event::{
 };
 
 use crate::assemble::{Assembler, MessageLimits, Outgoing, RowTooLarge};
+use crate::commits::{self, CommitLog, Committed};
 use crate::frontier::{Boundary, ConfirmPolicy, Frontier};
 use crate::pgoutput::{self, Message, OldTuple, PgoutputError, Tuple};
 use crate::relation::{Published, RelationError, Relations};
-use crate::tuple::{RowChange, Writer};
+use crate::selection::Selection;
+use crate::tuple::{MaskedTexts, RowChange, Writer};
 
 /// The prefix of the logical messages that are heartbeats.
 pub const HEARTBEAT_PREFIX: &str = "millrace.heartbeat";
@@ -33,6 +38,8 @@ pub struct Settings {
     pub epoch: u32,
     /// The tables it publishes, with their key columns.
     pub tables: HashMap<TableName, Vec<String>>,
+    /// What is done about columns of some of them.
+    pub selections: HashMap<TableName, Arc<Selection>>,
     /// How messages are packed.
     pub limits: MessageLimits,
     /// When the slot may forget.
@@ -132,6 +139,7 @@ struct Open {
     commit_lsn: Lsn,
     committed_at_us: i64,
     seq: u32,
+    xid: u32,
     heartbeat: Heartbeat,
 }
 
@@ -139,7 +147,8 @@ struct Open {
 #[derive(Debug, PartialEq, Eq)]
 enum Heartbeat {
     Absent,
-    Written,
+    /// With the mark that somebody waits for, if it carries one.
+    Written(Option<u64>),
 }
 
 /// Decodes WAL into messages.
@@ -151,6 +160,7 @@ pub struct Capture {
     relations: Relations,
     state: State,
     assembler: Assembler,
+    masked: MaskedTexts,
     frontier: Frontier,
     outputs: VecDeque<Output>,
     /// Everything at or below is in the stream already.
@@ -161,6 +171,7 @@ pub struct Capture {
     published_at: Duration,
     reported: Lsn,
     changes: u64,
+    commit_log: CommitLog,
 }
 
 impl Capture {
@@ -175,6 +186,7 @@ impl Capture {
             settings.source.clone(),
             settings.db.clone(),
             settings.tables.clone(),
+            settings.selections.clone(),
         );
         let mut frontier = Frontier::new(settings.confirm, resume.last_seq, resume.confirmed);
         let mut represented = resume.confirmed;
@@ -184,6 +196,7 @@ impl Capture {
         }
         Self {
             assembler: Assembler::new(settings.limits),
+            masked: MaskedTexts::default(),
             settings,
             relations,
             state: State::Idle,
@@ -195,6 +208,7 @@ impl Capture {
             represented,
             published_at: now,
             changes: 0,
+            commit_log: CommitLog::default(),
         }
     }
 
@@ -263,6 +277,17 @@ impl Capture {
         self.relations.take_counts()
     }
 
+    /// Notes which transactions are read to their end, or no longer.
+    pub fn record_commits(&mut self, recording: bool) {
+        self.commit_log.record(recording);
+    }
+
+    /// How far the WAL was read: every transaction whose commit record lies below was read to its end. And which
+    /// of them were noted since the last time.
+    pub fn take_commits(&mut self) -> (Lsn, Vec<Committed>) {
+        self.commit_log.take()
+    }
+
     fn report(&mut self, now: Duration) {
         if let Some(boundary) = self.frontier.due(now) {
             let asked = |output: &Output| matches!(output, Output::Verify(_));
@@ -325,7 +350,7 @@ impl Capture {
                 if let (true, HEARTBEAT_PREFIX, State::InTransaction(open)) =
                     (message.transactional, message.prefix, &mut self.state)
                 {
-                    open.heartbeat = Heartbeat::Written;
+                    open.heartbeat = Heartbeat::Written(commits::mark_of(message.content));
                 }
                 Ok(())
             }
@@ -351,6 +376,7 @@ impl Capture {
             commit_lsn: begin.final_lsn,
             committed_at_us: begin.commit_ts_us,
             seq: 0,
+            xid: begin.xid,
             heartbeat: Heartbeat::Absent,
         });
         Ok(())
@@ -364,7 +390,17 @@ impl Capture {
             return Err(CaptureError::Protocol("a commit does not match its begin"));
         }
         self.assembler.commit(commit.end_lsn);
-        if open.heartbeat == Heartbeat::Written {
+        let mark = match open.heartbeat {
+            Heartbeat::Written(mark) => mark,
+            Heartbeat::Absent => None,
+        };
+        let committed = Committed {
+            xid: open.xid,
+            commit_lsn: open.commit_lsn,
+            mark,
+        };
+        self.commit_log.committed(committed, commit.end_lsn);
+        if open.heartbeat != Heartbeat::Absent {
             // Above every change of its transaction, whatever the application wrote beside it.
             let position = Position::new(self.settings.epoch, open.commit_lsn, u32::MAX);
             self.control(
@@ -379,8 +415,12 @@ impl Capture {
 
     /// Publishes the WAL's progress, so that what is confirmed is always represented in the stream.
     fn on_keepalive(&mut self, wal_end: Lsn, sent_at_us: i64, now: Duration) {
+        if !matches!(self.state, State::Idle) {
+            return;
+        }
+        self.commit_log.read_to(wal_end);
         let quiet = now.saturating_sub(self.published_at) >= PROGRESS_INTERVAL;
-        if quiet && wal_end > self.represented && matches!(self.state, State::Idle) {
+        if quiet && wal_end > self.represented {
             let position = Position::new(self.settings.epoch, wal_end, 0);
             self.control(ControlKind::Progress, position, wal_end, sent_at_us);
         }
@@ -426,7 +466,7 @@ impl Capture {
         if Position::from(open.transaction.version(open.seq)) <= self.skip_to {
             return Ok(());
         }
-        let row = RowChange::new(&published.relation, old, new)?;
+        let row = RowChange::new(published, old, new, &mut self.masked)?;
         let mut writer = Writer {
             assembler: &mut self.assembler,
             published,

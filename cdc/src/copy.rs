@@ -1,19 +1,32 @@
-//! The initial copy: a sink asks for tables, and their existing rows go onto its copy stream.
+//! Copies of existing rows: a sink asks for tables, and their rows go onto its copy stream.
 //!
-//! All tables of an attempt are read under one exported snapshot, that of a temporary slot. Its consistent
+//! A *load* reads whole tables at once: all tables of an attempt are read under one exported snapshot, that of a temporary slot. Its consistent
 //! point C divides history: the snapshot shows exactly the transactions whose commit record lies below C. So
 //! every row gets the version (epoch, C, 0), above every change that it includes and below every change
-//! that it does not, and the sink drops what the stream still says of these tables below C. After a crash the
-//! tables that were not finished are read under another snapshot, with another C.
+//! that it does not, and the sink drops what the stream still says of these tables below C. A load that was cut
+//! off behind its first rows cannot go on, since its snapshot is gone: its sink asks for chunks.
+//!
+//! *Chunks* come in the order of the key, each under a snapshot of its own, while the sink applies the table's
+//! changes. Which version their rows get is the matter of [`rule::version`]. They go on wherever they were cut off.
+//! The rows of single *keys* are read like a chunk.
 //!
 //! Each sink's copies run by themselves and beside the streaming. What fails of them is tried again by itself
 //! and shown meanwhile; nothing else stands still for it.
 
 mod ahead;
 mod attempt;
+mod backfill;
 mod failure;
+mod keyset;
+mod load;
+mod pack;
+mod ranges;
+mod reading;
+mod rule;
 mod setbacks;
 mod text;
+mod throttle;
+mod waits;
 mod writer;
 
 use std::convert::Infallible;
@@ -22,14 +35,18 @@ use std::time::{Duration, Instant};
 use async_nats::jetstream::kv;
 use futures_util::future::try_join_all;
 use millrace_config::{Condition, Config};
-use millrace_event::work::{CopyRequest, CopyStatus};
+use millrace_event::work::{CopyRequest, CopyStatus, TableRequest, Wanted};
 use millrace_event::{TableName, subject};
 
 use self::failure::Failure;
+use self::reading::Reading;
+pub(crate) use self::rule::{COMMITS_MAX, Recent};
 use self::setbacks::Setbacks;
+use self::writer::store_status;
 use crate::Error;
+use crate::commits::Commits;
 use crate::life::{Source, Stream};
-use crate::source::SourceTable;
+use crate::source::{self, SourceTable};
 use crate::status::{CopyTrouble, Status};
 use crate::stream;
 
@@ -42,6 +59,7 @@ pub(crate) struct Copier<'c> {
     source: &'c Source,
     stream: &'c Stream,
     status: &'c Status,
+    commits: &'c Commits,
     began: Instant,
 }
 
@@ -51,12 +69,14 @@ impl<'c> Copier<'c> {
         source: &'c Source,
         stream: &'c Stream,
         status: &'c Status,
+        commits: &'c Commits,
     ) -> Self {
         Self {
             config,
             source,
             stream,
             status,
+            commits,
             began: Instant::now(),
         }
     }
@@ -70,6 +90,7 @@ impl<'c> Copier<'c> {
                 copier: self,
                 sink: &sink.name,
                 setbacks: Setbacks::default(),
+                reading: None,
             };
             asked.serve()
         });
@@ -90,6 +111,8 @@ struct Asked<'c> {
     copier: &'c Copier<'c>,
     sink: &'c str,
     setbacks: Setbacks,
+    /// `None` while nothing is read in chunks: commits are recorded only for that.
+    reading: Option<Reading<'c>>,
 }
 
 impl Asked<'_> {
@@ -106,6 +129,9 @@ impl Asked<'_> {
             match self.look().await {
                 Ok(()) => {}
                 Err(Failure::Life(error)) => return Err(error),
+                Err(Failure::Replaced) => {
+                    tracing::info!(sink = self.sink, "a copy's request was replaced");
+                }
                 // A source that goes away takes capture's own session along: that is the streaming's to notice.
                 Err(Failure::Attempt(condition) | Failure::Table { condition, .. }) => {
                     self.attempt_failed(condition);
@@ -123,31 +149,83 @@ impl Asked<'_> {
                 self.clear_away().await?;
             }
             self.setbacks.keep_only(&[]);
+            self.reading = None;
             self.show();
             return Ok(());
         };
         let status = status.filter(|status| status.request == request.id);
-        let status = status.unwrap_or_else(|| CopyStatus::new(request.id));
-        let remaining: Vec<_> = request
+        let mut status = match status {
+            Some(status) => status,
+            None => {
+                let first = self.first_status(&request).await?;
+                store_status(&self.copier.stream.copies, sink, &first).await?;
+                first
+            }
+        };
+        // Nothing runs now: what still says that it is loading was cut off.
+        if let Some(table) = status.loading.take() {
+            tracing::info!(sink = self.sink, %table, "a load was cut off");
+            status.cut.push(table);
+            store_status(&self.copier.stream.copies, sink, &status).await?;
+        }
+        let remaining: Vec<TableRequest> = request
             .tables
             .into_iter()
-            .map(|wanted| wanted.table)
+            .filter(|wanted| !status.copied.contains(&wanted.table))
+            .filter(|wanted| !status.cut.contains(&wanted.table))
             // A table that is not configured here (yet) waits; the sink goes on asking.
-            .filter(|table| !status.copied.contains(table) && self.copier.table(table).is_some())
+            .filter(|wanted| self.copier.table(&wanted.table).is_some())
             .collect();
-        self.setbacks.keep_only(&remaining);
+        let names: Vec<_> = remaining
+            .iter()
+            .map(|wanted| wanted.table.clone())
+            .collect();
+        self.setbacks.keep_only(&names);
         self.show();
-        let now = self.copier.began.elapsed();
-        let due: Vec<_> = remaining
-            .into_iter()
-            .filter(|table| self.setbacks.allow_table(table, now))
-            .collect();
-        if due.is_empty() {
-            return Ok(());
+        let troubles = self.troubles(&names);
+        if troubles != status.troubles {
+            status.troubles = troubles;
+            store_status(&self.copier.stream.copies, sink, &status).await?;
         }
-        let attempt = status.attempt + 1;
-        let status = CopyStatus { attempt, ..status };
-        Box::pin(self.attempt(status, &due)).await
+        let now = self.copier.began.elapsed();
+        let due = |stage: Stage| -> Vec<TableRequest> {
+            let due = remaining
+                .iter()
+                .filter(|wanted| Stage::of(&wanted.rows) == stage);
+            let due = due.filter(|wanted| self.setbacks.allow_table(&wanted.table, now));
+            due.cloned().collect()
+        };
+        let stages = [Stage::Keys, Stage::Load, Stage::Chunks];
+        let Some((stage, due)) = stages
+            .into_iter()
+            .map(|stage| (stage, due(stage)))
+            .find(|(_, due)| !due.is_empty())
+        else {
+            let waits = |wanted: &TableRequest| Stage::of(&wanted.rows) != Stage::Paused;
+            if !remaining.iter().any(waits) {
+                self.reading = None;
+            }
+            return Ok(());
+        };
+        status.attempt += 1;
+        if stage == Stage::Load {
+            self.reading = None;
+            let tables: Vec<_> = due.into_iter().map(|wanted| wanted.table).collect();
+            return Box::pin(self.attempt(status, &tables)).await;
+        }
+        Box::pin(self.backfill(status, &due)).await
+    }
+
+    /// The status of a request that nothing is known of yet.
+    async fn first_status(&self, request: &CopyRequest) -> Result<CopyStatus, Failure> {
+        let mut status = CopyStatus::new(request.id.clone());
+        for TableRequest { table, rows } in &request.tables {
+            if !matches!(rows, Wanted::Keys { .. }) && self.copier.table(table).is_some() {
+                let rows = source::estimate_rows(&self.copier.source.client, table).await?;
+                status.estimates.push((table.clone(), rows));
+            }
+        }
+        Ok(status)
     }
 
     /// The sink has everything: its stream may go.
@@ -177,6 +255,23 @@ impl Asked<'_> {
         self.show();
     }
 
+    /// Why nothing comes of these tables for now, for the sink that waits.
+    fn troubles(&self, tables: &[TableName]) -> Vec<(TableName, String)> {
+        let mut troubles = Vec::new();
+        for table in tables {
+            let mut told = self.setbacks.troubles();
+            // Its own says more than that of all.
+            let told = told
+                .by_ref()
+                .filter(|(of, _)| of.is_none_or(|of| of == table))
+                .last();
+            if let Some((_, condition)) = told {
+                troubles.push((table.clone(), format!("{condition}; {}", condition.remedy)));
+            }
+        }
+        troubles
+    }
+
     /// Lets the status tell what fails.
     fn show(&self) {
         let troubles = self.setbacks.troubles();
@@ -188,6 +283,27 @@ impl Asked<'_> {
         self.copier
             .status
             .set_copy_troubles(self.sink, troubles.collect());
+    }
+}
+
+/// What is done with a part of a request. Keys come before loads, and loads before chunks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Keys,
+    Load,
+    Chunks,
+    /// Chunks that nobody reads until another request says so.
+    Paused,
+}
+
+impl Stage {
+    fn of(rows: &Wanted) -> Self {
+        match rows {
+            Wanted::Keys { .. } => Self::Keys,
+            Wanted::Load => Self::Load,
+            Wanted::Chunks { paused: false, .. } => Self::Chunks,
+            Wanted::Chunks { paused: true, .. } => Self::Paused,
+        }
     }
 }
 

@@ -39,6 +39,14 @@ pub(crate) async fn beat(dsn: &Dsn, interval: Duration) -> Result<std::convert::
     }
 }
 
+/// Writes a heartbeat whose commit waits for the local disk only: it is decoded at once, and held up by no standby.
+pub(crate) async fn write_now(client: &Client) -> Result<(), tokio_postgres::Error> {
+    client
+        .batch_execute("SET synchronous_commit = local")
+        .await?;
+    write(client).await
+}
+
 async fn write(client: &Client) -> Result<(), tokio_postgres::Error> {
     client
         .execute(
@@ -50,7 +58,7 @@ async fn write(client: &Client) -> Result<(), tokio_postgres::Error> {
 }
 
 /// A standby, a read-only session, or a right that is missing: not a failure of the connection.
-fn cannot_be_written(error: &tokio_postgres::Error) -> bool {
+pub(crate) fn cannot_be_written(error: &tokio_postgres::Error) -> bool {
     let codes = [
         SqlState::READ_ONLY_SQL_TRANSACTION,
         SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE,

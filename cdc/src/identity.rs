@@ -1,25 +1,19 @@
 //! What a source was when its stream was written, and what its publication published: kept beside the stream,
 //! so that a start notices what changed while nobody was looking.
 
-use std::collections::HashMap;
+pub(crate) mod published;
 
 use async_nats::jetstream::kv;
 use millrace_config::{Code, Condition};
-use millrace_event::TableName;
 use millrace_event::work::Origin;
-use serde::{Deserialize, Serialize};
-use tokio_postgres::Client;
 
 use crate::life::Stream;
 use crate::replication::{ReplicationConnection, SystemIdentity};
 use crate::stream::Tail;
-use crate::{Error, source, stream};
+use crate::{Error, stream};
 
 /// The key of what the source was.
 const ORIGIN_KEY: &str = "origin";
-
-/// The key of the tables that were in the publication.
-const PUBLISHED_KEY: &str = "published";
 
 /// The epoch of this life: the one that the stream has, if the source is still the same.
 pub(crate) async fn check(
@@ -115,82 +109,6 @@ pub(crate) async fn remember(
     })
     .expect("plain JSON");
     store(&stream.state, ORIGIN_KEY, value).await
-}
-
-/// A table's membership of the publication.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Member {
-    #[serde(flatten)]
-    table: TableName,
-    /// The membership's OID.
-    oid: u32,
-}
-
-/// Checks that every table that was published still is, and was all the time. One that left the publication has
-/// lost the changes made meanwhile, even if it is back.
-pub(crate) async fn check_published(
-    stream: &Stream,
-    client: &Client,
-    publication: &str,
-    tables: &[TableName],
-) -> Result<(), Error> {
-    let remembered: Option<Vec<Member>> = read(&stream.state, PUBLISHED_KEY).await?;
-    let remembered: HashMap<TableName, u32> = remembered
-        .unwrap_or_default()
-        .into_iter()
-        .map(|member| (member.table, member.oid))
-        .collect();
-    let now = source::published_tables(client, publication).await?;
-    check_members(publication, tables, &remembered, &now)
-}
-
-/// Compares two looks at a publication.
-pub(crate) fn check_members(
-    publication: &str,
-    tables: &[TableName],
-    before: &HashMap<TableName, u32>,
-    now: &HashMap<TableName, u32>,
-) -> Result<(), Error> {
-    let left: Vec<String> = tables
-        .iter()
-        .filter(|table| {
-            before
-                .get(table)
-                .is_some_and(|oid| now.get(table) != Some(oid))
-        })
-        .map(ToString::to_string)
-        .collect();
-    if left.is_empty() {
-        return Ok(());
-    }
-    Err(Error::halt(Condition::new(
-        Code::PublicationDrift,
-        format!(
-            "publication \"{publication}\" was without {}",
-            left.join(", ")
-        ),
-        "changes made meanwhile are lost: run `millrace drop`, then `millrace run`, \
-         which copies the tables again",
-    )))
-}
-
-/// Stores which tables are published, for the next life.
-pub(crate) async fn remember_published(
-    stream: &Stream,
-    client: &Client,
-    publication: &str,
-) -> Result<(), Error> {
-    let members: Vec<Member> = source::published_tables(client, publication)
-        .await?
-        .into_iter()
-        .map(|(table, oid)| Member { table, oid })
-        .collect();
-    store(
-        &stream.state,
-        PUBLISHED_KEY,
-        serde_json::to_vec(&members).expect("plain JSON"),
-    )
-    .await
 }
 
 async fn read<T: serde::de::DeserializeOwned>(

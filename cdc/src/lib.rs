@@ -6,11 +6,13 @@
 //! middle; [`run`] carries bytes to it and away from it.
 
 mod birth;
+mod commits;
 mod copy;
 mod error;
 mod heartbeat;
 mod identity;
 mod life;
+mod orders;
 mod relation;
 mod retention;
 mod run;
@@ -23,9 +25,11 @@ pub mod frontier;
 pub mod pgoutput;
 pub mod publish;
 pub mod replication;
+pub mod selection;
 pub mod source;
 pub mod stream;
 
+pub use commits::Committed;
 pub use error::Error;
 pub use relation::{RelationError, SubjectId};
 pub use run::run;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use async_nats::jetstream::{self, kv};
 use millrace_config::{
-    Code, Condition, Config, Confirm, Create, Origin as OriginFilter, SyncInterval, limits,
+    Code, Condition, Config, Confirm, Create, Mask, Origin as OriginFilter, SyncInterval, limits,
 };
 use millrace_connect::nats::{self, Reconnect};
 use millrace_connect::postgres::{Dsn, Session, connect};
@@ -21,12 +21,13 @@ use crate::assemble::MessageLimits;
 use crate::birth::{self, Found, Plan, SlotFound, SlotPlan, StreamFound, TailFound};
 use crate::capture::{Capture, Resume, Settings};
 use crate::frontier::{Boundary, ConfirmPolicy};
-use crate::identity;
+use crate::identity::{self, published::Earlier};
 use crate::publish::{self, Acks, Sender};
 use crate::replication::{
     NEAR_RECEIVE_BUFFER_BYTES, NEAR_ROUND_TRIP_MAX, ReplicationConnection, SlotKind, Snapshot,
     StartOptions, SystemIdentity, WalReader,
 };
+use crate::selection::Salt;
 use crate::source::{self, SourceFacts, SourceTable};
 use crate::stream::{self, StreamShape, StreamState, Tail};
 
@@ -102,13 +103,21 @@ pub(crate) async fn open(config: &Config, now: Duration) -> Result<Life, Error> 
     };
     let client = connect(&dsn, session).await?;
     let facts = source::inspect(&client).await?;
-    let tables = Arc::new(source::inspect_tables(&client, &config.tables).await?);
+    let salt = salt(config)?;
+    let mut tables = source::inspect_tables(&client, &facts, &config.tables, salt.as_ref()).await?;
 
     let admin = nats::connect(&config.stream, "millrace capture", INBOX, Reconnect::Always).await?;
     let max_payload = admin.server_info().max_payload;
     let jetstream = jetstream::new(admin);
     stream::require_level(&jetstream).await?;
     let stream = open_buckets(config, jetstream).await?;
+    let earlier = Earlier::read(&stream).await?;
+    earlier.carry_over(&mut tables)?;
+    if facts.in_recovery {
+        let publication = source::publication_name(&config.source.name);
+        source::adopt_filters(&client, facts.version, &publication, &mut tables).await?;
+    }
+    let tables = Arc::new(tables);
 
     let plan = match decide(config, &client, &facts, &tables, &stream).await {
         Ok(plan) => Ok(plan),
@@ -123,7 +132,15 @@ pub(crate) async fn open(config: &Config, now: Duration) -> Result<Life, Error> 
     let known = known.map(|(_, tail)| tail);
     let epoch = identity::check(&stream, &mut replication, &identity, known.as_ref()).await?;
     let plan = plan.map_err(Error::Halt)?;
-    prepare(config, &client, &mut replication, plan, &tables, &stream).await?;
+    let publishing = Publishing {
+        config,
+        client: &client,
+        version: facts.version,
+        tables: &tables,
+        stream: &stream,
+        earlier: &earlier,
+    };
+    prepare(&publishing, &mut replication, plan).await?;
     describe_tables(&client, &stream.schemas, &tables).await?;
 
     let slot = source::slot_name(&config.source.name);
@@ -184,6 +201,31 @@ pub(crate) async fn open(config: &Config, now: Duration) -> Result<Life, Error> 
         source,
         stream,
     })
+}
+
+/// The key of `hash` masks, where there is one.
+fn salt(config: &Config) -> Result<Option<Salt>, Error> {
+    let masks = config.tables.iter().flat_map(|table| &table.columns.mask);
+    let hashes = masks.into_iter().any(|(_, mask)| *mask == Mask::Hash);
+    let Some(secret) = config.source.mask_salt.as_ref().filter(|_| hashes) else {
+        return Ok(None);
+    };
+    let revealed = secret.read()?;
+    let bytes = revealed.expose().as_bytes();
+    if bytes.len() < Salt::BYTES_MIN {
+        return Err(Error::halt(Condition::new(
+            Code::ColumnSelection,
+            format!(
+                "source.mask_salt has fewer than {} bytes: what it hashes can be guessed",
+                Salt::BYTES_MIN
+            ),
+            format!(
+                "put a longer one into {}, such as that of `openssl rand -hex 32`",
+                secret.reference()
+            ),
+        )));
+    }
+    Ok(Some(Salt::new(bytes)))
 }
 
 async fn open_buckets(config: &Config, jetstream: jetstream::Context) -> Result<Stream, Error> {
@@ -261,7 +303,7 @@ async fn decide(
     let sink_position = has_sink_position(&stream.sinks).await?;
     let begins = matches!(found, StreamFound::Missing | StreamFound::Empty) && !sink_position;
     if begins && config.source.create == Create::Never {
-        require_publication(config, client, tables, slot).await?;
+        require_publication(config, client, facts, tables, slot).await?;
     }
     let found = Found {
         name: &name,
@@ -285,22 +327,27 @@ async fn decide(
 async fn require_publication(
     config: &Config,
     client: &Client,
+    facts: &SourceFacts,
     tables: &[SourceTable],
     slot: SlotFound,
 ) -> Result<(), Error> {
-    let names: Vec<TableName> = tables.iter().map(|table| table.name.clone()).collect();
     let publication = source::publication_name(&config.source.name);
-    match source::ensure_publication(client, &publication, &names, Create::Never).await {
-        Err(Error::Halt(condition)) if slot == SlotFound::Missing => {
-            let make = source::make_slot(&source::slot_name(&config.source.name));
-            let remedy = format!("{}; then {make}", condition.remedy);
-            Err(Error::halt(Condition {
-                remedy,
-                ..condition
-            }))
-        }
-        checked => checked,
+    let condition =
+        match source::publication_change(client, facts.version, &publication, tables).await {
+            Ok(None) => return Ok(()),
+            Ok(Some(change)) => change.condition(),
+            Err(Error::Halt(condition)) => condition,
+            Err(other) => return Err(other),
+        };
+    if slot != SlotFound::Missing {
+        return Err(Error::halt(condition));
     }
+    let make = source::make_slot(&source::slot_name(&config.source.name));
+    let remedy = format!("{}; then {make}", condition.remedy);
+    Err(Error::halt(Condition {
+        remedy,
+        ..condition
+    }))
 }
 
 async fn has_sink_position(sinks: &kv::Store) -> Result<bool, Error> {
@@ -310,15 +357,57 @@ async fn has_sink_position(sinks: &kv::Store) -> Result<bool, Error> {
     Ok(keys.next().await.is_some())
 }
 
+/// What decides about the publication.
+struct Publishing<'p> {
+    config: &'p Config,
+    client: &'p Client,
+    version: i32,
+    tables: &'p [SourceTable],
+    stream: &'p Stream,
+    earlier: &'p Earlier,
+}
+
+impl Publishing<'_> {
+    /// Makes the publication what it should be, where it still is what it was.
+    async fn ensure(&self, plan: Plan) -> Result<(), Error> {
+        let Self {
+            config,
+            client,
+            version,
+            tables,
+            stream,
+            earlier,
+        } = *self;
+        let names: Vec<TableName> = tables.iter().map(|table| table.name.clone()).collect();
+        let name = source::publication_name(&config.source.name);
+        if plan == Plan::Resume {
+            let members = source::published_tables(client, version, &name).await?;
+            earlier.check(&name, &names, &members)?;
+        }
+        if let Some(change) = source::publication_change(client, version, &name, tables).await? {
+            if !change.altered.is_empty() && config.source.create == Create::Auto {
+                earlier.intend(stream, &change.altered, tables).await?;
+            }
+            change.make(client, tables, config.source.create).await?;
+        }
+        let members = source::published_tables(client, version, &name).await?;
+        earlier.remember(config, stream, members, tables).await?;
+        Ok(())
+    }
+}
+
 /// Makes what is missing: stream, then publication, then slot.
 async fn prepare(
-    config: &Config,
-    client: &Client,
+    publishing: &Publishing<'_>,
     replication: &mut ReplicationConnection,
     plan: Plan,
-    tables: &[SourceTable],
-    stream: &Stream,
 ) -> Result<(), Error> {
+    let Publishing {
+        config,
+        client,
+        stream,
+        ..
+    } = *publishing;
     let shape = StreamShape {
         source: config.source.name.clone(),
         max_bytes: config.stream.retention.max_bytes,
@@ -326,13 +415,7 @@ async fn prepare(
         partitions: config.stream.partitions,
     };
     stream::ensure_stream(&stream.jetstream, &shape).await?;
-    let names: Vec<TableName> = tables.iter().map(|table| table.name.clone()).collect();
-    let publication = source::publication_name(&config.source.name);
-    if plan == Plan::Resume {
-        identity::check_published(stream, client, &publication, &names).await?;
-    }
-    source::ensure_publication(client, &publication, &names, config.source.create).await?;
-    identity::remember_published(stream, client, &publication).await?;
+    publishing.ensure(plan).await?;
     let slot = source::slot_name(&config.source.name);
     let Plan::Begin { slot: slot_plan } = plan else {
         return Ok(());
@@ -473,11 +556,16 @@ fn settings(
         .iter()
         .map(|table| (table.name.clone(), table.key.clone()))
         .collect();
+    let selections = tables
+        .iter()
+        .map(|table| (table.name.clone(), Arc::clone(&table.selection)))
+        .collect();
     Settings {
         source: config.source.name.clone(),
         db: facts.database.clone(),
         epoch,
         tables: keys,
+        selections,
         limits: MessageLimits {
             events: config.stream.events_per_message,
             bytes: max_payload.saturating_sub(MESSAGE_OVERHEAD_BYTES).max(1024),

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use millrace_event::{ColumnShape, Op, Relation, TableName, subject};
 
 use crate::pgoutput::{self, ReplicaIdentity};
+use crate::selection::{Binding, Selection};
 
 /// A subject that messages are published on, by its place in [`Relations::subjects`]: a name that is
 /// built once and referred to per message.
@@ -17,6 +18,10 @@ pub struct SubjectId(pub u32);
 pub(crate) struct Published {
     /// What its events look like.
     pub relation: Arc<Relation>,
+    /// How many columns the WAL's rows have.
+    pub wal_columns: usize,
+    /// What makes the WAL's rows the published ones; `None` where they are.
+    pub binding: Option<Binding>,
     subjects: [SubjectId; Op::ALL.len()],
     /// Changes published since they were last asked for, by operation.
     counts: [u64; Op::ALL.len()],
@@ -58,6 +63,8 @@ pub(crate) struct Relations {
     db: String,
     /// The configured tables with their key columns.
     keys: HashMap<TableName, Vec<String>>,
+    /// What is done about columns of some of them.
+    selections: HashMap<TableName, Arc<Selection>>,
     /// `None` for a relation that is not configured.
     by_oid: HashMap<u32, Option<Published>>,
     subjects: Vec<String>,
@@ -67,12 +74,18 @@ pub(crate) struct Relations {
 impl Relations {
     /// Begins with no relation announced.
     #[must_use]
-    pub(crate) fn new(source: String, db: String, keys: HashMap<TableName, Vec<String>>) -> Self {
+    pub(crate) fn new(
+        source: String,
+        db: String,
+        keys: HashMap<TableName, Vec<String>>,
+        selections: HashMap<TableName, Arc<Selection>>,
+    ) -> Self {
         let (by_oid, subjects, subject_ids) = (HashMap::new(), Vec::new(), HashMap::new());
         Self {
             source,
             db,
             keys,
+            selections,
             by_oid,
             subjects,
             subject_ids,
@@ -108,21 +121,26 @@ impl Relations {
             self.by_oid.insert(announced.relid, None);
             return Ok(None);
         };
+        let selection = self.selections.get(&name).map(Arc::as_ref);
+        let published = |column: &pgoutput::RelationColumn<'_>| {
+            let leaves_out = |selection: &Selection| selection.excludes(column.name);
+            !selection.is_some_and(leaves_out)
+        };
         let mut key = Vec::with_capacity(key_names.len());
         for column in key_names {
             let found = announced
                 .columns
                 .iter()
-                .position(|known| known.name == column);
-            let Some(index) = found else {
+                .filter(|column| published(column))
+                .enumerate()
+                .find(|(_, known)| known.name == column);
+            let Some((index, known)) = found else {
                 return Err(RelationError::KeyMissing {
                     table: name,
                     column: column.clone(),
                 });
             };
-            let logged = announced.identity == ReplicaIdentity::Full
-                || announced.columns.get(index).is_some_and(|known| known.key);
-            if !logged {
+            if announced.identity != ReplicaIdentity::Full && !known.key {
                 return Err(RelationError::KeyNotInIdentity {
                     table: name,
                     column: column.clone(),
@@ -138,10 +156,21 @@ impl Relations {
                 type_oid: column.type_oid,
                 typmod: column.typmod,
             })
+            .filter_map(|shape| match selection {
+                Some(selection) => selection.published(shape),
+                None => Some(shape),
+            })
             .collect();
+        let names = announced.columns.iter().map(|column| column.name);
+        let binding = selection.and_then(|selection| selection.bind(names));
+        let wal_columns = announced.columns.len();
         let relation = Arc::new(Relation::new(&self.source, &self.db, name, &columns, key));
-        let known = self.by_oid.get(&announced.relid).and_then(Option::as_ref);
-        if known.is_some_and(|known| known.relation == relation) {
+        let known = self.by_oid.get_mut(&announced.relid);
+        if let Some(Some(known)) = known
+            && known.relation == relation
+        {
+            // What is left out may have changed all the same.
+            (known.wal_columns, known.binding) = (wal_columns, binding);
             return Ok(None);
         }
         let subjects = Op::ALL.map(|op| {
@@ -155,6 +184,8 @@ impl Relations {
             .map(|known| known.counts);
         let published = Published {
             relation: Arc::clone(&relation),
+            wal_columns,
+            binding,
             subjects,
             counts: counts.unwrap_or_default(),
         };
@@ -194,6 +225,8 @@ impl Relations {
 
 #[cfg(test)]
 mod tests {
+    use millrace_event::Column;
+
     use super::*;
 
     fn announced(identity: ReplicaIdentity, key: &'static [bool]) -> pgoutput::Relation<'static> {
@@ -217,8 +250,14 @@ mod tests {
     }
 
     fn relations(key: &str) -> Relations {
-        let keys = HashMap::from([(TableName::new("public", "t"), vec![key.to_owned()])]);
-        Relations::new("shop".to_owned(), "db".to_owned(), keys)
+        selected(key, Selection::default())
+    }
+
+    fn selected(key: &str, selection: Selection) -> Relations {
+        let table = TableName::new("public", "t");
+        let keys = HashMap::from([(table.clone(), vec![key.to_owned()])]);
+        let selections = HashMap::from([(table, Arc::new(selection))]);
+        Relations::new("shop".to_owned(), "db".to_owned(), keys, selections)
     }
 
     #[test]
@@ -246,8 +285,37 @@ mod tests {
     }
 
     #[test]
+    fn what_is_left_out_is_no_column_and_may_come_and_go() {
+        let mut selection = Selection::default();
+        selection.exclude("id");
+        let mut relations = selected("name", selection);
+        let full = announced(ReplicaIdentity::Full, &[true, true]);
+        let shape = relations.announce(&full).unwrap().expect("new");
+        let columns: Vec<_> = shape.columns().iter().map(Column::name).collect();
+        assert_eq!((columns, shape.key()), (vec!["name"], &[0][..]));
+        let published = relations.get(7).unwrap().unwrap();
+        assert_eq!(published.wal_columns, 2);
+        assert!(!published.binding.as_ref().unwrap().keeps(0));
+
+        // The column is gone: the shape is the same, the rows are not.
+        let mut narrow = full.clone();
+        narrow.columns.remove(0);
+        assert!(relations.announce(&narrow).unwrap().is_none());
+        let published = relations.get(7).unwrap().unwrap();
+        assert_eq!((published.wal_columns, &published.binding), (1, &None));
+
+        let mut relations = selected("id", Selection::default());
+        relations.announce(&full).unwrap();
+        let mut selection = Selection::default();
+        selection.exclude("id");
+        let error = selected("id", selection).announce(&full).unwrap_err();
+        assert!(matches!(error, RelationError::KeyMissing { .. }), "{error}");
+    }
+
+    #[test]
     fn a_table_that_is_not_configured_is_known_and_not_published() {
-        let mut relations = Relations::new("shop".to_owned(), "db".to_owned(), HashMap::new());
+        let (shop, db) = ("shop".to_owned(), "db".to_owned());
+        let mut relations = Relations::new(shop, db, HashMap::new(), HashMap::new());
         let message = announced(ReplicaIdentity::Nothing, &[false, false]);
         assert!(relations.announce(&message).unwrap().is_none());
         assert!(relations.get(7).unwrap().is_none());

@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::assemble::Outgoing;
 use crate::capture::{Capture, CaptureError, Input, Output};
+use crate::commits::Commits;
 use crate::copy::Copier;
 use crate::frontier::Boundary;
 use crate::life::{self, Life, Source, Stream};
@@ -95,7 +96,8 @@ async fn live(config: &Config, status: &Status, stop: &CancellationToken) -> Res
     } = life;
     status.set_state(State::Streaming, None);
     status.set_confirmed(capture.confirmed());
-    let copier = Copier::new(config, &source, &stream, status);
+    let commits = Commits::default();
+    let copier = Copier::new(config, &source, &stream, status, &commits);
     let fullness = Fullness::default();
     let retention = Retention::new(config, &stream, &fullness, status);
     let line = Line {
@@ -106,6 +108,7 @@ async fn live(config: &Config, status: &Status, stop: &CancellationToken) -> Res
         stream: &stream,
         status,
         fullness: &fullness,
+        commits: &commits,
         subjects: Vec::new(),
         pending: VecDeque::new(),
         heartbeats: VecDeque::new(),
@@ -127,6 +130,7 @@ async fn live(config: &Config, status: &Status, stop: &CancellationToken) -> Res
 
 /// Looks at the publication and the slot every few seconds. Returns only with an error.
 async fn watch(config: &Config, source: &Source) -> Result<std::convert::Infallible, Error> {
+    let version = source.facts.version;
     let tables: Vec<_> = source
         .tables
         .iter()
@@ -141,13 +145,20 @@ async fn watch(config: &Config, source: &Source) -> Result<std::convert::Infalli
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
-        let now = source::published_tables(&source.client, &publication).await?;
-        identity::check_members(
+        let now = source::published_tables(&source.client, version, &publication).await?;
+        identity::published::check_members(
             &publication,
             &tables,
             before.get_or_insert_with(|| now.clone()),
             &now,
         )?;
+        if let Some((table, column)) =
+            source::unlisted_column(&source.client, &source.tables).await?
+        {
+            // The next life puts it into the publication.
+            let reason = format!("table {table} has a new column {column:?}");
+            return Err(Error::retry_because(reason));
+        }
         if let Some(slot) = source::find_slot(&source.client, &slot).await? {
             // Beyond 2^53 bytes precision does not matter.
             slot_lag.set(slot.lag_bytes as f64);
@@ -170,6 +181,7 @@ struct Line<'l> {
     stream: &'l Stream,
     status: &'l Status,
     fullness: &'l Fullness,
+    commits: &'l Commits,
     /// What the machine's subject ids stand for.
     subjects: Vec<Subject>,
     pending: VecDeque<Output>,
@@ -249,6 +261,8 @@ impl Line<'_> {
 
     /// Feeds a batch of WAL to the machine.
     fn batch(&mut self, batch: &WalBatch) -> Result<(), Error> {
+        let recording = self.commits.wanted();
+        self.capture.record_commits(recording);
         for frame in batch {
             match frame {
                 Frame::Data {
@@ -274,6 +288,10 @@ impl Line<'_> {
                     })?;
                 }
             }
+        }
+        if recording {
+            let (position, commits) = self.capture.take_commits();
+            self.commits.tell(position, &commits);
         }
         self.input(Input::EndOfBatch)
     }
@@ -376,6 +394,12 @@ impl Line<'_> {
 
     /// Keeps the schema that events are about to name.
     async fn describe(&mut self, relation: &Arc<Relation>) -> Result<(), Error> {
+        let mut tables = self.source.tables.iter();
+        if let Some(table) = tables.find(|table| table.name == *relation.name()) {
+            let names = relation.columns().iter().map(|column| column.name());
+            let names: Vec<_> = names.collect();
+            source::check_names(&self.source.client, table, &names).await?;
+        }
         let shapes: Vec<_> = relation
             .columns()
             .iter()

@@ -1,16 +1,22 @@
 //! The source database over SQL: what it is, what its tables look like, and the objects that we keep there.
 
 mod catalog;
+mod generated;
 mod key;
 mod publication;
+mod selection;
 mod slot;
 
 use millrace_config::{Code, Condition};
 use millrace_event::Lsn;
 use tokio_postgres::Client;
 
-pub use catalog::{SourceTable, describe, inspect_tables};
-pub use publication::{ensure_publication, missing_tables, publication_name, published_tables};
+pub use catalog::{SourceTable, describe, estimate_rows, inspect_tables};
+pub use publication::{
+    Clause, Member, PublicationChange, adopt_filters, check_names, publication_change,
+    publication_name, published_tables, unlisted_column,
+};
+pub(crate) use selection::{renamed_column, unknown_columns};
 pub use slot::{SlotState, drop_slot, find_slot, make_slot, slot_name, slot_precondition};
 
 use crate::Error;

@@ -263,6 +263,8 @@ pub async fn ensure_copy_stream(
         subjects: vec![millrace_event::subject::copy_all(source, sink)],
         max_bytes: i64::try_from(COPY_BYTES_MAX).unwrap_or(i64::MAX),
         num_replicas: replicas,
+        // It holds little and not for long: to compress it would cost the broker more than to write it.
+        compression: None,
         ..base()
     };
     create(jetstream, &config).await

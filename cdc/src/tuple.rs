@@ -2,9 +2,7 @@
 //!
 //! Pure.
 
-use millrace_event::{
-    Before, Change, Datum, Lsn, Op, Position, Relation, Transaction, write_change,
-};
+use millrace_event::{Before, Change, Datum, Lsn, Op, Position, Transaction, write_change};
 
 use crate::assemble::Assembler;
 use crate::capture::CaptureError;
@@ -50,7 +48,15 @@ impl Writer<'_> {
     }
 }
 
-/// A row change with its tuples laid out, the new row completed from the old one where that has more.
+/// What masks wrote for the rows of one change; used again for each.
+#[derive(Debug, Default)]
+pub(crate) struct MaskedTexts {
+    old: Vec<u8>,
+    new: Vec<u8>,
+}
+
+/// A row change with its tuples laid out, the new row completed from the old one where that has more, and both
+/// masked.
 pub(crate) struct RowChange<'a> {
     old: Option<(OldKind, Vec<Datum<'a>>)>,
     new: Option<Vec<Datum<'a>>>,
@@ -59,15 +65,17 @@ pub(crate) struct RowChange<'a> {
 
 impl<'a> RowChange<'a> {
     pub(crate) fn new(
-        relation: &Relation,
+        published: &Published,
         old: Option<OldTuple<'a>>,
         new: Option<Tuple<'a>>,
+        masked: &'a mut MaskedTexts,
     ) -> Result<Self, CaptureError> {
-        let old = match old {
-            Some(OldTuple { kind, tuple }) => Some((kind, row(relation, tuple)?)),
+        let relation = &published.relation;
+        let mut old = match old {
+            Some(OldTuple { kind, tuple }) => Some((kind, row(published, tuple)?)),
             None => None,
         };
-        let mut new = new.map(|tuple| row(relation, tuple)).transpose()?;
+        let mut new = new.map(|tuple| row(published, tuple)).transpose()?;
         let mut key_changed = false;
         if let (Some((kind, old)), Some(new)) = (&old, &mut new) {
             // A key tuple says NULL for every other column: only its key columns are values.
@@ -90,6 +98,14 @@ impl<'a> RowChange<'a> {
             new.as_ref().is_none_or(keyed) && old.as_ref().is_none_or(|(_, row)| keyed(row));
         if !complete {
             return Err(CaptureError::Protocol("a key column has no value"));
+        }
+        if let Some(binding) = &published.binding {
+            if let Some((_, old)) = &mut old {
+                binding.mask(old, &mut masked.old);
+            }
+            if let Some(new) = &mut new {
+                binding.mask(new, &mut masked.new);
+            }
         }
         Ok(Self {
             old,
@@ -124,21 +140,28 @@ impl<'a> RowChange<'a> {
     }
 }
 
-fn row<'a>(relation: &Relation, tuple: Tuple<'a>) -> Result<Vec<Datum<'a>>, CaptureError> {
-    if tuple.len() != relation.columns().len() {
+/// The columns of a tuple that travel.
+fn row<'a>(published: &Published, tuple: Tuple<'a>) -> Result<Vec<Datum<'a>>, CaptureError> {
+    if tuple.len() != published.wal_columns {
         return Err(CaptureError::Protocol(
             "a row does not have its relation's columns",
         ));
     }
-    tuple
-        .iter()
-        .map(|datum| match datum {
-            pgoutput::Datum::Null => Ok(Datum::Null),
-            pgoutput::Datum::Unchanged => Ok(Datum::Unchanged),
-            pgoutput::Datum::Text(text) => Ok(Datum::Text(text)),
-            pgoutput::Datum::Binary(_) => Err(CaptureError::Protocol(
-                "a binary value, which was not asked for",
-            )),
-        })
-        .collect()
+    let Some(binding) = &published.binding else {
+        return tuple.iter().map(datum).collect();
+    };
+    let columns = tuple.iter().enumerate();
+    let kept = columns.filter(|(index, _)| binding.keeps(*index));
+    kept.map(|(_, value)| datum(value)).collect()
+}
+
+fn datum(value: pgoutput::Datum<'_>) -> Result<Datum<'_>, CaptureError> {
+    match value {
+        pgoutput::Datum::Null => Ok(Datum::Null),
+        pgoutput::Datum::Unchanged => Ok(Datum::Unchanged),
+        pgoutput::Datum::Text(text) => Ok(Datum::Text(text)),
+        pgoutput::Datum::Binary(_) => Err(CaptureError::Protocol(
+            "a binary value, which was not asked for",
+        )),
+    }
 }

@@ -26,8 +26,8 @@ pub use fault::Fault;
 pub use place::Place;
 pub use secret::{Revealed, Secret, SecretError};
 pub use settings::{
-    Admin, Auth, Batch, Columns, Config, Confirm, Create, Guard, Log, LogFormat, LogLevel, Mode,
-    OnDelete, OnRowError, OnSchemaChange, OnTruncate, Origin, Retention, ServerUrl, Sink, SinkType,
-    Source, Stream, SyncInterval, Table,
+    Admin, Auth, Batch, Columns, Config, Confirm, Create, Filter, Guard, Log, LogFormat, LogLevel,
+    Mask, Mode, OnDelete, OnRowError, OnSchemaChange, OnTruncate, Origin, Retention, ServerUrl,
+    Sink, SinkType, Source, Stream, SyncInterval, Table,
 };
 pub use state::{Exit, State};

@@ -40,6 +40,9 @@ pub const SYNC_INTERVAL_MAX: Duration = Duration::from_secs(3600);
 /// What `confirm = "synced"` waits beyond the broker's sync interval: clocks and timers are not exact.
 pub const CONFIRM_MARGIN: Duration = Duration::from_secs(30);
 
+/// The longest prefix that `truncate:N` keeps, in characters.
+pub const MASK_TRUNCATE_MAX: u32 = 1_000_000;
+
 /// The shortest `source.heartbeat_interval`.
 pub const HEARTBEAT_INTERVAL_MIN: Duration = Duration::from_millis(100);
 /// The longest `source.heartbeat_interval`: the slot of an idle source advances with it.

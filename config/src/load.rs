@@ -1,5 +1,6 @@
 //! Reads the configuration directory.
 
+mod columns;
 mod sections;
 mod tables;
 

@@ -157,16 +157,22 @@ impl<'a> Section<'a> {
             .collect()
     }
 
-    /// The string values under a section whose keys the user chooses.
-    pub(crate) fn named_strings(&self) -> Vec<(String, String)> {
+    /// The string values under a section whose keys the user chooses, with the place of each value.
+    pub(crate) fn named_strings(&self) -> Vec<(String, String, Place)> {
         let entries = self.table.into_iter().flat_map(|table| table.iter());
         let pairs = entries.map(|(key, value)| {
             let text = value.get_ref().as_str();
-            if text.is_none() {
-                let place = self.document.place(value.span().start);
+            let place = self.document.place(value.span().start);
+            let Some(text) = text else {
                 self.wrong_type(place, key.get_ref(), "a string", value.get_ref().type_str());
+                return None;
+            };
+            if text.is_empty() {
+                let message = format!("{:?} must not be empty", key.get_ref());
+                self.context.error(place, message);
+                return None;
             }
-            Some((key.get_ref().to_string(), text?.to_owned()))
+            Some((key.get_ref().to_string(), text.to_owned(), place))
         });
         pairs.flatten().collect()
     }
@@ -313,6 +319,18 @@ impl<'a> Section<'a> {
 
     /// A list of strings with the place of each; from the environment separated by commas.
     pub(crate) fn list(&self, key: &'static str) -> Option<Vec<(String, Place)>> {
+        let items = self.names(key)?;
+        if items.is_empty() {
+            let place = self.get(key)?.place;
+            self.context
+                .error(place, format!("{key:?} must not be empty"));
+            return None;
+        }
+        Some(items)
+    }
+
+    /// The same; there may be none.
+    pub(crate) fn names(&self, key: &'static str) -> Option<Vec<(String, Place)>> {
         let Found { value, place } = self.get(key)?;
         let items = match value {
             Raw::Env(text) => text
@@ -325,11 +343,6 @@ impl<'a> Section<'a> {
                 return None;
             }
         };
-        if items.is_empty() {
-            self.context
-                .error(place, format!("{key:?} must not be empty"));
-            return None;
-        }
         Some(items)
     }
 

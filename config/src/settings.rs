@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use millrace_event::TableName;
 
-use crate::Secret;
+use crate::{Place, Secret};
 
 /// Everything that the configuration directory says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,6 +57,8 @@ pub struct Source {
     pub heartbeat_interval: Duration,
     /// Which changes are decoded, by where they were first made.
     pub origin: Origin,
+    /// The key of `hash` masks. Set where a table has one.
+    pub mask_salt: Option<Secret>,
 }
 
 /// Whether missing objects may be created.
@@ -245,8 +247,10 @@ pub struct Table {
     pub sinks: Vec<String>,
     /// The table in the targets.
     pub target: TableName,
-    /// Columns that are left out or renamed.
+    /// Columns that are left out, renamed or masked.
     pub columns: Columns,
+    /// `where`: only rows for which it holds are captured; none: all.
+    pub filter: Option<Filter>,
     /// The columns that identify a row; none: the primary key.
     pub key: Option<Vec<String>>,
     /// Whether a target table may already hold rows of its own.
@@ -261,13 +265,47 @@ pub struct Table {
     pub on_row_error: OnRowError,
 }
 
-/// `columns`: which columns travel, and under which names.
+/// `columns`: which columns travel, in which form, and under which names.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Columns {
     /// Source columns that are left out.
     pub exclude: Vec<String>,
     /// Source column and its name in the target.
     pub rename: Vec<(String, String)>,
+    /// Source column and what travels in place of its values. None of them is left out.
+    pub mask: Vec<(String, Mask)>,
+    /// Those of the columns above that `[defaults]` names: a table need not have them.
+    pub from_defaults: Vec<String>,
+}
+
+/// What travels in place of a column's values. NULL stays NULL.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mask {
+    /// `hash`: the HMAC-SHA-256 of the value's text under `source.mask_salt`, in hexadecimal digits.
+    Hash,
+    /// `redact`: the text `***`; NULL for a type that is no text.
+    Redact,
+    /// `truncate:N`: the text's first N characters.
+    Truncate(u32),
+}
+
+impl fmt::Display for Mask {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Hash => f.write_str("hash"),
+            Self::Redact => f.write_str("redact"),
+            Self::Truncate(characters) => write!(f, "truncate:{characters}"),
+        }
+    }
+}
+
+/// `where`: a condition on a table's rows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Filter {
+    /// The condition as SQL, over the source's columns.
+    pub sql: String,
+    /// Where it is written.
+    pub place: Place,
 }
 
 /// `on_delete`.

@@ -27,20 +27,9 @@ pub(crate) fn refusals(config: &Config, places: &BTreeMap<String, Place>) -> Vec
     }
     for table in &config.tables {
         let key = |key: &str| format!("tables.{}.{key}", table.name);
-        let (exclude, rename) = (&table.columns.exclude, &table.columns.rename);
         let soft = matches!(table.on_delete, OnDelete::Soft(_));
         let schema_change = table.on_schema_change != OnSchemaChange::Evolve;
         let park = table.on_truncate == OnTruncate::Park;
-        refused.push((
-            !exclude.is_empty(),
-            key("columns.exclude"),
-            "leaving columns out",
-        ));
-        refused.push((
-            !rename.is_empty(),
-            key("columns.rename"),
-            "renaming columns",
-        ));
         refused.push((soft, key("on_delete"), "\"soft:<column>\""));
         refused.push((park, key("on_truncate"), "\"park\""));
         refused.push((
@@ -57,15 +46,10 @@ pub(crate) fn refusals(config: &Config, places: &BTreeMap<String, Place>) -> Vec
 
 fn error(places: &BTreeMap<String, Place>, path: &str, what: &str) -> ConfigError {
     let key = path.rsplit('.').next().unwrap_or(path);
-    // A table's own key, else the default that it inherits; `columns.rename` is placed by its table.
-    let suffix = if path.contains(".columns.") {
-        format!("columns.{key}")
-    } else {
-        key.to_owned()
-    };
+    // A table's own key, else the default that it inherits.
     let place = places
         .get(path)
-        .or_else(|| places.get(&format!("defaults.{suffix}")))
+        .or_else(|| places.get(&format!("defaults.{key}")))
         .cloned()
         .unwrap_or_else(|| Place::whole(path));
     let message = format!("{key:?}: {what} is not supported in this release");

@@ -1,11 +1,13 @@
 //! What a sink is given to apply, and where it stands.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use millrace_event::work::BackfillOrder;
 use millrace_event::{Lsn, Position, TableName, Version};
 use serde::{Deserialize, Serialize};
 
+use crate::load::Load;
 use crate::row::{Key, Row, TableLayout};
 
 /// How far a sink has applied its stream.
@@ -32,7 +34,7 @@ pub struct PositionRow {
     pub copy: CopyProgress,
 }
 
-/// Which stream a sink is on, and how far each table's initial copy is.
+/// Which stream a sink is on, and how far each table is.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "Stored", into = "Stored")]
 pub struct CopyProgress {
@@ -41,15 +43,55 @@ pub struct CopyProgress {
     pub stream: String,
     /// The newest version that a copy's rows ever had here: it may lie above everything that the stream brought.
     pub copied_to: Version,
-    /// Each table's copy.
+    /// The last message of the copy stream that was applied.
+    pub reading: Option<Reading>,
+    /// The orders that were carried out, by their ids, until they are off the list.
+    pub finished: BTreeSet<String>,
+    /// Each table.
     pub tables: BTreeMap<TableName, CopyState>,
 }
 
+/// A place on the copy stream.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reading {
+    /// The request that is being answered.
+    pub request: String,
+    /// The attempt at it; another one counts its messages anew.
+    pub attempt: u32,
+    /// The number of the last message applied, from 1.
+    pub number: u64,
+}
+
+/// What a table needs of the stream begins behind this message.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Claim {
+    /// The message's stream sequence.
+    pub stream_seq: u64,
+    /// Its position.
+    pub position: Position,
+}
+
+impl From<Checkpoint> for Claim {
+    fn from(checkpoint: Checkpoint) -> Self {
+        Self {
+            stream_seq: checkpoint.stream_seq,
+            position: checkpoint.position,
+        }
+    }
+}
+
 impl CopyProgress {
-    /// Whether no table's copy is awaited.
+    /// Whether no rows of any table are awaited on the copy stream.
     #[must_use]
     pub fn is_complete(&self) -> bool {
         self.tables.values().all(CopyState::is_copied)
+    }
+
+    /// Whether every table has all its rows and all its changes, as far as the target takes them.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        let behind = |state: &CopyState| matches!(state, CopyState::Loaded { .. });
+        self.is_complete() && !self.tables.values().any(behind)
     }
 
     /// Whether a streamed change of this table is already part of its copy: its transaction committed below
@@ -68,29 +110,33 @@ impl CopyProgress {
         }
     }
 
-    /// The parked tables that may still catch up: the last message that was applied to each, and its position.
-    pub fn claims(&self) -> impl Iterator<Item = (&TableName, (u64, Position))> {
-        self.tables.iter().filter_map(|(table, state)| match state {
-            CopyState::Parked {
-                stream_seq,
-                position,
-                ..
-            } => Some((table, (*stream_seq, *position))),
-            _ => None,
-        })
+    /// What the tables claim of the stream that are not where the sink is.
+    pub fn claims(&self) -> impl Iterator<Item = (&TableName, Claim)> {
+        let claims = self.tables.iter();
+        claims.filter_map(|(table, state)| Some((table, state.claim()?)))
     }
 
     /// The tables that are parked, with or without a claim on the stream.
     #[must_use]
     pub fn parked(&self) -> Vec<TableName> {
-        let parked = |state: &CopyState| {
-            matches!(state, CopyState::Parked { .. } | CopyState::Lapsed { .. })
-        };
-        self.tables
-            .iter()
-            .filter(|(_, state)| parked(state))
-            .map(|(table, _)| table.clone())
-            .collect()
+        self.those(CopyState::is_parked)
+    }
+
+    /// The tables in a state of that kind.
+    #[must_use]
+    pub fn those(&self, kind: impl Fn(&CopyState) -> bool) -> Vec<TableName> {
+        let tables = self.tables.iter().filter(|(_, state)| kind(state));
+        tables.map(|(table, _)| table.clone()).collect()
+    }
+
+    /// Below which version the target's rows of a table may be wrong in columns that a change did not touch:
+    /// its chunks have not all come. Zero where every row is right.
+    #[must_use]
+    pub fn uncovered_below(&self, table: &TableName) -> Version {
+        match self.tables.get(table) {
+            Some(CopyState::Chunks(chunks)) => chunks.lower,
+            _ => Version::ZERO,
+        }
     }
 }
 
@@ -99,24 +145,40 @@ impl CopyProgress {
 const COPY_AGAIN_INTERVAL_US: i64 = 30_000_000;
 
 impl CopyState {
-    /// A table of ours that must be copied anew, over its old rows.
+    /// Whether no rows of the table are awaited on the copy stream: all were applied, or the target refuses it.
     #[must_use]
-    pub fn again() -> Self {
-        Self::Copying {
-            request: String::new(),
-            attempt: 0,
-            number: 0,
-            lsn: Lsn::ZERO,
+    pub fn is_copied(&self) -> bool {
+        match self {
+            Self::Copied { .. }
+            | Self::Loaded { .. }
+            | Self::Parked { .. }
+            | Self::Lapsed { .. } => true,
+            Self::Pending { .. } | Self::Loading { .. } | Self::Chunks(_) => false,
         }
     }
 
-    /// Whether no copy of the table is awaited: its existing rows were all applied, or the target refuses it.
+    /// Whether the table's streamed changes are applied as they come.
     #[must_use]
-    pub fn is_copied(&self) -> bool {
-        matches!(
-            self,
-            Self::Copied { .. } | Self::Parked { .. } | Self::Lapsed { .. }
-        )
+    pub fn is_followed(&self) -> bool {
+        matches!(self, Self::Copied { .. } | Self::Chunks(_))
+    }
+
+    /// Whether the target refuses the table.
+    #[must_use]
+    pub fn is_parked(&self) -> bool {
+        matches!(self, Self::Parked { .. } | Self::Lapsed { .. })
+    }
+
+    /// What the table needs of the stream, where that is not what its sink needs.
+    #[must_use]
+    pub fn claim(&self) -> Option<Claim> {
+        match self {
+            Self::Pending { claim }
+            | Self::Loading { claim, .. }
+            | Self::Loaded { claim, .. }
+            | Self::Parked { claim, .. } => Some(*claim),
+            Self::Chunks(_) | Self::Copied { .. } | Self::Lapsed { .. } => None,
+        }
     }
 
     /// Whether a copy may be asked for, now that the target takes the table. Of tables whose claim has lapsed.
@@ -132,49 +194,92 @@ impl CopyState {
     }
 }
 
-/// The state of one table: its initial copy, and whether it keeps up with the sink.
+/// The state of one table.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "state", rename_all = "lowercase")]
 pub enum CopyState {
-    /// Not begun: entered when the sink first sees the table.
-    Pending,
-    /// Chunks are being applied: entered with the first of them. A crash resumes after `number`.
-    Copying {
-        /// The copy's request; empty for a table of ours that must be copied again.
-        request: String,
-        /// Which attempt of the request the rows belong to; another attempt starts over.
-        attempt: u32,
-        /// The number of the last message applied, from 1.
-        number: u64,
+    /// Nothing of it is here: entered when the sink first sees the table. Left to `Loading` with the first rows
+    /// of its load.
+    Pending {
+        /// Where its changes begin.
+        claim: Claim,
+    },
+    /// Rows of its load are being applied, and no changes. Left to `Loaded` with the last of them, or to `Chunks`
+    /// when the load was cut off: by a crash of capture, say. A crash of the sink goes on with the next message.
+    Loading {
         /// The consistent point of the snapshot that is being read.
         #[serde(with = "lsn_text")]
         lsn: Lsn,
+        /// Rows applied.
+        rows: u64,
+        /// Where its changes begin.
+        claim: Claim,
     },
-    /// All rows applied: entered with the sweep at the copy's end.
+    /// All rows of its load are here, and its changes up to the claim. It catches up beside the others, and is
+    /// left to `Copied` once it is where its sink is. When the stream no longer holds what it needs, to `Chunks`.
+    Loaded {
+        /// The consistent point: changes committed below it are part of the load.
+        #[serde(with = "lsn_text")]
+        lsn: Lsn,
+        /// How far it is.
+        claim: Claim,
+    },
+    /// Its rows come in chunks, and its changes are applied as they come. Left to `Copied` with the last chunk. A
+    /// crash of either side goes on with the next chunk.
+    Chunks(Chunks),
+    /// It has everything and is where its sink is.
     Copied {
-        /// The consistent point: changes committed below it are part of the copy.
+        /// Changes committed below it are part of the load.
         #[serde(with = "lsn_text")]
         lsn: Lsn,
     },
-    /// The target refuses the table: entered from `Copied`, and left to it once the table has caught up, or to
-    /// `Lapsed` when the stream no longer holds what it has not applied. A crash goes on from the table's own
-    /// position.
+    /// The target refuses the table: entered from `Copied`, and left to `Loaded` once the target takes it, or to
+    /// `Lapsed` when the stream no longer holds what it has not applied. A crash goes on from the claim.
     Parked {
         /// The consistent point of its copy.
         #[serde(with = "lsn_text")]
         lsn: Lsn,
-        /// The last message of the stream that was applied to it.
-        stream_seq: u64,
-        /// That message's position.
-        position: Position,
+        /// How far it is.
+        claim: Claim,
     },
     /// The target refuses the table, and nothing is kept for it: entered from `Parked` when the stream has let
-    /// its changes go, and from `Copying` when the target refuses the copy. Left to `Copying` once the target
+    /// its changes go, and from `Chunks` when the target refuses the copy. Left to `Chunks` once the target
     /// takes the table. A crash changes nothing.
     Lapsed {
         /// When the target last refused a copy of it: the sink's clock, microseconds since 1970; 0 for never.
         refused_at_us: i64,
     },
+}
+
+/// A table whose rows come in chunks beside its changes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Chunks {
+    /// The last key of the newest chunk that was applied: a text for each key column.
+    pub after: Option<Vec<String>>,
+    /// Rows below this version were here before: they may be outdated, and what is still there at the end is not
+    /// at the source any more.
+    pub lower: Version,
+    /// Rows of chunks that came.
+    pub rows: u64,
+    /// When it began: the sink's clock, microseconds since 1970.
+    pub began_us: i64,
+    /// Who wanted it.
+    pub order: Option<BackfillOrder>,
+}
+
+impl Chunks {
+    /// Begins chunks of a table of a sink whose changes are applied, or left out, up to `position`.
+    #[must_use]
+    pub fn begin(position: Position, order: Option<BackfillOrder>, now_us: i64) -> Self {
+        Self {
+            after: None,
+            // Above everything that was applied, below everything that will be read.
+            lower: Version::new(position.epoch(), position.commit_lsn(), u32::MAX),
+            rows: 0,
+            began_us: now_us,
+            order,
+        }
+    }
 }
 
 /// The progress as it is stored: names are no keys of a JSON object, because they have two parts.
@@ -183,6 +288,10 @@ struct Stored {
     stream: String,
     #[serde(default)]
     copied_to: Version,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    reading: Option<Reading>,
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    finished: BTreeSet<String>,
     tables: Vec<StoredTable>,
 }
 
@@ -200,6 +309,8 @@ impl From<Stored> for CopyProgress {
         Self {
             stream: stored.stream,
             copied_to: stored.copied_to,
+            reading: stored.reading,
+            finished: stored.finished,
             tables: tables.map(|entry| (entry.table, entry.state)).collect(),
         }
     }
@@ -211,6 +322,8 @@ impl From<CopyProgress> for Stored {
         Self {
             stream: progress.stream,
             copied_to: progress.copied_to,
+            reading: progress.reading,
+            finished: progress.finished,
             tables: tables
                 .map(|(table, state)| StoredTable { table, state })
                 .collect(),
@@ -256,6 +369,8 @@ pub struct Batch {
 pub enum Step {
     /// Rows of several tables, each key at most once per table; their order does not matter.
     Rows(Vec<TableRows>),
+    /// Rows of a load: none of their keys in another step of the batch.
+    Load(Load),
     /// Rows that changed their key without bringing all their columns, in this order.
     Move(Vec<Move>),
     /// Everything of these tables below a version is gone.
@@ -347,15 +462,22 @@ mod tests {
     #[test]
     fn copy_progress_round_trips_as_json() {
         let stream = "2026-11-21T00:00:00Z".to_owned();
+        let claim = Claim {
+            stream_seq: 5,
+            position: Position::new(1, Lsn(16), 2),
+        };
+        let order = BackfillOrder {
+            filter: Some("id > 5".into()),
+            ..BackfillOrder::new("o".into(), TableName::new("a", "f"))
+        };
         let tables = BTreeMap::from([
-            (TableName::new("a", "b"), CopyState::Pending),
+            (TableName::new("a", "b"), CopyState::Pending { claim }),
             (
                 TableName::new("a", "c"),
-                CopyState::Copying {
-                    request: "r".into(),
-                    attempt: 2,
-                    number: 9,
+                CopyState::Loading {
                     lsn: Lsn(17),
+                    rows: 3,
+                    claim,
                 },
             ),
             (
@@ -368,10 +490,20 @@ mod tests {
                 TableName::new("a", "e"),
                 CopyState::Lapsed { refused_at_us: 7 },
             ),
+            (
+                TableName::new("a", "f"),
+                CopyState::Chunks(Chunks::begin(claim.position, Some(order), 8)),
+            ),
         ]);
         let progress = CopyProgress {
             stream,
             copied_to: Version::new(1, Lsn(0x1_0000_0001), 0),
+            reading: Some(Reading {
+                request: "r".into(),
+                attempt: 2,
+                number: 9,
+            }),
+            finished: BTreeSet::from(["done".to_owned()]),
             tables,
         };
         let json = serde_json::to_string(&progress).expect("is well formed");
@@ -400,7 +532,8 @@ mod tests {
         assert!(lapsed.may_copy_again(refused_at_us + wait));
         assert!(lapsed.may_copy_again(refused_at_us - 1));
         assert!(CopyState::Lapsed { refused_at_us: 0 }.may_copy_again(refused_at_us));
-        assert!(!CopyState::again().may_copy_again(refused_at_us));
-        assert!(lapsed.is_copied() && !CopyState::again().is_copied());
+        let copied = CopyState::Copied { lsn: Lsn(1) };
+        assert!(!copied.may_copy_again(refused_at_us));
+        assert!(lapsed.is_copied() && !lapsed.is_followed());
     }
 }

@@ -68,6 +68,20 @@ impl Catching {
         if self.fold.rows() < self.limits.rows && self.fold.bytes() < self.limits.bytes {
             return None;
         }
+        self.part(before, at)
+    }
+
+    /// What was taken so far, however little: where the table stands then, too.
+    pub(crate) fn flush(&mut self) -> Option<Part> {
+        let at = self.before;
+        if self.open == Some(at.position) {
+            return None;
+        }
+        let steps = self.fold.finish();
+        Some(Part { after: at, steps })
+    }
+
+    fn part(&mut self, before: Token, at: Token) -> Option<Part> {
         // A delete that further messages followed is not the half of anything.
         let part = if self.open == Some(at.position) {
             let steps = self.fold.cut();

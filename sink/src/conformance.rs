@@ -81,6 +81,7 @@ pub fn settings(table: &TableName) -> Table {
         sinks: Vec::new(),
         target: table.clone(),
         columns: Columns::default(),
+        filter: None,
         key: None,
         adopt: false,
         on_delete: OnDelete::Delete,

@@ -1,48 +1,468 @@
-//! The initial copy, the sink's side: asks for its tables, and applies what comes on its copy stream.
+//! A sink's copies: asks capture for rows, and reads what comes on the copy stream.
 
+mod told;
+
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
+use millrace_config::OnDelete;
 use millrace_consumer::{Body, Delivery, Ordering, Reader, ReaderOptions, Start};
-use millrace_event::work::{Copied, CopyApplied, CopyRequest, CopyStatus, TableRequest, Wanted};
-use millrace_event::{ChangeEvent, TableName, header, subject};
-use tokio_util::sync::CancellationToken;
+use millrace_event::work::{
+    BackfillOrder, Copied, CopyApplied, CopyRequest, CopyStatus, Wanted, orders_key,
+};
+use millrace_event::{
+    ChangeEvent, LoadHead, Lsn, Position, TableName, decode_line, header, subject,
+};
+use tokio::time::Instant;
 
+use self::told::{Telling, Told};
+use crate::asking::{self, Debts};
+use crate::batch::{Batch, Checkpoint, CopyProgress, CopyState};
 use crate::copying::{CopyError, CopyMark, Copying, Input};
 use crate::error::Error;
-use crate::life::{LOOK_INTERVAL, Life};
-use crate::sink::CopyTooOld;
+use crate::life::{LOOK_INTERVAL, Life, now_us};
 
-/// How often it is checked that what was copied also arrived.
+/// How often orders, debts and capture's progress are looked at while nothing is awaited.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Copies every table that is not copied yet. Returns early at `stop`; the next start goes on.
-pub(crate) async fn copy(life: &mut Life<'_>, stop: &CancellationToken) -> Result<(), Error> {
-    while !life.progress.is_complete() {
-        let request = request(life).await?;
-        let stream = subject::copy_stream_name(life.source, &life.settings.name);
-        wait_for_status(life, &request, stop).await?;
-        if stop.is_cancelled() {
-            return Ok(());
-        }
-        let options = ReaderOptions {
-            stream: stream.clone(),
-            ordering: Ordering::ByStream,
-            ..ReaderOptions::new(life.jetstream.clone(), life.source, Start::Beginning)
-        };
-        let reader = Reader::open(options);
-        match follow(life, &request, &stream, reader, stop).await? {
-            Followed::Complete | Followed::Lost => {}
-            Followed::Stopped => return Ok(()),
-        }
-        // Whatever was lost on the way is asked for again, under a new name.
-        withdraw(life).await?;
-    }
-    Ok(())
+/// The same before anything was read.
+const BEGIN_INTERVAL: Duration = Duration::from_millis(20);
+
+/// So many incomplete rows are asked for at once.
+const DEBTS_MAX: usize = 500;
+
+/// A row that was asked for and is still incomplete is asked for again after this.
+const HEAL_INTERVAL: Duration = Duration::from_secs(60);
+
+/// So many rows are remembered as asked for; beyond, all are forgotten, and asked for again.
+const HEALING_MAX: usize = 10_000;
+
+/// What a sink asks for, and the answer.
+#[derive(Default)]
+pub(crate) struct Copies {
+    telling: Option<Telling>,
+    answer: Option<Answer>,
+    looked_at: Option<Instant>,
+    /// Whether the bucket has no request of ours.
+    withdrawn: bool,
+    /// The incomplete rows that are being asked for.
+    debts: Debts,
+    /// When rows were asked for.
+    healing: HashMap<(TableName, Vec<String>), Instant>,
 }
 
-/// Withdraws a request that has no table left to copy: capture then clears the copy stream away.
+/// The answer to one request.
+struct Answer {
+    machine: Copying,
+    /// `None` until capture has taken the request up: then its stream exists.
+    reader: Option<Reader>,
+    status: Option<CopyStatus>,
+    /// Read, and not taken yet: its rows wait for the stream.
+    next: Option<Delivery>,
+    /// The sequence of the last message that was taken.
+    taken_seq: u64,
+    /// The same of what was handed out, of what is committed in the target, and of what capture was told.
+    handed_seq: u64,
+    applied_seq: u64,
+    told_seq: u64,
+}
+
+/// What a look brought.
+pub(crate) enum Looked {
+    /// Nothing that would end a life.
+    Nothing,
+    /// The tables stand differently from here on: store it.
+    Changed(CopyProgress),
+}
+
+impl Copies {
+    /// When to look again.
+    pub(crate) fn due(&self) -> Option<Instant> {
+        let knows = self.telling.as_ref().is_some_and(Telling::has_told);
+        let answer = self.answer.as_ref();
+        let waits = answer.is_some_and(|answer| answer.reader.is_none());
+        let interval = match (knows, waits) {
+            (false, _) => BEGIN_INTERVAL,
+            (true, true) => LOOK_INTERVAL,
+            (true, false) => CHECK_INTERVAL,
+        };
+        self.looked_at.map(|at| at + interval)
+    }
+
+    /// Waits until a message may be taken. Safe to cancel.
+    ///
+    /// # Errors
+    /// The copy stream does not hold what comes next.
+    pub(crate) async fn ready(&mut self, position: Position) -> Result<(), Error> {
+        let Some(answer) = &mut self.answer else {
+            return std::future::pending().await;
+        };
+        match (&answer.next, &mut answer.reader) {
+            (Some(next), _) if reach_of(next) <= position => Ok(()),
+            (None, Some(reader)) => {
+                answer.next = Some(reader.next().await?);
+                Ok(())
+            }
+            _ => std::future::pending().await,
+        }
+    }
+
+    /// Looks at orders, at incomplete rows, and at what capture says, and asks for what is needed. The worker has
+    /// collected the stream up to `collected`. Nothing may be in flight, and everything taken applied.
+    pub(crate) async fn look(
+        &mut self,
+        life: &mut Life<'_>,
+        collected: Position,
+    ) -> Result<Looked, Error> {
+        let looked = self.look_now(life, collected).await;
+        // From its end: where the broker is far, there is time for the rows in between.
+        self.looked_at = Some(Instant::now());
+        looked
+    }
+
+    async fn look_now(
+        &mut self,
+        life: &mut Life<'_>,
+        collected: Position,
+    ) -> Result<Looked, Error> {
+        let telling = self
+            .telling
+            .get_or_insert_with(|| Telling::begin(life.copies.clone(), &life.settings.name));
+        let Some(Told { orders, status }) = telling.latest() else {
+            return Ok(Looked::Nothing);
+        };
+        let ordered = asking::follow_orders(&life.progress, &orders, collected, now_us());
+        if let Some(progress) = ordered {
+            // A request that an order has changed the sense of must not be gone on with.
+            let asked = self.answer.as_ref().map(|answer| answer.machine.request());
+            if !asked.is_some_and(|asked| asking::must_stay(&asked.tables, &life.progress)) {
+                self.withdraw(life).await?;
+            }
+            return Ok(Looked::Changed(progress));
+        }
+        strike(life, &orders).await?;
+        self.take_status(life, status).await?;
+        let cut = self.cut_loads(life).await?;
+        if !cut.is_empty() {
+            tracing::warn!(
+                sink = %life.settings.name, tables = cut.len(),
+                "a load was cut off behind its first rows; the tables come in chunks, beside their changes"
+            );
+            let mut progress = life.progress.clone();
+            asking::begin_chunks(&mut progress, &cut, collected, now_us());
+            return Ok(Looked::Changed(progress));
+        }
+        self.find_debts(life).await?;
+        self.ask(life).await?;
+        self.tell_applied(life).await?;
+        Ok(Looked::Nothing)
+    }
+
+    /// Gives up what was asked for.
+    async fn withdraw(&mut self, life: &Life<'_>) -> Result<(), Error> {
+        self.answer = None;
+        if !self.withdrawn {
+            withdraw(life).await?;
+            self.withdrawn = true;
+        }
+        Ok(())
+    }
+
+    async fn take_status(
+        &mut self,
+        life: &mut Life<'_>,
+        status: Option<CopyStatus>,
+    ) -> Result<(), Error> {
+        let Some(answer) = &mut self.answer else {
+            return Ok(());
+        };
+        let request = answer.machine.request();
+        answer.status = status.filter(|status| status.request == request.id);
+        if answer.reader.is_none() && answer.status.is_some() {
+            let options = ReaderOptions {
+                stream: subject::copy_stream_name(life.source, &life.settings.name),
+                ordering: Ordering::ByStream,
+                ..ReaderOptions::new(life.jetstream.clone(), life.source, Start::Beginning)
+            };
+            answer.reader = Some(Reader::open(options));
+            // An end without a row before it brings no layout.
+            let tables: Vec<_> = request.tables.iter().map(|t| t.table.clone()).collect();
+            for table in tables {
+                if life.tables.contains_key(&table) {
+                    answer.machine.set_layout(life.layout(&table, None).await?);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The loads that nobody goes on with.
+    async fn cut_loads(&mut self, life: &Life<'_>) -> Result<Vec<TableName>, Error> {
+        if life.progress.is_complete() {
+            return Ok(Vec::new());
+        }
+        if let Some(answer) = &self.answer {
+            let cut = answer.status.as_ref();
+            let cut = cut.map_or(&[][..], |status| &status.cut);
+            let asked = answer.machine.request().id.as_str();
+            return Ok(asking::cut_loads(&life.progress, Some(asked), cut));
+        }
+        let stored: Option<CopyRequest> = read(life, &request_key(life)).await?;
+        let asked = stored.as_ref().map(|request| request.id.as_str());
+        Ok(asking::cut_loads(&life.progress, asked, &[]))
+    }
+
+    /// Looks for rows that are incomplete, unless the last ones are still awaited.
+    async fn find_debts(&mut self, life: &mut Life<'_>) -> Result<(), Error> {
+        let awaited = self.answer.as_ref().is_some_and(|answer| {
+            let mut asked = answer.machine.request().tables.iter();
+            let status = answer.status.as_ref();
+            asked.any(|asked| {
+                let keys = matches!(asked.rows, Wanted::Keys { .. });
+                let told = status.is_some_and(|status| status.copied.contains(&asked.table));
+                let read = status.is_some_and(|status| answer.applied_seq >= status.last_seq);
+                keys && !(told && read)
+            })
+        });
+        if awaited {
+            return Ok(());
+        }
+        let now = Instant::now();
+        self.healing.retain(|_, asked| now - *asked < HEAL_INTERVAL);
+        if self.healing.len() > HEALING_MAX {
+            self.healing.clear();
+        }
+        self.debts.clear();
+        let tables: Vec<_> = life
+            .progress
+            .those(|state| matches!(state, CopyState::Copied { .. }));
+        for (table, keys) in life.debts(&tables, DEBTS_MAX).await? {
+            let fresh = keys.into_iter().filter(|key| {
+                let asked = self.healing.contains_key(&(table.clone(), key.clone()));
+                !asked
+            });
+            let fresh: Vec<_> = fresh.collect();
+            for key in &fresh {
+                self.healing.insert((table.clone(), key.clone()), now);
+            }
+            if !fresh.is_empty() {
+                tracing::info!(
+                    sink = %life.settings.name, %table, rows = fresh.len(),
+                    "rows of which columns are missing are read again"
+                );
+                self.debts.push((table, fresh));
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks for what is needed and not asked for, and for what the broker has lost on its way.
+    async fn ask(&mut self, life: &mut Life<'_>) -> Result<(), Error> {
+        let wanted = asking::wanted(&life.progress, &self.debts);
+        if wanted.is_empty() {
+            return self.withdraw(life).await;
+        }
+        if self.is_lost(life).await? {
+            tracing::warn!(sink = %life.settings.name, "copied rows are missing; asking for them again");
+            self.withdraw(life).await?;
+        }
+        if let Some(answer) = &self.answer {
+            let asked = &answer.machine.request().tables;
+            if asking::brings(asked, &wanted) || asking::must_stay(asked, &life.progress) {
+                return Ok(());
+            }
+        }
+        let stored: Option<CopyRequest> = read(life, &request_key(life)).await?;
+        let goes_on = |stored: &CopyRequest| {
+            asking::brings(&stored.tables, &wanted)
+                || asking::must_stay(&stored.tables, &life.progress)
+        };
+        let request = match stored.filter(goes_on) {
+            // A crash left it behind: it is gone on with.
+            Some(stored) if self.answer.is_none() => stored,
+            _ => {
+                let request = CopyRequest {
+                    id: format!("{:016x}", rand::random::<u64>()),
+                    tables: wanted,
+                };
+                put(life, &request_key(life), &request).await?;
+                let tables = request.tables.len();
+                tracing::info!(sink = %life.settings.name, tables, "copy requested");
+                request
+            }
+        };
+        self.withdrawn = false;
+        let keeps_deleted: HashSet<_> = life
+            .tables
+            .values()
+            .filter(|table| table.on_delete == OnDelete::Ignore)
+            .map(|table| table.name.clone())
+            .collect();
+        let machine = Copying::new(request, life.limits, keeps_deleted, life.progress.clone());
+        self.answer = Some(Answer {
+            machine,
+            reader: None,
+            status: None,
+            next: None,
+            taken_seq: 0,
+            handed_seq: 0,
+            applied_seq: 0,
+            told_seq: 0,
+        });
+        Ok(())
+    }
+
+    /// Whether everything was put on the copy stream and read, or the broker lost the stream's end, and yet
+    /// something is missing.
+    async fn is_lost(&mut self, life: &Life<'_>) -> Result<bool, Error> {
+        let Some(answer) = &self.answer else {
+            return Ok(false);
+        };
+        let Some(status) = &answer.status else {
+            return Ok(false);
+        };
+        let asked = &answer.machine.request().tables;
+        let told = asked
+            .iter()
+            .all(|asked| status.copied.contains(&asked.table));
+        if !told || answer.next.is_some() {
+            return Ok(false);
+        }
+        // Rows that were healed are not awaited any more.
+        let is_left = asked.iter().any(|asked| {
+            !matches!(asked.rows, Wanted::Keys { .. }) && is_awaited(life, &asked.table)
+        });
+        if !is_left {
+            return Ok(false);
+        }
+        let (taken, last) = (answer.taken_seq, status.last_seq);
+        let stream = subject::copy_stream_name(life.source, &life.settings.name);
+        let end = life.stream_end(&stream).await?;
+        Ok(taken >= last.min(end))
+    }
+
+    /// Tells capture what the copy stream need not keep any longer, and where chunks would go on.
+    async fn tell_applied(&mut self, life: &Life<'_>) -> Result<(), Error> {
+        let Some(answer) = &mut self.answer else {
+            return Ok(());
+        };
+        if answer.told_seq == answer.applied_seq {
+            return Ok(());
+        }
+        answer.told_seq = answer.applied_seq;
+        let after = life.progress.tables.iter().filter_map(|(table, state)| {
+            let CopyState::Chunks(chunks) = state else {
+                return None;
+            };
+            Some((table.clone(), chunks.after.clone()?))
+        });
+        let applied = CopyApplied {
+            request: answer.machine.request().id.clone(),
+            stream_seq: answer.applied_seq,
+            after: after.collect(),
+        };
+        let key = format!("applied.{}", life.settings.name);
+        put(life, &key, &applied).await
+    }
+
+    /// The next batch of copied rows, as far as the stream was applied for them. Nothing may be in flight; the sink
+    /// stands at `checkpoint`.
+    ///
+    /// # Errors
+    /// The copy stream lacks something, or cannot be understood.
+    pub(crate) async fn turn(
+        &mut self,
+        life: &mut Life<'_>,
+        checkpoint: Checkpoint,
+    ) -> Result<Option<Batch>, Error> {
+        if let Some(answer) = &mut self.answer
+            && answer.machine.is_at_rest()
+        {
+            answer.machine.rebase(&life.progress);
+        }
+        let drained = self.collect(life, checkpoint).await?;
+        let Some(answer) = &mut self.answer else {
+            return Ok(None);
+        };
+        let batch = answer.machine.poll(checkpoint, drained);
+        if batch.is_some() {
+            answer.handed_seq = answer.taken_seq;
+        } else if answer.machine.is_at_rest() {
+            // What was taken was nobody's, or is there already.
+            answer.applied_seq = answer.taken_seq;
+        }
+        Ok(batch)
+    }
+
+    /// Takes what has come, up to a full batch; returns whether nothing more is waiting. While a batch of ours is in
+    /// flight the next one is collected: only what the target must be asked about waits.
+    ///
+    /// # Errors
+    /// As [`Copies::turn`].
+    pub(crate) async fn collect(
+        &mut self,
+        life: &mut Life<'_>,
+        checkpoint: Checkpoint,
+    ) -> Result<bool, Error> {
+        loop {
+            let Some(answer) = &mut self.answer else {
+                return Ok(true);
+            };
+            if answer.machine.is_full() {
+                return Ok(false);
+            }
+            let next = match (answer.next.take(), &mut answer.reader) {
+                (Some(next), _) => Some(next),
+                (None, Some(reader)) => reader.try_next()?,
+                (None, None) => None,
+            };
+            let Some(next) = next else { return Ok(true) };
+            if reach_of(&next) > checkpoint.position {
+                answer.next = Some(next);
+                return Ok(true);
+            }
+            match take(life, &mut answer.machine, &next).await {
+                Ok(()) => answer.taken_seq = next.stream_seq,
+                Err(Taken::Later) => {
+                    answer.next = Some(next);
+                    return Ok(false);
+                }
+                Err(Taken::Lost(error)) => {
+                    tracing::warn!(sink = %life.settings.name, %error, "asking for the rows again");
+                    self.withdraw(life).await?;
+                    return Ok(true);
+                }
+                Err(Taken::Failed(error)) => return Err(error),
+            }
+        }
+    }
+
+    /// Whether there is room for what comes next while a batch is in flight.
+    pub(crate) fn has_room(&self) -> bool {
+        let answer = self.answer.as_ref();
+        answer.is_some_and(|answer| answer.next.is_none() && !answer.machine.is_full())
+    }
+
+    /// The batch that was handed out is applied.
+    pub(crate) fn applied(&mut self) {
+        if let Some(answer) = &mut self.answer {
+            answer.applied_seq = answer.handed_seq;
+        }
+    }
+}
+
+fn is_awaited(life: &Life<'_>, table: &TableName) -> bool {
+    let state = life.progress.tables.get(table);
+    state.is_some_and(|state| !state.is_copied())
+}
+
+fn request_key(life: &Life<'_>) -> String {
+    format!("request.{}", life.settings.name)
+}
+
+/// Withdraws the request that is being answered, if there is one: capture then clears the copy stream away.
 pub(crate) async fn withdraw(life: &Life<'_>) -> Result<(), Error> {
-    let key = format!("request.{}", life.settings.name);
+    let key = request_key(life);
     let failed = |error| Error::retry("copy requests cannot be read", error);
     if life.copies.get(&key).await.map_err(failed)?.is_none() {
         return Ok(());
@@ -53,164 +473,57 @@ pub(crate) async fn withdraw(life: &Life<'_>) -> Result<(), Error> {
         .map_err(|error| Error::retry("a copy request cannot be withdrawn", error))
 }
 
-/// How a copy stream ended for its reader.
-enum Followed {
-    /// Every table is copied.
-    Complete,
-    /// The broker lost a part of it.
-    Lost,
-    /// The process stops.
-    Stopped,
-}
-
-/// The request that is under way, or a new one for every table that remains.
-async fn request(life: &Life<'_>) -> Result<CopyRequest, Error> {
-    let key = format!("request.{}", life.settings.name);
-    let remaining: Vec<TableName> = life
-        .progress
-        .tables
-        .iter()
-        .filter(|(_, state)| !state.is_copied())
-        .map(|(table, _)| table.clone())
-        .collect();
-    let failed = |error| Error::retry("copy requests cannot be read", error);
-    if let Some(entry) = life.copies.get(&key).await.map_err(failed)? {
-        let known: Option<CopyRequest> = serde_json::from_slice(&entry).ok();
-        if let Some(known) = known.filter(|known| {
-            let asked =
-                |table: &TableName| known.tables.iter().any(|wanted| wanted.table == *table);
-            remaining.iter().all(asked)
-        }) {
-            return Ok(known);
-        }
+/// Takes orders that were carried out off the list, unless somebody changed it meanwhile: then next time.
+async fn strike(life: &Life<'_>, orders: &[BackfillOrder]) -> Result<(), Error> {
+    let finished = &life.progress.finished;
+    if finished.is_empty() {
+        return Ok(());
     }
-    let id = format!("{:016x}", rand::random::<u64>());
-    let request = CopyRequest {
-        id,
-        tables: remaining
-            .into_iter()
-            .map(|table| TableRequest {
-                table,
-                rows: Wanted::Load,
-            })
-            .collect(),
+    let key = orders_key(&life.settings.name);
+    let failed = |error| Error::retry("orders cannot be read", error);
+    let Some(entry) = life.copies.entry(&key).await.map_err(failed)? else {
+        return Ok(());
     };
-    let value = serde_json::to_vec(&request).expect("plain JSON");
-    life.copies
-        .put(&key, value.into())
-        .await
-        .map_err(|error| Error::retry("a copy cannot be requested", error))?;
-    tracing::info!(sink = %life.settings.name, tables = request.tables.len(), "copy requested");
-    Ok(request)
-}
-
-async fn status(life: &Life<'_>, request: &CopyRequest) -> Result<Option<CopyStatus>, Error> {
-    let key = format!("status.{}", life.settings.name);
-    let entry = life
-        .copies
-        .get(&key)
-        .await
-        .map_err(|error| Error::retry("a copy's progress cannot be read", error))?;
-    let status = entry.and_then(|entry| serde_json::from_slice::<CopyStatus>(&entry).ok());
-    Ok(status.filter(|status| status.request == request.id))
-}
-
-/// Waits until capture has taken the request up: then its stream exists.
-async fn wait_for_status(
-    life: &Life<'_>,
-    request: &CopyRequest,
-    stop: &CancellationToken,
-) -> Result<(), Error> {
-    while status(life, request).await?.is_none() {
-        tokio::select! {
-            () = stop.cancelled() => return Ok(()),
-            () = tokio::time::sleep(LOOK_INTERVAL) => {}
-        }
+    let stored: Vec<BackfillOrder> = serde_json::from_slice(&entry.value).unwrap_or_default();
+    if stored != orders {
+        return Ok(());
+    }
+    let left: Vec<_> = orders
+        .iter()
+        .filter(|order| !finished.contains(&order.id))
+        .collect();
+    let value = serde_json::to_vec(&left).expect("plain JSON");
+    let updated = life.copies.update(&key, value.into(), entry.revision).await;
+    if let Err(error) = updated {
+        tracing::debug!(%error, "the list of orders has changed");
     }
     Ok(())
 }
 
-async fn follow(
-    life: &mut Life<'_>,
-    request: &CopyRequest,
-    stream: &str,
-    mut reader: Reader,
-    stop: &CancellationToken,
-) -> Result<Followed, Error> {
-    let (limits, checkpoint) = (life.limits, life.checkpoint);
-    let mut machine = Copying::new(
-        request.id.clone(),
-        limits,
-        checkpoint,
-        life.progress.clone(),
-    );
-    for TableRequest { table, .. } in &request.tables {
-        if life.tables.contains_key(table) {
-            machine.set_layout(life.layout(table, None).await?);
-        }
-    }
-    let mut checks = tokio::time::interval(CHECK_INTERVAL);
-    checks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut read_seq = 0;
-    let mut told_seq = 0;
-    loop {
-        let mut delivery = reader.try_next()?;
-        let drained = delivery.is_none();
-        if let Some(batch) = machine.poll(drained)
-            && let Err(error) = life.apply(batch).await
-        {
-            if is_too_old(&error) {
-                // The same rows would be refused for ever: a new request brings a new snapshot.
-                tracing::warn!(sink = %life.settings.name, error = error.chain(), "asking for the copy again");
-                withdraw(life).await?;
-            }
-            return Err(error);
-        }
-        if drained {
-            if life.progress.is_complete() {
-                return Ok(Followed::Complete);
-            }
-            if told_seq < read_seq {
-                tell_applied(life, request, read_seq).await?;
-                told_seq = read_seq;
-            }
-            tokio::select! {
-                biased;
-                () = stop.cancelled() => return Ok(Followed::Stopped),
-                next = reader.next() => delivery = Some(next?),
-                _ = checks.tick() => {
-                    let status = status(life, request).await?;
-                    let Some(status) = status else { continue };
-                    let told = |wanted: &TableRequest| status.copied.contains(&wanted.table);
-                    if request.tables.iter().all(told) {
-                        // Everything was put on the stream and read, or the broker lost the stream's end: and
-                        // yet something is missing.
-                        let end = life.stream_end(stream).await?;
-                        if read_seq >= status.last_seq.min(end) {
-                            return Ok(Followed::Lost);
-                        }
-                    }
-                }
-            }
-        }
-        let Some(delivery) = delivery else { continue };
-        read_seq = delivery.stream_seq;
-        match take(life, &mut machine, &delivery).await {
-            Ok(()) => {}
-            Err(Taken::Lost(error)) => {
-                tracing::warn!(sink = %life.settings.name, %error, "asking for the rest of the copy again");
-                return Ok(Followed::Lost);
-            }
-            Err(Taken::Failed(error)) => return Err(error),
-        }
-    }
+async fn read<T: serde::de::DeserializeOwned>(
+    life: &Life<'_>,
+    key: &str,
+) -> Result<Option<T>, Error> {
+    let entry = life
+        .copies
+        .get(key)
+        .await
+        .map_err(|error| Error::retry("copy requests cannot be read", error))?;
+    Ok(entry.and_then(|entry| serde_json::from_slice(&entry).ok()))
 }
 
-fn is_too_old(error: &Error) -> bool {
-    matches!(error, Error::Retry { source: Some(source), .. } if source.is::<CopyTooOld>())
+async fn put<T: serde::Serialize>(life: &Life<'_>, key: &str, value: &T) -> Result<(), Error> {
+    let value = serde_json::to_vec(value).expect("plain JSON");
+    life.copies
+        .put(key, value.into())
+        .await
+        .map(|_| ())
+        .map_err(|error| Error::retry("a copy request cannot be stored", error))
 }
 
 enum Taken {
+    /// The target must be asked first, and is busy.
+    Later,
     Lost(CopyError),
     Failed(Error),
 }
@@ -251,6 +564,23 @@ async fn take(
             })
             .map_err(Taken::Lost);
     }
+    let head = LoadHead::of(payload)
+        .map_err(|error| Error::retry("copied rows cannot be understood", error))?;
+    if let Some((head, at)) = head {
+        if machine.misses(&head.load, &head.table_version) {
+            if !life.tables.contains_key(&head.load) {
+                return Ok(());
+            }
+            if life.is_applying() {
+                return Err(Taken::Later);
+            }
+            machine.set_layout(life.layout(&head.load, Some(&head.table_version)).await?);
+        }
+        let (head, rows) = (&head, &payload.slice(at..));
+        return machine
+            .handle(Input::Load { mark, head, rows })
+            .map_err(Taken::Lost);
+    }
     let events: Vec<ChangeEvent<'_>> = millrace_event::decode(payload)
         .collect::<Result<_, _>>()
         .map_err(|error| Error::retry("copied rows cannot be understood", error))?;
@@ -260,6 +590,9 @@ async fn take(
     {
         if !life.tables.contains_key(&table) {
             return Ok(());
+        }
+        if life.is_applying() {
+            return Err(Taken::Later);
         }
         let version = events
             .first()
@@ -282,21 +615,21 @@ fn mark_of(delivery: &Delivery) -> Option<(String, u32, u64)> {
     Some((request.to_owned(), attempt.parse().ok()?, number))
 }
 
-/// Tells capture what the copy stream need not keep any longer.
-async fn tell_applied(
-    life: &Life<'_>,
-    request: &CopyRequest,
-    stream_seq: u64,
-) -> Result<(), Error> {
-    let applied = CopyApplied {
-        request: request.id.clone(),
-        stream_seq,
-        after: Vec::new(),
+/// Up to where the stream must have been applied before these rows are; zero where they need nothing of it.
+fn reach_of(delivery: &Delivery) -> Position {
+    let zero = Position::new(0, Lsn::ZERO, 0);
+    let header = delivery.headers.as_ref();
+    let reach = header.and_then(|headers| headers.get(header::COPY_REACH));
+    let Some(lsn) = reach.and_then(|reach| reach.as_str().parse::<Lsn>().ok()) else {
+        return zero;
     };
-    let value = serde_json::to_vec(&applied).expect("plain JSON");
-    life.copies
-        .put(format!("applied.{}", life.settings.name), value.into())
-        .await
-        .map(|_| ())
-        .map_err(|error| Error::retry("a copy's progress cannot be stored", error))
+    let Body::Changes(payload) = &delivery.body else {
+        return zero;
+    };
+    let first = payload.split(|byte| *byte == b'\n').next();
+    let first = first.and_then(|line| decode_line(line).ok());
+    // An end of a chunk comes behind its rows.
+    first.map_or(zero, |event| {
+        Position::new(event.source.version.epoch, lsn, 0)
+    })
 }

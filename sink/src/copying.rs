@@ -1,16 +1,17 @@
-//! The machine of a sink's initial copy: from the copy stream's messages to batches. It knows no network and
-//! no clock.
+//! The machine of a sink's copies: from the copy stream's messages to batches. It knows no network and no
+//! clock.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use millrace_event::work::Copied;
-use millrace_event::{ChangeEvent, TableName, Version};
+use millrace_event::work::{Copied, CopyRequest, Part, Wanted};
+use millrace_event::{ChangeEvent, LoadHead, TableName, Version, count_load_rows};
 
-use crate::batch::{Batch, Checkpoint, CopyProgress, CopyState};
-use crate::fold::Fold;
-use crate::row::{RowError, TableLayout};
+use crate::batch::{Batch, Checkpoint, CopyProgress, CopyState, Reading, Step};
+use crate::fold::{Fold, RowChange};
+use crate::load::Load;
+use crate::row::{Cell, RowError, TableLayout};
 use crate::worker::BatchLimits;
 
 /// Where on its copy stream a message belongs.
@@ -36,7 +37,16 @@ pub enum Input<'a> {
         /// Its rows.
         events: &'a [ChangeEvent<'a>],
     },
-    /// The end of a table.
+    /// Rows of a load.
+    Load {
+        /// Where they belong.
+        mark: CopyMark<'a>,
+        /// What is the same for all of them.
+        head: &'a LoadHead,
+        /// The rows.
+        rows: &'a Bytes,
+    },
+    /// The end of a table, a chunk, or the keys that were asked for.
     Copied {
         /// Where it belongs.
         mark: CopyMark<'a>,
@@ -48,7 +58,7 @@ pub enum Input<'a> {
 /// Why a copy stream cannot be followed any further.
 #[derive(Debug, thiserror::Error)]
 pub enum CopyError {
-    /// Messages are missing: the broker lost them. The remaining tables must be asked for again.
+    /// Messages are missing: the broker lost them. What remains must be asked for again.
     #[error("copy stream misses message {expected}: it goes on with {found}")]
     Gap {
         /// The number that should have come.
@@ -64,14 +74,17 @@ pub enum CopyError {
 /// Applies the answer to one request.
 #[derive(Debug)]
 pub struct Copying {
-    request: String,
+    request: CopyRequest,
     limits: BatchLimits,
-    checkpoint: Checkpoint,
+    /// Tables whose rows stay when they are deleted at the source.
+    keeps_deleted: HashSet<TableName>,
     layouts: HashMap<TableName, Arc<TableLayout>>,
     progress: CopyProgress,
     attempt: u32,
     number: u64,
     fold: Fold,
+    loads: Vec<Load>,
+    load_bytes: usize,
     changed: bool,
 }
 
@@ -79,36 +92,39 @@ impl Copying {
     /// Begins, or goes on where the target's progress says.
     #[must_use]
     pub fn new(
-        request: String,
+        request: CopyRequest,
         limits: BatchLimits,
-        checkpoint: Checkpoint,
+        keeps_deleted: HashSet<TableName>,
         progress: CopyProgress,
     ) -> Self {
-        let newest = progress
-            .tables
-            .values()
-            .filter_map(|state| match state {
-                CopyState::Copying {
-                    request: of,
-                    attempt,
-                    number,
-                    ..
-                } if *of == request => Some((*attempt, *number)),
-                _ => None,
-            })
-            .max();
-        let (attempt, number) = newest.unwrap_or((0, 0));
+        let reading = progress.reading.as_ref();
+        let reading = reading.filter(|reading| reading.request == request.id);
+        let (attempt, number) = reading.map_or((0, 0), |at| (at.attempt, at.number));
         Self {
             request,
             limits,
-            checkpoint,
+            keeps_deleted,
             layouts: HashMap::new(),
             progress,
             attempt,
             number,
             fold: Fold::new(),
+            loads: Vec::new(),
+            load_bytes: 0,
             changed: false,
         }
+    }
+
+    /// Takes over how the tables stand, which others change too. Everything taken must have been applied.
+    pub fn rebase(&mut self, progress: &CopyProgress) {
+        assert!(self.is_at_rest(), "what was taken would be forgotten");
+        self.progress.clone_from(progress);
+    }
+
+    /// What it answers.
+    #[must_use]
+    pub fn request(&self) -> &CopyRequest {
+        &self.request
     }
 
     /// The table of an event whose layout the machine does not have and needs: fetch it, and call
@@ -116,10 +132,15 @@ impl Copying {
     #[must_use]
     pub fn missing_layout(&self, event: &ChangeEvent<'_>) -> Option<TableName> {
         let table = event.source.table_name();
-        let known = self.layouts.get(&table);
-        let missing = !self.is_copied(&table)
-            && known.is_none_or(|layout| layout.shape != event.source.table_version);
+        let missing = self.misses(&table, &event.source.table_version);
         missing.then_some(table)
+    }
+
+    /// Whether the machine needs the layout of this version of a table, and does not have it.
+    #[must_use]
+    pub fn misses(&self, table: &TableName, shape: &str) -> bool {
+        let known = self.layouts.get(table);
+        self.takes(table) && known.is_none_or(|layout| layout.shape != shape)
     }
 
     /// The layout of a table, where the machine has one.
@@ -139,7 +160,14 @@ impl Copying {
         &self.progress
     }
 
-    /// Takes one message. The layout of its table must be known.
+    /// Whether nothing was taken that was not handed out.
+    #[must_use]
+    pub fn is_at_rest(&self) -> bool {
+        !self.changed
+    }
+
+    /// Takes one message. The layout of its table must be known, and the stream must have been applied as far
+    /// as a chunk's snapshot reaches.
     ///
     /// # Errors
     /// Messages are missing, or a row is.
@@ -155,54 +183,63 @@ impl Copying {
                 }
                 for event in events {
                     let table = event.source.table_name();
-                    if self.is_copied(&table) {
+                    if !self.takes(&table) {
                         continue;
                     }
                     let layout = self.layouts.get(&table).expect("the caller asked for it");
                     self.fold.push(layout, event, payload)?;
-                    self.note(&table, event.source.version);
+                    self.note_rows(&table, event.source.version, 1);
+                }
+            }
+            Input::Load { mark, head, rows } => {
+                if self.follow(mark)? && self.takes(&head.load) {
+                    self.load(head, rows);
                 }
             }
             Input::Copied { mark, copied } => {
-                if !self.follow(mark)? {
-                    return Ok(());
-                }
-                if !self.is_copied(&copied.table) {
-                    let layout = self
-                        .layouts
-                        .get(&copied.table)
-                        .expect("the caller asked for it");
-                    let below = Version::new(copied.epoch, copied.lsn, 0);
-                    self.fold.sweep(layout, below);
-                    let state = CopyState::Copied { lsn: copied.lsn };
-                    self.progress.tables.insert(copied.table.clone(), state);
-                    self.progress.copied_to = self.progress.copied_to.max(below);
-                    self.pass_number_on(below);
+                if self.follow(mark)? && self.takes(&copied.table) {
+                    self.end(copied)?;
                 }
             }
         }
         Ok(())
     }
 
-    /// The next batch, if there is something to apply: at the limits, or when nothing more is waiting.
-    pub fn poll(&mut self, drained: bool) -> Option<Batch> {
-        let full = self.fold.rows() >= self.limits.rows || self.fold.bytes() >= self.limits.bytes;
-        if !self.changed || !(full || drained) {
+    /// The next batch, if there is something to apply: at the limits, or when nothing more is waiting. The sink
+    /// stands at `checkpoint`.
+    pub fn poll(&mut self, checkpoint: Checkpoint, drained: bool) -> Option<Batch> {
+        if !self.changed || !(self.is_full() || drained) {
             return None;
         }
         self.changed = false;
+        self.progress.reading = Some(Reading {
+            request: self.request.id.clone(),
+            attempt: self.attempt,
+            number: self.number,
+        });
+        self.load_bytes = 0;
+        // A load's end comes behind its rows, and is the fold's.
+        let loads = std::mem::take(&mut self.loads).into_iter().map(Step::Load);
         Some(Batch {
-            from: self.checkpoint,
-            to: self.checkpoint,
+            from: checkpoint,
+            to: checkpoint,
             copy: Some(self.progress.clone()),
-            steps: self.fold.finish(),
+            steps: loads.chain(self.fold.finish()).collect(),
             commit: true,
         })
     }
 
+    /// Whether a batch is due although more is waiting.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        // A load's rows are not laid out: their bytes alone count.
+        let bytes = self.fold.bytes() + self.load_bytes;
+        self.fold.rows() >= self.limits.rows || bytes >= self.limits.bytes
+    }
+
     /// Whether a message is the next of ours; `false` for a repetition and for what others were sent.
     fn follow(&mut self, mark: CopyMark<'_>) -> Result<bool, CopyError> {
-        if mark.request != self.request || mark.attempt < self.attempt {
+        if mark.request != self.request.id || mark.attempt < self.attempt {
             return Ok(false);
         }
         if mark.attempt > self.attempt {
@@ -223,28 +260,126 @@ impl Copying {
         Ok(true)
     }
 
-    fn is_copied(&self, table: &TableName) -> bool {
-        let state = self.progress.tables.get(table);
-        state.is_some_and(CopyState::is_copied)
+    /// How a table was asked for.
+    fn wanted(&self, table: &TableName) -> Option<&Wanted> {
+        let asked = self.request.tables.iter();
+        let asked = asked.filter(|asked| asked.table == *table);
+        asked.map(|asked| &asked.rows).next()
     }
 
-    fn note(&mut self, table: &TableName, version: Version) {
-        let state = CopyState::Copying {
-            request: self.request.clone(),
-            attempt: self.attempt,
-            number: self.number,
-            lsn: version.commit_lsn,
+    /// Whether rows of this table are applied: its state is the one that they were asked for in.
+    fn takes(&self, table: &TableName) -> bool {
+        let (Some(wanted), Some(state)) = (self.wanted(table), self.progress.tables.get(table))
+        else {
+            return false;
         };
-        self.progress.tables.insert(table.clone(), state);
-        self.progress.copied_to = self.progress.copied_to.max(version);
-    }
-
-    /// The number reached must outlive the table that reached it: the next table that waits carries it.
-    fn pass_number_on(&mut self, below: Version) {
-        let waits = |state: &CopyState| !state.is_copied();
-        let next = self.progress.tables.iter().find(|(_, state)| waits(state));
-        if let Some(next) = next.map(|(table, _)| table.clone()) {
-            self.note(&next, below);
+        match wanted {
+            Wanted::Load => matches!(state, CopyState::Pending { .. } | CopyState::Loading { .. }),
+            Wanted::Chunks { .. } => matches!(state, CopyState::Chunks(_)),
+            Wanted::Keys { .. } => state.is_followed(),
         }
     }
+
+    fn load(&mut self, head: &LoadHead, rows: &Bytes) {
+        match self.loads.last_mut() {
+            Some(load) if load.takes(head) => load.push(rows.clone()),
+            _ => {
+                let layout = self.layouts.get(&head.load);
+                let layout = layout.expect("the caller asked for it");
+                let mut load = Load::new(Arc::clone(layout), head);
+                load.push(rows.clone());
+                self.loads.push(load);
+            }
+        }
+        self.load_bytes += rows.len();
+        self.note_rows(&head.load, head.version, count_load_rows(rows) as u64);
+    }
+
+    fn note_rows(&mut self, table: &TableName, version: Version, count: u64) {
+        self.progress.copied_to = self.progress.copied_to.max(version);
+        match self.progress.tables.get_mut(table) {
+            Some(state @ CopyState::Pending { .. }) => {
+                let claim = state.claim().expect("a pending table has one");
+                *state = CopyState::Loading {
+                    lsn: version.commit_lsn,
+                    rows: count,
+                    claim,
+                };
+            }
+            Some(CopyState::Loading { rows, .. }) => *rows += count,
+            Some(CopyState::Chunks(chunks)) => chunks.rows += count,
+            _ => {}
+        }
+    }
+
+    fn end(&mut self, copied: &Copied) -> Result<(), CopyError> {
+        let table = &copied.table;
+        let layout = self.layouts.get(table).expect("the caller asked for it");
+        let layout = Arc::clone(layout);
+        let below = Version::new(copied.epoch, copied.lsn, 0);
+        self.progress.copied_to = self.progress.copied_to.max(below);
+        let state = self.progress.tables.get_mut(table);
+        match (&copied.part, state) {
+            (Part::Load, Some(state @ (CopyState::Pending { .. } | CopyState::Loading { .. }))) => {
+                let claim = state.claim().expect("a table that is loaded has one");
+                *state = CopyState::Loaded {
+                    lsn: copied.lsn,
+                    claim,
+                };
+                self.fold.sweep(&layout, below);
+            }
+            (Part::Chunk { after, last }, Some(CopyState::Chunks(chunks))) => {
+                if after.is_some() {
+                    chunks.after.clone_from(after);
+                }
+                if *last {
+                    self.last_chunk(&layout);
+                }
+            }
+            (Part::Keys, _) => self.keys(&layout, below)?,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn last_chunk(&mut self, layout: &Arc<TableLayout>) {
+        let copied = CopyState::Copied {
+            lsn: millrace_event::Lsn::ZERO,
+        };
+        let state = self.progress.tables.insert(layout.source.clone(), copied);
+        let Some(CopyState::Chunks(chunks)) = state else {
+            unreachable!("chunks are taken in that state only")
+        };
+        let order = chunks.order.as_ref();
+        // Chunks of a part of the table say nothing about the rest.
+        if order.is_none_or(|order| order.filter.is_none()) {
+            self.fold.sweep(layout, chunks.lower);
+        }
+        self.progress
+            .finished
+            .extend(order.map(|order| order.id.clone()));
+    }
+
+    /// Keys that were asked for and have no row at the source are gone: a delete tells the target so, and settles
+    /// what is open about them. Below the version at which they were looked for it cannot harm a row that came
+    /// again.
+    fn keys(&mut self, layout: &Arc<TableLayout>, at: Version) -> Result<(), CopyError> {
+        let Some(Wanted::Keys { keys }) = self.wanted(&layout.source) else {
+            return Ok(());
+        };
+        if self.keeps_deleted.contains(&layout.source) {
+            return Ok(());
+        }
+        for key in keys.clone() {
+            let mut row: crate::row::Row = vec![Cell::Missing; layout.columns.len()].into();
+            for (column, text) in layout.key.iter().zip(key) {
+                row[*column] = Cell::Text(text.into());
+            }
+            self.fold.change(layout, at, RowChange::Delete(row))?;
+        }
+        Ok(())
+    }
 }
+
+#[cfg(test)]
+mod tests;

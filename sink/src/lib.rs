@@ -4,6 +4,8 @@
 //! ([`fold`]) into a [`batch::Batch`]; a [`sink::Sink`] applies it in one target transaction together with its
 //! checkpoint. [`run`] carries deliveries to the machine and batches to the target.
 
+mod asking;
+mod beside;
 mod catching;
 mod copy;
 mod error;
@@ -20,6 +22,7 @@ pub mod conformance;
 pub mod copying;
 pub mod fold;
 pub mod guard;
+pub mod load;
 pub mod memory;
 pub mod postgres;
 pub mod row;

@@ -13,11 +13,12 @@ use millrace_event::work::{self, ParkedClaim, SinkReport};
 use millrace_event::{Position, TableName, TableSchema, decode_line, header, subject};
 use tokio::task::JoinHandle;
 
+use crate::asking::Debts;
 use crate::batch::{Batch, Checkpoint, CopyProgress, PositionRow};
 use crate::error::Error;
 use crate::postgres::{PostgresSink, connector};
 use crate::registration::{Registration, Standing, register};
-use crate::row::TableLayout;
+use crate::row::{Key, TableLayout};
 use crate::sink::{Applied, Elected, Sink, SinkError};
 use crate::status::Status;
 use crate::worker::BatchLimits;
@@ -119,10 +120,11 @@ impl<'l> Life<'l> {
         let (stream, newest) = self.newest().await?;
         let Registration { standing, progress } = register(
             &self.progress,
-            self.checkpoint.position,
+            self.checkpoint.into(),
             self.tables.keys(),
             stream,
-            newest.position,
+            newest.into(),
+            now_us(),
         )
         .map_err(Error::Halt)?;
         if standing == Standing::Moved {
@@ -305,11 +307,10 @@ impl<'l> Life<'l> {
         }
     }
 
-    /// The oldest position that may still be read again: the sink's own, or a parked table's.
-    pub(crate) fn kept_from(&self) -> (u64, Position) {
-        let own = (self.committed.stream_seq, self.committed.position);
-        let parked = self.progress.claims().map(|(_, claim)| claim);
-        parked.fold(own, std::cmp::min)
+    /// The oldest position that may still be read again: the sink's own, or that of a table that is behind it.
+    pub(crate) fn kept_from(&self) -> Position {
+        let behind = self.progress.claims().map(|(_, claim)| claim.position);
+        behind.fold(self.committed.position, std::cmp::min)
     }
 
     /// Whether a table's deletes and truncates are applied.
@@ -321,6 +322,27 @@ impl<'l> Life<'l> {
                 table.on_truncate == OnTruncate::Apply,
             )
         })
+    }
+
+    /// The keys of these tables' rows of which columns are missing, at most so many of each.
+    pub(crate) async fn debts(&mut self, tables: &[TableName], max: usize) -> Result<Debts, Error> {
+        let mut debts = Vec::new();
+        for table in tables {
+            let Some(settings) = self.tables.get(table).copied() else {
+                continue;
+            };
+            let keys = self.sink().incomplete(&settings.target, max).await?;
+            if keys.is_empty() {
+                continue;
+            }
+            let columns = self.layout(table, None).await?.key.len();
+            let keys: Vec<_> = keys
+                .iter()
+                .filter_map(|key| Key::texts(key, columns))
+                .collect();
+            debts.push((table.clone(), keys));
+        }
+        Ok(debts)
     }
 
     /// The layout of a version of a table, asked for once.
@@ -356,15 +378,15 @@ impl<'l> Life<'l> {
         }
         self.reported_at = Some(now);
         self.reported = Some(stands_at);
-        let parked = self.progress.claims();
+        let claims = self.progress.claims();
         let report = SinkReport {
             stream_seq: self.committed.stream_seq,
             position: self.committed.position,
             at_us: now_us(),
-            parked: parked
-                .map(|(table, (stream_seq, _))| ParkedClaim {
+            parked: claims
+                .map(|(table, claim)| ParkedClaim {
                     table: table.clone(),
-                    stream_seq,
+                    stream_seq: claim.stream_seq,
                 })
                 .collect(),
         };

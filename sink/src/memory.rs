@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use millrace_config::{Code, Condition, OnRowError, Table};
 use millrace_event::{TableName, TableSchema, Version};
 
-use crate::batch::{Action, Batch, MoveRow, PositionRow, Step};
+use crate::batch::{Action, Batch, CopyProgress, MoveRow, PositionRow, RowOp, Step};
 use crate::guard::applies;
 use crate::row::{Cell, Key, LayoutColumn, Row, TableLayout, fill, is_full};
 use crate::sink::{Applied, Elected, Ensured, Sink, SinkError};
@@ -175,7 +175,7 @@ impl Sink for MemorySink {
         let position = committed.positions.get(&self.name);
         let begun = position.is_some_and(|row| {
             let state = row.copy.tables.get(&schema.name);
-            !matches!(state, None | Some(crate::batch::CopyState::Pending))
+            !matches!(state, None | Some(crate::batch::CopyState::Pending { .. }))
         });
         let begins = position.map(|row| row.checkpoint.position.0);
         let created = !committed.tables.contains_key(&settings.target);
@@ -257,12 +257,13 @@ impl Sink for MemorySink {
         }
         row.checkpoint = batch.to;
         row.epoch = batch.to.position.epoch();
+        let before = row.copy.clone();
         if let Some(copy) = &batch.copy {
             row.copy = copy.clone();
         }
         let mut applied = Applied::default();
         for step in &batch.steps {
-            state.step(step, &self.halts, &mut applied)?;
+            state.step(step, &before, &self.halts, &mut applied)?;
         }
         if batch.commit {
             shared.committed = state;
@@ -275,6 +276,20 @@ impl Sink for MemorySink {
     async fn roll_back(&mut self) -> Result<(), SinkError> {
         self.open = None;
         Ok(())
+    }
+
+    async fn incomplete(
+        &mut self,
+        target: &TableName,
+        max: usize,
+    ) -> Result<Vec<String>, SinkError> {
+        let shared = self.target.lock();
+        let letters = shared.committed.letters.iter();
+        let keys = letters
+            .filter(|letter| letter.table == *target && letter.open && letter.reason == INCOMPLETE)
+            .map(|letter| letter.key.text().into_owned());
+        let keys: BTreeSet<_> = keys.collect();
+        Ok(keys.into_iter().take(max).collect())
     }
 
     async fn clean_up(&mut self, up_to: Version) -> Result<u64, SinkError> {
@@ -314,14 +329,24 @@ impl State {
     fn step(
         &mut self,
         step: &Step,
+        copies: &CopyProgress,
         halts: &BTreeMap<TableName, bool>,
         applied: &mut Applied,
     ) -> Result<(), SinkError> {
         match step {
+            Step::Load(load) => {
+                let rows = load.laid_out().map_err(|error| SinkError::Transient {
+                    what: "laying a load's rows out",
+                    condition: None,
+                    source: error.into(),
+                })?;
+                self.step(&Step::Rows(vec![rows]), copies, halts, applied)?;
+            }
             Step::Rows(tables) => {
                 for table in tables {
                     for op in &table.rows {
-                        let outcome = self.row(&table.layout, &op.key, op.version, &op.action);
+                        let uncovered = copies.uncovered_below(&table.layout.source);
+                        let outcome = self.row(&table.layout, op, uncovered);
                         let place = (&*table.layout, &op.key, op.version);
                         self.count(outcome, place, halts, applied)?;
                     }
@@ -329,7 +354,8 @@ impl State {
             }
             Step::Move(moves) => {
                 for moved in moves {
-                    let outcome = self.move_row(&moved.layout, &moved.row);
+                    let uncovered = copies.uncovered_below(&moved.layout.source);
+                    let outcome = self.move_row(&moved.layout, &moved.row, uncovered);
                     let place = (&*moved.layout, &moved.row.key, moved.row.version);
                     self.count(outcome, place, halts, applied)?;
                 }
@@ -371,13 +397,14 @@ impl State {
         }
     }
 
-    fn row(
-        &mut self,
-        layout: &TableLayout,
-        key: &Key,
-        version: Version,
-        action: &Action,
-    ) -> Outcome {
+    fn row(&mut self, layout: &TableLayout, op: &RowOp, uncovered: Version) -> Outcome {
+        let RowOp {
+            key,
+            version,
+            action,
+            ..
+        } = op;
+        let version = *version;
         let has_letter = self.has_letter(layout, key);
         let table = self.table(layout);
         let stored = table.rows.get(key);
@@ -403,7 +430,9 @@ impl State {
                 let mut row = row.clone();
                 if !is_full(&row) {
                     match stored {
-                        Some((_, older)) if !has_letter => fill(&mut row, older),
+                        Some((known, older)) if !has_letter && *known >= uncovered => {
+                            fill(&mut row, older);
+                        }
                         _ => return Outcome::Refused(INCOMPLETE.to_owned()),
                     }
                 }
@@ -420,7 +449,7 @@ impl State {
         outcome
     }
 
-    fn move_row(&mut self, layout: &TableLayout, moved: &MoveRow) -> Outcome {
+    fn move_row(&mut self, layout: &TableLayout, moved: &MoveRow, uncovered: Version) -> Outcome {
         let has_letter = self.has_letter(layout, &moved.old_key);
         let table = self.table(layout);
         let stored = table.rows.get(&moved.key).map(|(stored, _)| *stored);
@@ -430,7 +459,9 @@ impl State {
         }
         let mut row = moved.row.clone();
         match table.rows.get(&moved.old_key) {
-            Some((version, old)) if *version < moved.version && !has_letter => fill(&mut row, old),
+            Some((known, old)) if *known < moved.version && *known >= uncovered && !has_letter => {
+                fill(&mut row, old);
+            }
             _ => return Outcome::Refused(INCOMPLETE.to_owned()),
         }
         if let Some(reason) = refusal(layout, &row) {

@@ -106,6 +106,9 @@ fn outcomes(batch: &Batch, applied: &Applied) -> Vec<(TableName, Outcomes)> {
                     });
                 }
             }
+            Step::Load(load) => of(&load.layout.source, &|outcomes| {
+                outcomes.upserts.offered += load.rows() as u64;
+            }),
             Step::Move(moves) => {
                 for moved in moves {
                     let add = |outcomes: &mut Outcomes| outcomes.upserts.offered += 1;

@@ -5,6 +5,8 @@ mod commands;
 mod fault;
 mod inserts;
 mod isolate;
+mod labels;
+mod load;
 mod parameters;
 mod session;
 mod tables;
@@ -24,6 +26,7 @@ use self::parameters::Uuid;
 use self::session::{PARTITION, Session, Transaction};
 use crate::batch::Batch;
 use crate::sink::{Applied, Elected, Ensured, Sink, SinkError};
+use crate::sql;
 
 /// What one statement may take unless the settings say otherwise.
 pub const STATEMENT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -182,6 +185,28 @@ impl Sink for PostgresSink {
             }
         }
         Ok(())
+    }
+
+    async fn incomplete(
+        &mut self,
+        target: &TableName,
+        max: usize,
+    ) -> Result<Vec<String>, SinkError> {
+        let session = self.session()?;
+        let relation = target.to_string();
+        if !session.letters.contains(&relation) {
+            return Ok(Vec::new());
+        }
+        let failed = |error| fault::general("looking for incomplete rows", error);
+        let max = i64::try_from(max).unwrap_or(i64::MAX);
+        let rows = session
+            .client
+            .query(sql::INCOMPLETE_KEYS, &[&relation, &sql::INCOMPLETE, &max])
+            .await
+            .map_err(failed)?;
+        rows.iter()
+            .map(|row| row.try_get(0).map_err(failed))
+            .collect()
     }
 
     async fn clean_up(&mut self, up_to: Version) -> Result<u64, SinkError> {

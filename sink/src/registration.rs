@@ -1,9 +1,9 @@
 //! What a sink's tables begin with on the stream that it finds. Pure.
 
 use millrace_config::{Code, Condition};
-use millrace_event::{Position, TableName};
+use millrace_event::TableName;
 
-use crate::batch::{CopyProgress, CopyState};
+use crate::batch::{Chunks, Claim, CopyProgress, CopyState};
 
 /// How a sink stands to the stream that it finds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,19 +24,21 @@ pub(crate) struct Registration {
 }
 
 /// What is to be stored of a sink that has applied its stream up to `applied`, for the stream that was created
-/// at `stream` and whose newest message is at `newest`.
+/// at `stream` and whose newest message is `newest`.
 ///
-/// On another stream than before nothing tells what was missed in between: every table is copied again, which
-/// makes it exact. A table that was never begun still counts as not ours, so its rows are looked at first.
+/// On another stream than before nothing tells what was missed in between: every table is copied again, over its
+/// old rows, which makes it exact. A table that was never begun still counts as not ours, so its rows are looked
+/// at first.
 ///
 /// # Errors
 /// The sink's rows have versions that what the stream brings would not outrank.
 pub(crate) fn register<'t>(
     stored: &CopyProgress,
-    applied: Position,
+    applied: Claim,
     configured: impl Iterator<Item = &'t TableName> + Clone,
     stream: String,
-    newest: Position,
+    newest: Claim,
+    now_us: i64,
 ) -> Result<Registration, Condition> {
     let standing = if stored.stream.is_empty() {
         Standing::New
@@ -45,17 +47,18 @@ pub(crate) fn register<'t>(
     } else {
         Standing::Moved
     };
+    let (at, reached) = (applied.position, newest.position);
     let outranked = match standing {
         // A copy's rows may be newer than everything that the stream brought before it was begun anew.
-        Standing::Moved => newest >= applied.max(stored.copied_to.into()),
+        Standing::Moved => reached >= at.max(stored.copied_to.into()),
         // A stream that lost its tail gets it again; the sink waits.
-        Standing::New | Standing::Same => newest >= applied || newest.epoch() >= applied.epoch(),
+        Standing::New | Standing::Same => reached >= at || reached.epoch() >= at.epoch(),
     };
     if !outranked {
-        let applied = applied.max(stored.copied_to.into());
+        let applied = at.max(stored.copied_to.into());
         return Err(Condition::new(
             Code::EpochLower,
-            format!("the stream is at {newest}, this sink has applied {applied} of another one"),
+            format!("the stream is at {reached}, this sink has applied {applied} of another one"),
             "if this is the stream you want, drop the sink's tables and the schema millrace in its target: \
              they are copied anew; else correct stream.servers or the sink's url",
         ));
@@ -67,20 +70,27 @@ pub(crate) fn register<'t>(
         .retain(|table, _| configured.clone().any(|name| name == table));
     if standing == Standing::Moved {
         for state in progress.tables.values_mut() {
-            *state = on_another_stream(state);
+            *state = on_another_stream(state, newest, now_us);
         }
     }
+    let claim = match standing {
+        Standing::New | Standing::Moved => newest,
+        Standing::Same => applied,
+    };
     for table in configured {
         let state = progress.tables.entry(table.clone());
-        state.or_insert(CopyState::Pending);
+        state.or_insert(CopyState::Pending { claim });
     }
     Ok(Registration { standing, progress })
 }
 
-fn on_another_stream(state: &CopyState) -> CopyState {
+fn on_another_stream(state: &CopyState, claim: Claim, now_us: i64) -> CopyState {
     match state {
-        CopyState::Pending => CopyState::Pending,
-        CopyState::Copying { .. } | CopyState::Copied { .. } => CopyState::again(),
+        CopyState::Pending { .. } => CopyState::Pending { claim },
+        CopyState::Loading { .. }
+        | CopyState::Loaded { .. }
+        | CopyState::Copied { .. }
+        | CopyState::Chunks(_) => CopyState::Chunks(Chunks::begin(claim.position, None, now_us)),
         CopyState::Parked { .. } => CopyState::Lapsed { refused_at_us: 0 },
         CopyState::Lapsed { .. } => state.clone(),
     }
@@ -90,7 +100,7 @@ fn on_another_stream(state: &CopyState) -> CopyState {
 mod tests {
     use std::collections::BTreeMap;
 
-    use millrace_event::{Lsn, Version};
+    use millrace_event::{Lsn, Position, Version};
 
     use super::*;
 
@@ -104,11 +114,25 @@ mod tests {
         Position::new(epoch, Lsn(lsn), 0)
     }
 
+    fn claim(position: Position) -> Claim {
+        Claim {
+            stream_seq: position.commit_lsn().0,
+            position,
+        }
+    }
+
+    fn pending(position: Position) -> CopyState {
+        let claim = claim(position);
+        CopyState::Pending { claim }
+    }
+
     fn stored(states: &[(&str, CopyState)], copied_to: u64) -> CopyProgress {
         let states = states.iter();
         CopyProgress {
             stream: OLD.to_owned(),
             copied_to: Version::new(1, Lsn(copied_to), 0),
+            reading: None,
+            finished: std::collections::BTreeSet::new(),
             tables: states
                 .map(|(name, state)| (table(name), state.clone()))
                 .collect(),
@@ -124,7 +148,8 @@ mod tests {
     ) -> Result<Registration, Code> {
         let names: Vec<_> = names.iter().map(|name| table(name)).collect();
         let names = names.iter();
-        register(stored, at(1, applied), names, stream.to_owned(), newest)
+        let (applied, newest) = (claim(at(1, applied)), claim(newest));
+        register(stored, applied, names, stream.to_owned(), newest, 0)
             .map_err(|condition| condition.code)
     }
 
@@ -138,7 +163,7 @@ mod tests {
         let registration = registered(&new, 0, &["a", "b"], "s", at(1, 7)).expect("registered");
         assert_eq!(registration.standing, Standing::New);
         assert_eq!(registration.progress.stream, "s");
-        let pending = |name| (table(name), CopyState::Pending);
+        let pending = |name| (table(name), pending(at(1, 7)));
         let expected = BTreeMap::from([pending("a"), pending("b")]);
         assert_eq!(registration.progress.tables, expected);
     }
@@ -152,44 +177,44 @@ mod tests {
                 registered(&stored, 10, &["a", "new"], OLD, newest).expect("registered");
             assert_eq!(registration.standing, Standing::Same);
             let expected =
-                BTreeMap::from([(table("a"), copied(5)), (table("new"), CopyState::Pending)]);
+                BTreeMap::from([(table("a"), copied(5)), (table("new"), pending(at(1, 10)))]);
             assert_eq!(registration.progress.tables, expected);
         }
     }
 
     #[test]
     fn on_another_stream_our_tables_are_copied_again_and_others_stay_unknown() {
-        let parked = CopyState::Parked {
-            lsn: Lsn(5),
-            stream_seq: 3,
-            position: at(1, 6),
-        };
-        let copying = CopyState::Copying {
-            request: "r".to_owned(),
-            attempt: 1,
-            number: 9,
+        let (lsn, behind) = (Lsn(5), claim(at(1, 6)));
+        let parked = CopyState::Parked { lsn, claim: behind };
+        let loaded = CopyState::Loaded { lsn, claim: behind };
+        let loading = CopyState::Loading {
             lsn: Lsn(8),
+            rows: 1,
+            claim: behind,
         };
         let lapsed = CopyState::Lapsed { refused_at_us: 4 };
         let stored = stored(
             &[
                 ("copied", copied(5)),
-                ("copying", copying),
+                ("loaded", loaded),
+                ("loading", loading),
                 ("lapsed", lapsed.clone()),
                 ("parked", parked),
-                ("pending", CopyState::Pending),
+                ("pending", pending(at(1, 6))),
             ],
             8,
         );
-        let names = ["copied", "copying", "lapsed", "parked", "pending"];
+        let names = ["copied", "lapsed", "loaded", "loading", "parked", "pending"];
         let registration = registered(&stored, 7, &names, "other", at(1, 8)).expect("registered");
         assert_eq!(registration.standing, Standing::Moved);
+        let again = CopyState::Chunks(Chunks::begin(at(1, 8), None, 0));
         let expected = [
-            ("copied", CopyState::again()),
-            ("copying", CopyState::again()),
+            ("copied", again.clone()),
             ("lapsed", lapsed),
+            ("loaded", again.clone()),
+            ("loading", again),
             ("parked", CopyState::Lapsed { refused_at_us: 0 }),
-            ("pending", CopyState::Pending),
+            ("pending", pending(at(1, 8))),
         ];
         let expected = expected.map(|(name, state)| (table(name), state));
         assert_eq!(registration.progress.tables, BTreeMap::from(expected));
@@ -213,7 +238,8 @@ mod tests {
         let stored = stored(&[("a", copied(5))], 5);
         let applied = Position::new(2, Lsn(10), 0);
         let names = [table("a")];
-        let refused = register(&stored, applied, names.iter(), OLD.to_owned(), at(1, 90));
+        let (applied, newest) = (claim(applied), claim(at(1, 90)));
+        let refused = register(&stored, applied, names.iter(), OLD.to_owned(), newest, 0);
         assert_eq!(
             refused.map_err(|condition| condition.code),
             Err(Code::EpochLower)

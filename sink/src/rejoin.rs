@@ -1,22 +1,28 @@
-//! Parked tables: what the target refuses waits in the stream, and comes back by itself.
+//! Tables that are not where their sink is: what the target refuses waits in the stream, and what was loaded
+//! catches up with what was changed meanwhile.
 //!
-//! A parked table keeps a position of its own, where it was last complete. While it is parked the worker
-//! leaves its changes out and goes on with the others. When the target takes the table again, its changes
-//! from that position up to the sink's are applied, and in the transaction of the last of them it rejoins.
+//! Such a table keeps a claim on the stream: how far it is by itself. The worker leaves its changes out and goes on
+//! with the others. Its changes from there on are applied beside the stream ([`crate::beside`]), and the last few of
+//! them here, while nothing else goes on: in their last transaction it rejoins.
 //!
-//! The stream does not wait for a parked table. Once it has let go of what the table needs, the table's claim
-//! lapses: it stays parked, and is copied again when the target takes it.
+//! The stream does not wait for such a table. Once it has let go of what the table needs, the claim lapses: its rows
+//! come again, in chunks, when the target takes it.
+
+use std::collections::BTreeMap;
 
 use millrace_config::{Code, Condition};
-use millrace_consumer::{Body, ReadError, Reader, ReaderOptions, Start, Token};
-use millrace_event::{ChangeEvent, Lsn, Op, Position, TableName};
+use millrace_consumer::{Body, Delivery, ReadError, Reader, ReaderOptions, Start, Token};
+use millrace_event::{Lsn, Op, Position, TableName};
 use tokio_util::sync::CancellationToken;
 
-use crate::batch::{Batch, CopyState, Step};
+use crate::asking;
+use crate::batch::{Batch, Claim, CopyProgress, CopyState, Step};
 use crate::catching::{Catching, Part};
-use crate::copy::withdraw;
 use crate::error::Error;
 use crate::life::{Life, now_us};
+
+/// A table that is so many messages behind its sink, or fewer, rejoins while the sink waits.
+const NEAR_MESSAGES: u64 = 5_000;
 
 /// Parks a table at the sink's checkpoint: everything below it has been applied.
 pub(crate) async fn park(
@@ -27,50 +33,55 @@ pub(crate) async fn park(
     let state = match life.progress.tables.get(table) {
         Some(CopyState::Copied { lsn }) => CopyState::Parked {
             lsn: *lsn,
-            stream_seq: life.checkpoint.stream_seq,
-            position: life.checkpoint.position,
+            claim: life.checkpoint.into(),
         },
-        // Its copy is what the target refuses: the next one begins anew.
-        Some(CopyState::Copying { .. }) => {
-            withdraw(life).await?;
-            CopyState::Lapsed {
-                refused_at_us: now_us(),
-            }
-        }
-        // The request that names it is a leftover.
-        Some(CopyState::Parked { .. } | CopyState::Lapsed { .. }) => return withdraw(life).await,
+        Some(CopyState::Loaded { lsn, claim }) => CopyState::Parked {
+            lsn: *lsn,
+            claim: *claim,
+        },
+        // Its rows are what the target refuses: they will come again.
+        Some(CopyState::Loading { .. } | CopyState::Chunks(_)) => CopyState::Lapsed {
+            refused_at_us: now_us(),
+        },
+        Some(CopyState::Parked { .. } | CopyState::Lapsed { .. }) => return Ok(()),
         // Nothing of it was ever there to be left behind.
-        Some(CopyState::Pending) | None => return Err(Error::Halt(condition.clone())),
+        Some(CopyState::Pending { .. }) | None => return Err(Error::Halt(condition.clone())),
     };
     tracing::error!(
         sink = %life.settings.name, %table, code = condition.code.as_str(), remedy = %condition.remedy,
         "table parked: {}; the others go on", condition.message
     );
-    store(life, table, state, Vec::new()).await?;
+    let mut progress = life.progress.clone();
+    progress.tables.insert(table.clone(), state);
+    store(life, progress, Vec::new()).await?;
     life.status.set_parked(table, condition.clone());
     Ok(())
 }
 
-/// Lets every parked table rejoin that the target takes again. Those that the stream has let down are then to
-/// be copied: the progress is not complete any more.
+/// Unparks every table that the target takes again, and has those rejoin that are near.
 pub(crate) async fn rejoin(life: &mut Life<'_>, stop: &CancellationToken) -> Result<(), Error> {
     for table in life.progress.parked() {
         match life.layout(&table, None).await {
-            Ok(_) => match Box::pin(take_back(life, &table, stop)).await {
-                // The target has the columns and yet refuses the rows.
-                Err(Error::Table { condition, .. }) => refused(life, &table, condition),
-                taken => taken?,
-            },
+            Ok(_) => take_back(life, &table).await?,
             Err(Error::Table { condition, .. }) => {
                 if has_lapsed(life, &table).await? {
-                    lapse(life, &table, CopyState::Lapsed { refused_at_us: 0 }).await?;
+                    let lapsed = CopyState::Lapsed { refused_at_us: 0 };
+                    lapse(life, &table, lapsed).await?;
                 }
                 refused(life, &table, condition);
             }
             Err(error) => return Err(error),
         }
     }
-    Ok(())
+    let near = near(life);
+    if near.is_empty() {
+        return Ok(());
+    }
+    match Box::pin(catch_up(life, &near, stop)).await {
+        // The target has the columns and yet refuses the rows.
+        Err(Error::Table { table, condition }) => park(life, &table, &condition).await,
+        caught_up => caught_up,
+    }
 }
 
 /// Says why a table stays parked.
@@ -82,20 +93,20 @@ fn refused(life: &Life<'_>, table: &TableName, condition: Condition) {
     life.status.set_parked(table, condition);
 }
 
-/// Whether there is something to do about one of these tables: the target takes it again, or its claim has
+/// Whether there is something to do about one of the parked tables: the target takes it again, or its claim has
 /// lapsed.
-pub(crate) async fn is_wanted(life: &mut Life<'_>, parked: &[TableName]) -> Result<bool, Error> {
-    for table in parked {
-        let state = life.progress.tables.get(table);
+pub(crate) async fn is_wanted(life: &mut Life<'_>) -> Result<bool, Error> {
+    for table in life.progress.parked() {
+        let state = life.progress.tables.get(&table);
         let rests = matches!(state, Some(CopyState::Lapsed { .. }))
             && !state.is_some_and(|state| state.may_copy_again(now_us()));
         if rests {
             continue;
         }
-        if has_lapsed(life, table).await? {
+        if has_lapsed(life, &table).await? {
             return Ok(true);
         }
-        match life.layout(table, None).await {
+        match life.layout(&table, None).await {
             Ok(_) => return Ok(true),
             Err(Error::Table { .. }) => {}
             Err(error) => return Err(error),
@@ -104,13 +115,11 @@ pub(crate) async fn is_wanted(life: &mut Life<'_>, parked: &[TableName]) -> Resu
     Ok(false)
 }
 
-/// Whether the stream no longer holds what a parked table needs next.
+/// Whether the stream no longer holds what a table needs next.
 async fn has_lapsed(life: &Life<'_>, table: &TableName) -> Result<bool, Error> {
-    match life.progress.tables.get(table) {
-        Some(CopyState::Parked { stream_seq, .. }) => {
-            Ok(life.stream_start().await? > stream_seq + 1)
-        }
-        _ => Ok(false),
+    match life.progress.tables.get(table).and_then(CopyState::claim) {
+        Some(claim) => Ok(life.stream_start().await? > claim.stream_seq + 1),
+        None => Ok(false),
     }
 }
 
@@ -120,143 +129,219 @@ async fn lapse(life: &mut Life<'_>, table: &TableName, state: CopyState) -> Resu
         sink = %life.settings.name, %table, code = Code::ParkedTooLong.as_str(),
         "the stream no longer holds what the parked table needs; it is copied again once the target takes it"
     );
-    store(life, table, state, Vec::new()).await
+    let mut progress = life.progress.clone();
+    progress.tables.insert(table.clone(), state);
+    store(life, progress, Vec::new()).await
 }
 
-/// Has a table rejoin that the target takes again.
-async fn take_back(
-    life: &mut Life<'_>,
-    table: &TableName,
-    stop: &CancellationToken,
-) -> Result<(), Error> {
-    match life.progress.tables.get(table).cloned() {
-        Some(CopyState::Parked {
-            lsn,
-            stream_seq,
-            position,
-        }) => {
-            let token = Token {
-                stream_seq,
-                position,
-            };
-            match catch_up(life, table, lsn, token, stop).await? {
-                CaughtUp::Rejoined | CaughtUp::Stopped => Ok(()),
-                CaughtUp::Gap => {
-                    life.status.set_begun();
-                    lapse(life, table, CopyState::again()).await
-                }
-            }
+/// Unparks a table that the target takes again.
+async fn take_back(life: &mut Life<'_>, table: &TableName) -> Result<(), Error> {
+    let mut progress = life.progress.clone();
+    match progress.tables.get(table) {
+        Some(CopyState::Parked { lsn, claim }) => {
+            let (lsn, claim) = (*lsn, *claim);
+            let loaded = CopyState::Loaded { lsn, claim };
+            progress.tables.insert(table.clone(), loaded);
         }
         Some(state) if state.may_copy_again(now_us()) => {
             tracing::info!(sink = %life.settings.name, %table, "table is copied again");
-            life.status.set_begun();
-            store(life, table, CopyState::again(), Vec::new()).await
+            let position = life.checkpoint.position;
+            let tables = std::slice::from_ref(table);
+            asking::begin_chunks(&mut progress, tables, position, now_us());
         }
-        _ => Ok(()),
+        _ => return Ok(()),
+    }
+    life.status.set_begun();
+    store(life, progress, Vec::new()).await
+}
+
+/// Whether a table can rejoin now.
+pub(crate) fn is_near(life: &Life<'_>) -> bool {
+    !near(life).is_empty()
+}
+
+/// The loaded tables that are near their sink, which has passed the point that their loads show.
+fn near(life: &Life<'_>) -> Vec<TableName> {
+    let at = life.checkpoint;
+    life.progress.those(|state| match state {
+        CopyState::Loaded { lsn, claim } => {
+            at.position.commit_lsn() >= *lsn && claim.stream_seq + NEAR_MESSAGES >= at.stream_seq
+        }
+        _ => false,
+    })
+}
+
+/// Reads what loaded tables have missed.
+pub(crate) struct CatchUp {
+    pub(crate) reader: Reader,
+    catching: Catching,
+    /// With the consistent points of their loads, and how far they were at the start.
+    tables: BTreeMap<TableName, (Lsn, Claim)>,
+    /// Up to where everything was read.
+    pub(crate) reached: Token,
+}
+
+impl CatchUp {
+    /// Begins where the table stands that is furthest behind.
+    pub(crate) fn begin(life: &Life<'_>, tables: &[TableName]) -> Option<Self> {
+        let loaded = tables.iter().filter_map(|table| {
+            let CopyState::Loaded { lsn, claim } = life.progress.tables.get(table)? else {
+                return None;
+            };
+            Some((table.clone(), (*lsn, *claim)))
+        });
+        let tables: BTreeMap<_, _> = loaded.collect();
+        let first = tables.values().map(|(_, claim)| *claim);
+        let first = first.min_by_key(|claim| claim.position)?;
+        let from = Token {
+            stream_seq: first.stream_seq,
+            position: first.position,
+        };
+        tracing::info!(
+            sink = %life.settings.name, tables = tables.len(), position = %from.position, "catching up"
+        );
+        let start = Start::After(from);
+        let options = ReaderOptions::new(life.jetstream.clone(), life.source, start);
+        Some(Self {
+            reader: Reader::open(options),
+            catching: Catching::new(life.limits, from),
+            tables,
+            reached: from,
+        })
+    }
+
+    /// Takes a message, as far as it lies below the sink's own position. Nothing may be in flight.
+    pub(crate) async fn take(
+        &mut self,
+        life: &mut Life<'_>,
+        delivery: &Delivery,
+    ) -> Result<Option<Part>, Error> {
+        let end = life.checkpoint.position;
+        if let Body::Changes(payload) = &delivery.body {
+            for event in delivery.changes() {
+                let event =
+                    event.map_err(|error| Error::retry("a change cannot be understood", error))?;
+                let table = event.source.table_name();
+                let Some((lsn, claim)) = self.tables.get(&table) else {
+                    continue;
+                };
+                let version = event.source.version;
+                let (deletes, truncates) = life.rule(&table);
+                let wanted = match event.op {
+                    Op::Delete => deletes,
+                    Op::Truncate => truncates,
+                    _ => true,
+                };
+                // The last message may reach beyond the sink's own position: what does comes with the others.
+                let position = Position::from(version);
+                let missed = position > claim.position && position <= end;
+                if wanted && missed && version.commit_lsn >= *lsn {
+                    let shape = event.source.table_version.as_ref();
+                    let layout = life.layout_of(&table, shape).await?;
+                    self.catching
+                        .push(&layout, &event, payload)
+                        .map_err(|error| Error::retry("a change has no key", error))?;
+                }
+            }
+        }
+        self.reached = Token {
+            stream_seq: delivery.stream_seq,
+            position: delivery.position,
+        };
+        // What reaches beyond the sink's own position is applied in the transaction that has the tables rejoin.
+        if delivery.position > end {
+            return Ok(None);
+        }
+        Ok(self.catching.end_message(self.reached))
+    }
+
+    /// What was taken and is not applied yet.
+    pub(crate) fn flush(&mut self) -> Option<Part> {
+        self.catching.flush()
+    }
+
+    /// The batch that applies a part, and moves the tables on.
+    pub(crate) fn batch(&self, life: &Life<'_>, part: Part) -> Batch {
+        let at = Claim {
+            stream_seq: part.after.stream_seq,
+            position: part.after.position,
+        };
+        let mut progress = life.progress.clone();
+        for table in self.tables.keys() {
+            if let Some(CopyState::Loaded { claim, .. }) = progress.tables.get_mut(table)
+                && claim.position < at.position
+            {
+                *claim = at;
+            }
+        }
+        batch(life, progress, part.steps)
     }
 }
 
-/// How catching up ended.
-enum CaughtUp {
-    /// The table is where its sink is.
-    Rejoined,
-    /// The stream does not hold everything that the table needs.
-    Gap,
-    /// The process stops.
-    Stopped,
-}
-
-/// Applies a table's changes from its own position up to the sink's.
+/// Applies the changes of near tables up to their sink's own position, where they rejoin.
 async fn catch_up(
     life: &mut Life<'_>,
-    table: &TableName,
-    lsn: Lsn,
-    from: Token,
+    tables: &[TableName],
     stop: &CancellationToken,
-) -> Result<CaughtUp, Error> {
-    tracing::info!(sink = %life.settings.name, %table, position = %from.position, "table rejoins");
-    let mut reader = Reader::open(ReaderOptions::new(
-        life.jetstream.clone(),
-        life.source,
-        Start::After(from),
-    ));
-    let (deletes, truncates) = life.rule(table);
-    let mut catching = Catching::new(life.limits, from);
-    let mut reached = from.position;
-    while reached < life.checkpoint.position {
+) -> Result<(), Error> {
+    let Some(mut behind) = CatchUp::begin(life, tables) else {
+        return Ok(());
+    };
+    while behind.reached.position < life.checkpoint.position {
         let delivery = tokio::select! {
             biased;
-            () = stop.cancelled() => return Ok(CaughtUp::Stopped),
-            delivery = reader.next() => match delivery {
-                Err(ReadError::Gap { .. }) => return Ok(CaughtUp::Gap),
+            () = stop.cancelled() => return Ok(()),
+            delivery = behind.reader.next() => match delivery {
+                Err(ReadError::Gap { .. }) => {
+                    let progress = given_up(life, tables, life.checkpoint.position);
+                    return store(life, progress, Vec::new()).await;
+                }
                 delivery => delivery?,
             },
         };
-        reached = delivery.position;
-        let Body::Changes(payload) = &delivery.body else {
-            continue;
-        };
-        let events: Vec<ChangeEvent<'_>> = delivery
-            .changes()
-            .collect::<Result<_, _>>()
-            .map_err(|error| Error::retry("a change cannot be understood", error))?;
-        for event in events
-            .iter()
-            .filter(|event| event.source.table_name() == *table)
-        {
-            let version = event.source.version;
-            let wanted = match event.op {
-                Op::Delete => deletes,
-                Op::Truncate => truncates,
-                _ => true,
-            };
-            // The last message may reach beyond the sink's own position: what does comes with the others.
-            let own = Position::from(version) <= life.checkpoint.position;
-            if wanted && own && version.commit_lsn >= lsn {
-                let shape = event.source.table_version.as_ref();
-                let layout = life.layout_of(table, shape).await?;
-                catching
-                    .push(&layout, event, payload)
-                    .map_err(|error| Error::retry("a change has no key", error))?;
-            }
-        }
-        // What reaches beyond the sink's own position is applied in the transaction that has it rejoin.
-        if reached > life.checkpoint.position {
-            break;
-        }
-        let at = Token {
-            stream_seq: delivery.stream_seq,
-            position: reached,
-        };
-        if let Some(Part { after, steps }) = catching.end_message(at) {
-            let state = CopyState::Parked {
-                lsn,
-                stream_seq: after.stream_seq,
-                position: after.position,
-            };
-            store(life, table, state, steps).await?;
+        if let Some(part) = behind.take(life, &delivery).await? {
+            let batch = behind.batch(life, part);
+            life.apply(batch).await?;
         }
     }
-    store(life, table, CopyState::Copied { lsn }, catching.finish()).await?;
-    Ok(CaughtUp::Rejoined)
+    let mut progress = life.progress.clone();
+    for (table, (lsn, _)) in &behind.tables {
+        let copied = CopyState::Copied { lsn: *lsn };
+        progress.tables.insert(table.clone(), copied);
+        tracing::info!(sink = %life.settings.name, %table, "table is up to date");
+    }
+    let steps = behind.catching.finish();
+    store(life, progress, steps).await
 }
 
-/// Applies steps, and stores the table's state with it.
-async fn store(
-    life: &mut Life<'_>,
-    table: &TableName,
-    state: CopyState,
-    steps: Vec<Step>,
-) -> Result<(), Error> {
+/// The stream has let go of what these tables need: their rows come in chunks, beside what comes above `position`.
+pub(crate) fn given_up(life: &Life<'_>, tables: &[TableName], position: Position) -> CopyProgress {
+    tracing::warn!(
+        sink = %life.settings.name, tables = tables.len(), code = Code::ParkedTooLong.as_str(),
+        "the stream no longer holds what tables need that catch up; they are copied again, in chunks"
+    );
     let mut progress = life.progress.clone();
-    progress.tables.insert(table.clone(), state);
-    let (from, to) = (life.checkpoint, life.checkpoint);
-    life.apply(Batch {
-        from,
-        to,
+    asking::begin_chunks(&mut progress, tables, position, now_us());
+    progress
+}
+
+/// A batch beside the stream: the sink stays where it is.
+pub(crate) fn batch(life: &Life<'_>, progress: CopyProgress, steps: Vec<Step>) -> Batch {
+    Batch {
+        from: life.checkpoint,
+        to: life.checkpoint,
         copy: Some(progress),
         steps,
         commit: true,
-    })
-    .await
+    }
+}
+
+/// Applies steps, and stores how the tables stand with them.
+pub(crate) async fn store(
+    life: &mut Life<'_>,
+    progress: CopyProgress,
+    steps: Vec<Step>,
+) -> Result<(), Error> {
+    let batch = batch(life, progress, steps);
+    life.apply(batch).await
 }

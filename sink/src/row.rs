@@ -78,6 +78,23 @@ impl TableLayout {
 pub struct Key(pub Bytes);
 
 impl Key {
+    /// The texts of its columns, from the text that [`TableLayout::key_of`] made; `None` for one that it did not.
+    #[must_use]
+    pub fn texts(text: &str, columns: usize) -> Option<Vec<String>> {
+        if columns == 1 {
+            return Some(vec![text.to_owned()]);
+        }
+        let mut rest = text;
+        let mut texts = Vec::with_capacity(columns);
+        for _ in 0..columns {
+            let (length, behind) = rest.split_once(':')?;
+            let (part, behind) = behind.split_at_checked(length.parse().ok()?)?;
+            texts.push(part.to_owned());
+            rest = behind;
+        }
+        rest.is_empty().then_some(texts)
+    }
+
     /// The key's text.
     #[must_use]
     pub fn text(&self) -> Cow<'_, str> {
@@ -200,4 +217,37 @@ fn slice(payload: &Bytes, text: &str) -> Bytes {
 fn is_within(whole: &[u8], part: &[u8]) -> bool {
     let (whole, part) = (whole.as_ptr_range(), part.as_ptr_range());
     whole.start <= part.start && part.end <= whole.end
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_keys_text_gives_its_columns_back() {
+        let column = |name: &str| LayoutColumn {
+            source: name.to_owned(),
+            target: name.to_owned(),
+            cast: "text".to_owned(),
+        };
+        let layout = |key: Vec<usize>| TableLayout {
+            source: TableName::new("public", "t"),
+            target: TableName::new("public", "t"),
+            columns: vec![column("a"), column("b"), column("c")],
+            key,
+            shape: String::new(),
+        };
+        let row: Row = ["1:x", "", "zw\u{f6}lf 3:"]
+            .map(|text| Cell::Text(text.into()))
+            .into();
+        for key in [vec![0], vec![2, 1, 0], vec![1, 2]] {
+            let text = layout(key.clone()).key_of(&row).expect("has its key");
+            let texts = Key::texts(&text.text(), key.len()).expect("is one of ours");
+            let cells = texts.into_iter().map(|text| Cell::Text(text.into()));
+            let expected = key.iter().map(|index| row[*index].clone());
+            assert!(cells.eq(expected), "{key:?}");
+        }
+        assert_eq!(Key::texts("1:ab", 2), None);
+        assert_eq!(Key::texts("9:ab1:c", 2), None);
+    }
 }

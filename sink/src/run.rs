@@ -10,11 +10,13 @@ use millrace_event::{TableName, Version};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
-use crate::copy::{copy, withdraw};
+use crate::batch::{Batch, CopyProgress, CopyState};
+use crate::beside::Beside;
+use crate::copy::withdraw;
 use crate::error::Error;
-use crate::life::{LOOK_INTERVAL, Life};
+use crate::life::{LOOK_INTERVAL, Life, now_us};
 use crate::rejoin;
-use crate::sink::Sink;
+use crate::sink::{CopyTooOld, Sink};
 use crate::status::Status;
 use crate::worker::{Input, TableRule, Worker};
 
@@ -111,12 +113,12 @@ pub async fn run(
 enum Ended {
     /// The process stops.
     Stopped,
-    /// The target takes a parked table again, or its claim has lapsed.
+    /// Tables stand differently: one rejoins, or its changes are applied from here on.
     Rejoin,
 }
 
-/// One life: opens the target, copies what is missing, follows the stream; returns at `stop` or with what
-/// ended it.
+/// One life: opens the target, follows the stream and does what is beside it; returns at `stop` or with what ended
+/// it.
 async fn live(
     config: &Config,
     settings: &Settings,
@@ -132,21 +134,22 @@ async fn live(
     if let Some((table, condition)) = parking {
         Box::pin(rejoin::park(&mut life, &table, &condition)).await?;
     }
-    if !life.progress.is_complete() {
-        status.set_state(&settings.name, State::Snapshotting, None);
-        Box::pin(copy(&mut life, stop)).await?;
-        if stop.is_cancelled() {
-            return Ok(Ended::Stopped);
-        }
-    }
-    // A crash may have left a request behind whose last table was applied.
-    withdraw(&life).await?;
     Box::pin(rejoin::rejoin(&mut life, stop)).await?;
-    if !life.progress.is_complete() {
-        return Ok(Ended::Rejoin);
+    if stop.is_cancelled() {
+        return Ok(Ended::Stopped);
     }
-    status.set_state(&settings.name, State::Streaming, None);
+    let state = state_of(&life.progress);
+    status.set_state(&settings.name, state, None);
     Box::pin(follow(life, stop)).await
+}
+
+/// A sink of which no table has its rows yet is not streaming, though its stream is read.
+fn state_of(progress: &CopyProgress) -> State {
+    let waits = |state: &CopyState| !state.is_followed() && !state.is_parked();
+    match progress.tables.values().all(waits) && !progress.tables.is_empty() {
+        true => State::Snapshotting,
+        false => State::Streaming,
+    }
 }
 
 /// What one turn of the loop brought.
@@ -155,10 +158,32 @@ enum Turn {
     Applied,
     Delivery(Box<Delivery>),
     Rested,
+    Beside,
     Tick,
 }
 
-async fn follow(mut life: Life<'_>, stop: &CancellationToken) -> Result<Ended, Error> {
+/// Whose batch is in flight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Whose {
+    Nobodys,
+    Workers,
+    Besides,
+}
+
+/// One life's loop.
+struct Following<'l> {
+    life: Life<'l>,
+    worker: Worker,
+    beside: Beside,
+    in_flight: Whose,
+    /// Whose batch came last: they take turns.
+    last: Whose,
+    /// The tables whose changes the worker applies.
+    followed: Vec<TableName>,
+    began: Instant,
+}
+
+async fn follow(life: Life<'_>, stop: &CancellationToken) -> Result<Ended, Error> {
     let began = Instant::now();
     let checkpoint = life.checkpoint;
     let token = Token {
@@ -167,18 +192,25 @@ async fn follow(mut life: Life<'_>, stop: &CancellationToken) -> Result<Ended, E
     };
     let options = ReaderOptions::new(life.jetstream.clone(), life.source, Start::After(token));
     let mut reader = Reader::open(options);
-    let parked = life.progress.parked();
-    let rules: HashMap<_, _> = life
-        .tables
-        .keys()
-        .filter(|name| !parked.contains(name))
+    let followed = life.progress.those(CopyState::is_followed);
+    let rules: HashMap<_, _> = followed
+        .iter()
         .map(|name| {
             let (deletes, truncates) = life.rule(name);
             (name.clone(), TableRule { deletes, truncates })
         })
         .collect();
     let progress = life.progress.clone();
-    let mut worker = Worker::new(life.limits, rules, checkpoint, progress, began.elapsed());
+    let worker = Worker::new(life.limits, rules, checkpoint, progress, began.elapsed());
+    let mut line = Following {
+        life,
+        worker,
+        beside: Beside::default(),
+        in_flight: Whose::Nobodys,
+        last: Whose::Nobodys,
+        followed,
+        began,
+    };
     let mut ticks = tokio::time::interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut passed = VecDeque::new();
@@ -186,57 +218,74 @@ async fn follow(mut life: Life<'_>, stop: &CancellationToken) -> Result<Ended, E
     let mut probed_at = Instant::now();
     loop {
         // Everything that has arrived already, as far as there is room.
-        while worker.wants_delivery() && !stop.is_cancelled() {
+        while line.wants_delivery() && !stop.is_cancelled() {
             let Some(delivery) = reader.try_next()? else {
-                worker.handle(Input::Drained).map_err(no_key)?;
+                line.worker.handle(Input::Drained).map_err(no_key)?;
                 break;
             };
-            take(&mut life, &mut worker, &delivery).await?;
+            line.take(&delivery).await?;
             // Before nothing more is waiting only a full batch is handed out: the clock is not asked for each.
-            if worker.is_full()
-                && let Some(batch) = worker.poll(began.elapsed())
-            {
-                life.begin(batch);
+            if line.worker.is_full() {
+                line.hand_out();
             }
         }
-        if let Some(batch) = worker.poll(began.elapsed()) {
-            life.begin(batch);
+        if line.is_besides_turn() {
+            line.turn().await?;
         }
-        let rest = worker.rests_until(began.elapsed());
-        let wants = worker.wants_delivery() && rest.is_none();
+        line.hand_out();
+        let rest = line.worker.rests_until(began.elapsed());
+        let wants = line.wants_delivery() && rest.is_none();
+        let (applying, may_turn) = (line.life.is_applying(), line.may_turn());
+        let collects = line.in_flight == Whose::Besides && line.beside.has_room();
+        let position = line.worker.checkpoint().position;
         let turn = tokio::select! {
             biased;
             () = stop.cancelled() => Turn::Stop,
-            applied = life.applied(), if life.is_applying() => {
-                applied?;
+            applied = line.life.applied(), if applying => {
+                line.applied(applied).await?;
                 Turn::Applied
             }
             delivery = reader.next(), if wants => Turn::Delivery(Box::new(delivery?)),
             () = tokio::time::sleep_until((began + rest.unwrap_or_default()).into()), if rest.is_some() => {
                 Turn::Rested
             }
+            ready = line.beside.next(position, may_turn), if may_turn || collects => {
+                ready?;
+                Turn::Beside
+            }
             _ = ticks.tick() => Turn::Tick,
         };
         match turn {
-            Turn::Stop => return drain(life).await.map(|()| Ended::Stopped),
+            Turn::Stop => return drain(line.life).await.map(|()| Ended::Stopped),
             Turn::Applied => {
-                worker.handle(Input::Flushed).map_err(no_key)?;
-                life.report(false).await?;
+                line.life.report(false).await?;
+                if line.has_turned() {
+                    return Ok(Ended::Rejoin);
+                }
             }
             Turn::Rested => {}
-            Turn::Delivery(delivery) => take(&mut life, &mut worker, &delivery).await?,
+            Turn::Beside => {
+                let at = line.worker.checkpoint();
+                if line.in_flight == Whose::Besides {
+                    line.beside.collect(&mut line.life, at).await?;
+                }
+            }
+            Turn::Delivery(delivery) => line.take(&delivery).await?,
             Turn::Tick => {
                 // A stream that is full brings nothing more before this is known.
-                life.report(false).await?;
-                let rests = worker.is_at_rest() && !life.is_applying();
+                line.life.report(false).await?;
+                if line.has_turned() {
+                    return Ok(Ended::Rejoin);
+                }
+                let rests = line.may_turn();
                 if rests && cleaned_at.elapsed() >= CLEAN_UP_INTERVAL {
                     cleaned_at = Instant::now();
-                    clean_up(&mut life, &mut passed).await?;
+                    clean_up(&mut line.life, &mut passed).await?;
                 }
-                let due = !parked.is_empty() && probed_at.elapsed() >= PROBE_INTERVAL;
-                if due && rests {
+                let parked = !line.life.progress.parked().is_empty();
+                if parked && rests && probed_at.elapsed() >= PROBE_INTERVAL {
                     probed_at = Instant::now();
-                    if rejoin::is_wanted(&mut life, &parked).await? {
+                    if rejoin::is_wanted(&mut line.life).await? {
                         return Ok(Ended::Rejoin);
                     }
                 }
@@ -245,12 +294,102 @@ async fn follow(mut life: Life<'_>, stop: &CancellationToken) -> Result<Ended, E
     }
 }
 
+impl Following<'_> {
+    /// Whether another delivery may be collected.
+    fn wants_delivery(&self) -> bool {
+        match self.in_flight {
+            Whose::Besides => !self.worker.is_full(),
+            Whose::Workers | Whose::Nobodys => self.worker.wants_delivery(),
+        }
+    }
+
+    /// Whether the target has no transaction open and nothing to apply.
+    fn may_turn(&self) -> bool {
+        self.in_flight == Whose::Nobodys && self.worker.is_at_rest()
+    }
+
+    /// Whether what is beside the stream comes first. While the stream is far ahead it does not: freshness goes
+    /// before completeness.
+    fn is_besides_turn(&self) -> bool {
+        let checkpoint = self.life.checkpoint;
+        let age_us = now_us().saturating_sub(checkpoint.source_ts_us);
+        let late = checkpoint.source_ts_us != 0 && age_us > LAG_MAX_US && !self.worker.is_drained();
+        self.may_turn() && self.last != Whose::Besides && !late
+    }
+
+    fn hand_out(&mut self) {
+        if self.in_flight != Whose::Nobodys {
+            return;
+        }
+        if let Some(batch) = self.worker.poll(self.began.elapsed()) {
+            self.begin(batch, Whose::Workers);
+        } else {
+            self.last = Whose::Nobodys;
+        }
+    }
+
+    async fn turn(&mut self) -> Result<(), Error> {
+        let (at, collected) = (self.worker.checkpoint(), self.worker.collected().position);
+        let batch = self.beside.turn(&mut self.life, at, collected).await?;
+        if let Some(batch) = batch {
+            self.begin(batch, Whose::Besides);
+        }
+        Ok(())
+    }
+
+    fn begin(&mut self, batch: Batch, whose: Whose) {
+        self.life.begin(batch);
+        (self.in_flight, self.last) = (whose, whose);
+    }
+
+    /// What was in flight is applied, or was not.
+    async fn applied(&mut self, applied: Result<(), Error>) -> Result<(), Error> {
+        let whose = std::mem::replace(&mut self.in_flight, Whose::Nobodys);
+        if let Err(error) = applied {
+            if is_too_old(&error) {
+                // The same rows would be refused for ever: another request reads them again.
+                tracing::warn!(sink = %self.life.settings.name, error = error.chain(), "asking for the rows again");
+                withdraw(&self.life).await?;
+            }
+            return Err(error);
+        }
+        match whose {
+            Whose::Workers => self.worker.handle(Input::Flushed).map_err(no_key)?,
+            Whose::Besides => self.beside.applied(),
+            Whose::Nobodys => {}
+        }
+        Ok(())
+    }
+
+    /// Whether tables stand differently than this life took them.
+    fn has_turned(&self) -> bool {
+        let may_end = self.may_turn() || self.in_flight == Whose::Nobodys && !self.worker.is_open();
+        let progress = &self.life.progress;
+        may_end
+            && (progress.those(CopyState::is_followed) != self.followed
+                || rejoin::is_near(&self.life))
+    }
+
+    /// Feeds a delivery to the machine, with the layouts that it needs.
+    async fn take(&mut self, delivery: &Delivery) -> Result<(), Error> {
+        take(self, delivery).await
+    }
+}
+
+/// A sink that is further behind than this, microseconds, does nothing else meanwhile.
+const LAG_MAX_US: i64 = 30_000_000;
+
+fn is_too_old(error: &Error) -> bool {
+    matches!(error, Error::Retry { source: Some(source), .. } if source.is::<CopyTooOld>())
+}
+
 /// Feeds a delivery to the machine, with the layouts that it needs.
-async fn take(life: &mut Life<'_>, worker: &mut Worker, delivery: &Delivery) -> Result<(), Error> {
+async fn take(line: &mut Following<'_>, delivery: &Delivery) -> Result<(), Error> {
     let stream_seq = delivery.stream_seq;
     let payload = match &delivery.body {
         Body::Control(control) => {
-            return worker
+            return line
+                .worker
                 .handle(Input::Control {
                     stream_seq,
                     control,
@@ -268,16 +407,17 @@ async fn take(life: &mut Life<'_>, worker: &mut Worker, delivery: &Delivery) -> 
              if a newer release wrote this, upgrade this one",
             ))
         })?;
-        if let Some(table) = worker.missing_layout(&event) {
+        if let Some(table) = line.worker.missing_layout(&event) {
             // The target is asked about the table, so nothing else may be going on there.
-            if life.is_applying() {
-                life.applied().await?;
-                worker.handle(Input::Flushed).map_err(no_key)?;
+            if line.life.is_applying() {
+                let applied = line.life.applied().await;
+                line.applied(applied).await?;
             }
             let version = event.source.table_version.as_ref();
-            worker.set_layout(life.layout(&table, Some(version)).await?);
+            let layout = line.life.layout(&table, Some(version)).await?;
+            line.worker.set_layout(layout);
         }
-        worker
+        line.worker
             .handle(Input::Changes {
                 stream_seq,
                 payload,
@@ -290,7 +430,12 @@ async fn take(life: &mut Life<'_>, worker: &mut Worker, delivery: &Delivery) -> 
 
 /// Forgets the deletes that the sink passed a while ago: nothing at or below its position is applied again.
 async fn clean_up(life: &mut Life<'_>, passed: &mut VecDeque<Version>) -> Result<(), Error> {
-    passed.push_back(life.kept_from().1.0);
+    if !life.progress.is_complete() {
+        // Rows are on their way that a forgotten delete may have removed.
+        passed.clear();
+        return Ok(());
+    }
+    passed.push_back(life.kept_from().0);
     if passed.len() > CLEAN_UPS_KEPT
         && let Some(version) = passed.pop_front()
     {

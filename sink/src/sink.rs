@@ -31,6 +31,14 @@ pub trait Sink: Send {
     /// Ends the open target transaction without a trace.
     fn roll_back(&mut self) -> impl Future<Output = Result<(), SinkError>> + Send;
 
+    /// The keys of rows of which columns are missing, because a change did not bring them and the target did not
+    /// have them: those whose dead letter says so and is open. At most `max`, as [`crate::row::Key`] writes them.
+    fn incomplete(
+        &mut self,
+        target: &TableName,
+        max: usize,
+    ) -> impl Future<Output = Result<Vec<String>, SinkError>> + Send;
+
     /// Forgets deletes at or below a version in the tables ensured so far, which no older row can follow any more.
     fn clean_up(&mut self, up_to: Version) -> impl Future<Output = Result<u64, SinkError>> + Send;
 }

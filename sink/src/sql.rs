@@ -5,6 +5,7 @@
 //! rows are written, values of a few plain types travel in their binary [`Form`].
 
 mod form;
+mod wire;
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -12,6 +13,7 @@ use std::fmt::Write as _;
 use millrace_event::{TableName, quote_identifier, quote_literal};
 
 pub use self::form::Form;
+pub use self::wire::Wire;
 use crate::row::TableLayout;
 
 /// The column that holds a row's version.
@@ -19,6 +21,10 @@ pub const VERSION_COLUMN: &str = "_millrace_version";
 
 /// The reason that a row whose unchanged columns nobody knows is set aside with.
 pub const INCOMPLETE: &str = "incomplete: unchanged columns unknown";
+
+/// The keys of a relation's rows that are set aside for that. Parameters: relation, [`INCOMPLETE`], how many.
+pub const INCOMPLETE_KEYS: &str = "SELECT DISTINCT key FROM millrace.dead_letter \
+    WHERE relation = $1::text AND reason = $2::text AND resolved_at IS NULL LIMIT $3::bigint";
 
 /// Forgets a relation's tombstones below a version. Parameters: relation, version.
 pub const TOMBSTONES_BELOW: &str =
@@ -76,7 +82,11 @@ fn source(columns: &[(usize, Form)], with_key: bool) -> String {
 const KEYS: &str = "(SELECT unnest($1::uuid[]) AS v, unnest($2::text[]) AS k) AS s";
 
 fn cast(layout: &TableLayout, column: usize) -> String {
-    format!("s.c{column}::{}", layout.columns[column].cast)
+    match layout.columns[column].cast.as_str() {
+        // The one cast from text that does not take all that the type prints: neither `-` nor a number.
+        "regclass" => format!("regclassin(textout(s.c{column}))"),
+        name => format!("s.c{column}::{name}"),
+    }
 }
 
 /// `t.key = s.key and ..`, with casts.
@@ -165,6 +175,21 @@ pub fn insert(layout: &TableLayout, forms: &[Form]) -> String {
     insert_from(layout, forms, false)
 }
 
+/// Takes full rows whose keys the target does not have; it fails as a whole if it has one. Behind each row's
+/// columns comes its version.
+#[must_use]
+pub fn copy(layout: &TableLayout, binary: bool) -> String {
+    let columns = join(
+        (0..layout.columns.len()).map(|column| name(layout, column)),
+        ", ",
+    );
+    let format = if binary { " (FORMAT binary)" } else { "" };
+    format!(
+        "COPY {} ({columns}, {VERSION}) FROM STDIN{format}",
+        layout.target.quoted()
+    )
+}
+
 fn insert_from(layout: &TableLayout, forms: &[Form], with_key: bool) -> String {
     let columns: Vec<_> = (0..layout.columns.len())
         .zip(forms.iter().copied())
@@ -205,8 +230,9 @@ pub fn tombstone(layout: &TableLayout) -> String {
 }
 
 /// Updates rows of which some columns are not known. Parameters: a text array for each present column,
-/// versions, key texts. A row that is missing, or whose key has an open dead letter, is not touched:
-/// [`partial_letters`], run before, has set it aside.
+/// versions, key texts, the version below which the target's rows may be outdated. A row that is missing or may be
+/// outdated, or whose key has an open dead letter, is not touched: [`partial_letters`], run before, has set it
+/// aside.
 #[must_use]
 pub fn partial(layout: &TableLayout, present: &Present) -> String {
     let columns: Vec<_> = present.iter().copied().collect();
@@ -220,10 +246,12 @@ pub fn partial(layout: &TableLayout, present: &Present) -> String {
         );
     }
     format!(
-        "UPDATE {} AS t SET {set}{VERSION} = s.v FROM {} WHERE {} AND t.{VERSION} < s.v AND NOT {}",
+        "UPDATE {} AS t SET {set}{VERSION} = s.v FROM {} WHERE {} AND t.{VERSION} < s.v \
+         AND t.{VERSION} >= ${}::uuid AND NOT {}",
         layout.target.quoted(),
         source(&as_text(&columns), true),
         same_key(layout),
+        columns.len() + 3,
         has_letter(layout, "s.k")
     )
 }
@@ -253,7 +281,7 @@ fn event(
 }
 
 /// Sets partial rows aside that [`partial`] cannot complete: not stale, and the row is missing or its columns
-/// are not what the source had. Parameters: as [`partial`], then the sink.
+/// may not be what the source had. Parameters: as [`partial`], then the sink.
 #[must_use]
 pub fn partial_letters(layout: &TableLayout, present: &Present) -> String {
     let columns: Vec<_> = present.iter().copied().collect();
@@ -263,12 +291,13 @@ pub fn partial_letters(layout: &TableLayout, present: &Present) -> String {
          SELECT ${}::text, {}, s.k, s.v, 'u', '{INCOMPLETE}', {} FROM {} \
          WHERE NOT EXISTS (SELECT 1 FROM {table} AS t WHERE {same} AND t.{VERSION} >= s.v) \
          AND NOT {} \
-         AND (NOT EXISTS (SELECT 1 FROM {table} AS t WHERE {same}) OR {})",
-        columns.len() + 3,
+         AND (NOT EXISTS (SELECT 1 FROM {table} AS t WHERE {same} AND t.{VERSION} >= ${}::uuid) OR {})",
+        columns.len() + 4,
         relation(layout),
         event(layout, &columns, |_, column| format!("s.c{column}")),
         source(&as_text(&columns), true),
         entombed(layout, "s.k", "s.v"),
+        columns.len() + 3,
         has_letter(layout, "s.k")
     )
 }
@@ -279,6 +308,7 @@ struct MoveParameters {
     version: usize,
     key: usize,
     old_key: usize,
+    lower: usize,
     sink: usize,
 }
 
@@ -291,7 +321,8 @@ impl MoveParameters {
             version: first,
             key: first + 1,
             old_key: first + 2,
-            sink: first + 3,
+            lower: first + 3,
+            sink: first + 4,
         }
     }
 
@@ -304,20 +335,19 @@ impl MoveParameters {
         ))
     }
 
-    /// `row` is the row of the old key.
+    /// The row of the old key, as far as it may be relied on.
     fn is_old(&self, layout: &TableLayout) -> String {
         let first = self.columns.len() + 1;
-        join(
-            layout.key.iter().enumerate().map(|(at, column)| {
-                let cast = &layout.columns[*column].cast;
-                format!(
-                    "o.{} = ${}::text::{cast}",
-                    name(layout, *column),
-                    first + at
-                )
-            }),
-            " AND ",
-        )
+        let key = layout.key.iter().enumerate().map(|(at, column)| {
+            let cast = &layout.columns[*column].cast;
+            format!(
+                "o.{} = ${}::text::{cast}",
+                name(layout, *column),
+                first + at
+            )
+        });
+        let right = format!("o.{VERSION} >= ${}::uuid", self.lower);
+        join(key.chain([right]), " AND ")
     }
 
     fn is_new(&self, layout: &TableLayout) -> String {
@@ -335,7 +365,7 @@ impl MoveParameters {
 
 /// Writes one row under its new key, the columns that are not present copied from the row of its old key.
 /// Parameters: a text for each present column, one for each key column of the old key, version, key text, old
-/// key text. [`move_letter`], run before, has set the row aside where the old row is not to be had.
+/// key text, the version below which the target's rows may be outdated. [`move_letter`], run before, has set the row aside where the old row is not to be had.
 #[must_use]
 pub fn move_row(layout: &TableLayout, present: &Present) -> String {
     let parameters = MoveParameters::new(layout, present);

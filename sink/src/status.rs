@@ -128,7 +128,10 @@ impl Status {
         let state = |table: &TableName, copy: &CopyState| match copy {
             CopyState::Parked { .. } | CopyState::Lapsed { .. } => State::Parked(table.clone()),
             CopyState::Copied { .. } => State::Streaming,
-            CopyState::Pending | CopyState::Copying { .. } => State::Snapshotting,
+            CopyState::Pending { .. }
+            | CopyState::Loading { .. }
+            | CopyState::Loaded { .. }
+            | CopyState::Chunks(_) => State::Snapshotting,
         };
         let mut inner = self.lock();
         let parked = copies.parked();

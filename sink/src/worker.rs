@@ -139,7 +139,7 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Begins behind a stored checkpoint, every copy applied.
+    /// Begins behind a stored checkpoint, with rules for the tables whose changes are applied as they come.
     #[must_use]
     pub fn new(
         limits: BatchLimits,
@@ -149,8 +149,8 @@ impl Worker {
         now: Duration,
     ) -> Self {
         assert!(
-            copies.is_complete(),
-            "no stream event is applied before all copies are"
+            rules.keys().all(|table| copies.tables[table].is_followed()),
+            "changes of a table that waits for its rows are left out"
         );
         assert!(
             limits.rows > 0 && limits.bytes > 0,
@@ -217,6 +217,24 @@ impl Worker {
     #[must_use]
     pub fn is_at_rest(&self) -> bool {
         self.flight == Flight::Idle && !self.target_open
+    }
+
+    /// Whether a part of a transaction is in the target's, which is open.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        self.target_open
+    }
+
+    /// Whether nothing more was waiting when it was last asked.
+    #[must_use]
+    pub fn is_drained(&self) -> bool {
+        self.drained
+    }
+
+    /// Up to where everything was collected: what comes next lies above.
+    #[must_use]
+    pub fn collected(&self) -> Checkpoint {
+        self.collected
     }
 
     /// Where the target stands once everything handed out is applied.

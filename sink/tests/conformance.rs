@@ -288,11 +288,10 @@ async fn a_copy_from_before_forgotten_deletes_is_refused_aloud() {
     assert_eq!(sink.clean_up(version(6)).await.expect("cleans up"), 1);
 
     let copied = |lsn| {
-        let state = CopyState::Copying {
-            request: "r".to_owned(),
-            attempt: 1,
-            number: 1,
+        let state = CopyState::Loading {
             lsn: Lsn(lsn),
+            rows: 1,
+            claim: delete.to.into(),
         };
         let tables = std::collections::BTreeMap::from([(schema.name.clone(), state)]);
         Batch {

@@ -1,6 +1,8 @@
 //! `millrace bench`: the measurements of the README. Throwaway servers, the contenders in turn in the
-//! same run and in another order each round; every result is verified before it counts.
+//! same run and in another order each round; every result is verified before it counts. The initial copy has a
+//! verb of its own, `millrace bench-backfill`.
 
+mod backfill;
 mod contender;
 mod latency;
 mod machine;
@@ -14,7 +16,9 @@ use std::path::Path;
 
 use millrace_config::{Exit, chain};
 use millrace_lab::LabError;
+use serde::Serialize;
 
+pub(crate) use self::backfill::run as run_backfill;
 use self::contender::Contender;
 use self::latency::Latency;
 use self::machine::Machine;
@@ -142,7 +146,7 @@ fn rotated(contenders: &[Contender], round: u32) -> impl Iterator<Item = Contend
         .take(contenders.len())
 }
 
-fn write(report: &Report, path: &Path) -> Result<(), LabError> {
+fn write(report: &impl Serialize, path: &Path) -> Result<(), LabError> {
     let cannot = || LabError::io(format!("write {}", path.display()));
     if let Some(dir) = path.parent() {
         std::fs::create_dir_all(dir).map_err(cannot())?;

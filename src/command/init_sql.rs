@@ -51,6 +51,11 @@ mod tests {
 
     /// A configuration with a sink whose tables may be created and one whose may not.
     pub(super) fn config() -> Config {
+        config_with("")
+    }
+
+    /// The same, with this text in one of the table files.
+    fn config_with(order_items: &str) -> Config {
         let dir = tempfile::tempdir().expect("a directory");
         let main = "[source]\nname = \"shop\"\nurl = \"postgres://h/d\"\n[stream]\nservers = [\"nats://h\"]\n\
             [sinks.wh]\ntype = \"postgres\"\nurl = \"postgres://h/d\"\n\
@@ -58,7 +63,12 @@ mod tests {
         fs::write(dir.path().join("millrace.toml"), main).expect("written");
         fs::create_dir(dir.path().join("tables")).expect("created");
         for table in ["public.orders", "public.order items", "it's.t"] {
-            fs::write(dir.path().join(format!("tables/{table}.toml")), "").expect("written");
+            let text = if table == "public.order items" {
+                order_items
+            } else {
+                ""
+            };
+            fs::write(dir.path().join(format!("tables/{table}.toml")), text).expect("written");
         }
         Config::load(dir.path(), &|_| None).expect("valid")
     }
@@ -79,6 +89,33 @@ mod tests {
             "{sql}"
         );
         assert!(sql.contains("publish_via_partition_root = true"), "{sql}");
+    }
+
+    #[test]
+    fn the_publication_has_the_column_lists_and_row_filters() {
+        let plain = source::sql(&config());
+        assert!(
+            !plain.contains("TEMPORARY") && !plain.contains("EXECUTE 'CREATE PUB"),
+            "{plain}"
+        );
+        let sql = source::sql(&config_with("where = \"v <> 'x' -- not\""));
+        let filtered =
+            "\"public\".\"order items\" WHERE (v <> 'x' -- not\n), \"public\".\"orders\"\n";
+        assert!(
+            sql.contains(filtered) && sql.contains("GRANT TEMPORARY ON DATABASE"),
+            "{sql}"
+        );
+        let sql = source::sql(&config_with(
+            "where = \"v <> 'x'\"\ncolumns = { exclude = [\"it's\"] }",
+        ));
+        for part in [
+            "'CREATE PUBLICATION \"millrace_shop\" FOR TABLE '",
+            "|| ', \"public\".\"order items\"'",
+            "attname <> ALL (ARRAY['it''s'])",
+            "|| ' WHERE (v <> ''x''",
+        ] {
+            assert!(sql.contains(part), "{part:?} is not in\n{sql}");
+        }
     }
 
     #[test]

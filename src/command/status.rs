@@ -11,7 +11,8 @@ use millrace_config::{Config, Exit};
 
 use crate::admin::now_us;
 use crate::arguments::{Output, StatusArguments};
-pub(super) use probe::{source_condition, stream_condition};
+pub(super) use probe::{in_time, source_condition, stream_condition, target};
+pub(super) use report::trimmed;
 use report::{Report, SinkReport};
 
 /// Looks at everything at once and prints it. What is out of reach is shown as such.

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use millrace_config::{Auth, Config, Exit, Secret, SinkType};
+use millrace_config::{Auth, Config, Exit, Secret, SinkType, Table};
 
 /// Prints what the configuration says. The mistakes of one that is wrong were printed when it was loaded.
 pub(crate) fn validate(config: &Config) -> Exit {
@@ -17,6 +17,13 @@ pub(crate) fn validate(config: &Config) -> Exit {
 /// Their values are looked at by nobody.
 fn missing_secrets(config: &Config) -> Vec<String> {
     let mut secrets: Vec<(String, &Secret)> = vec![("source.url".to_owned(), &config.source.url)];
+    secrets.extend(
+        config
+            .source
+            .mask_salt
+            .iter()
+            .map(|salt| ("source.mask_salt".to_owned(), salt)),
+    );
     match &config.stream.auth {
         Auth::None => {}
         Auth::Creds(secret) => secrets.push(("stream.creds".to_owned(), secret)),
@@ -81,10 +88,31 @@ fn summary(config: &Config) -> String {
         } else {
             format!(" as {}", table.target)
         };
-        let _ = writeln!(text, "table   {} -> {sinks}{target}", table.name);
+        let selection = selection(table);
+        let _ = writeln!(text, "table   {} -> {sinks}{target}{selection}", table.name);
     }
     let _ = writeln!(text, "the configuration is valid");
     text
+}
+
+/// What is done about a table's columns and rows.
+fn selection(table: &Table) -> String {
+    let columns = &table.columns;
+    let mut parts = Vec::new();
+    if !columns.exclude.is_empty() {
+        parts.push(format!("without {}", columns.exclude.join(", ")));
+    }
+    let masks = columns.mask.iter();
+    parts.extend(masks.map(|(column, mask)| format!("{column} by {mask}")));
+    let renames = columns.rename.iter();
+    parts.extend(renames.map(|(from, to)| format!("{from} as {to}")));
+    if let Some(filter) = &table.filter {
+        parts.push(format!("where {}", filter.sql.trim()));
+    }
+    match parts.is_empty() {
+        true => String::new(),
+        false => format!(" ({})", parts.join("; ")),
+    }
 }
 
 fn counted(count: usize, noun: &str) -> String {

@@ -159,6 +159,18 @@ async fn one_process_runs_with_the_printed_privileges() {
     let logs = stage.ends(status, 0, &["available", "public.t"]).await;
     assert!(!logs.contains("unreachable"), "{logs}");
 
+    for (arguments, said) in [
+        (&["start", "t", "--where", "id > 0"][..], "is queued"),
+        (&["pause", "t"], "paused"),
+        (&["status"], "where id > 0"),
+        (&["cancel", "t"], "cancelled"),
+    ] {
+        let arguments: Vec<&str> = ["backfill"].iter().chain(arguments).copied().collect();
+        let backfill = Stage::start_in(&folder, &arguments);
+        let logs = stage.ends(backfill, 0, &[said]).await;
+        assert!(!logs.contains("does not answer"), "{logs}");
+    }
+
     // All but the publication, which its owner drops.
     let drop = Stage::start_in(&folder, &["drop", "--yes"]);
     let remedy = "as its owner: DROP PUBLICATION IF EXISTS \"millrace_shop\"";

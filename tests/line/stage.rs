@@ -15,9 +15,11 @@ pub(crate) const BIN: &str = env!("CARGO_BIN_EXE_millrace");
 /// How long a replica may take to become equal before a scenario counts as failed. Machines are slow.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Servers and settings of one scenario: source and target are two databases of one cluster.
+/// Servers and settings of one scenario: source and target are two databases of one cluster, unless the target
+/// has one of its own.
 pub(crate) struct Stage {
     pub(crate) postgres: Postgres,
+    target_postgres: Option<Postgres>,
     pub(crate) nats: Nats,
     pub(crate) source: Client,
     pub(crate) target: Client,
@@ -48,6 +50,8 @@ pub(crate) struct Setting<'s> {
     pub(crate) sink: &'s str,
     /// How the cluster is made.
     pub(crate) postgres: PostgresOptions,
+    /// How the target's own cluster is made, where it is to have one.
+    pub(crate) target_postgres: Option<PostgresOptions>,
     /// How the broker is made.
     pub(crate) nats: NatsOptions,
 }
@@ -61,6 +65,7 @@ impl Default for Setting<'_> {
             source: "heartbeat_interval = \"500ms\"",
             sink: "",
             postgres: PostgresOptions::default(),
+            target_postgres: None,
             nats: NatsOptions::default(),
         }
     }
@@ -83,12 +88,16 @@ impl Stage {
         let postgres = Postgres::start(setting.postgres)
             .await
             .expect("postgres starts");
+        let target_postgres = match setting.target_postgres {
+            Some(options) => Some(Postgres::start(options).await.expect("postgres starts")),
+            None => None,
+        };
         let nats = Nats::start(setting.nats).await.expect("nats starts");
-        for database in ["source", "target"] {
-            postgres.create_database(database).await.expect("database");
-        }
+        let beside = target_postgres.as_ref().unwrap_or(&postgres);
+        postgres.create_database("source").await.expect("database");
+        beside.create_database("target").await.expect("database");
         let source = postgres.connect("source").await.expect("source connects");
-        let target = postgres.connect("target").await.expect("target connects");
+        let target = beside.connect("target").await.expect("target connects");
         source.batch_execute(setting.schema).await.expect("schema");
         let text = |(name, text): &(&'static str, &str)| (*name, (*text).to_owned());
         let pieces = Pieces {
@@ -97,11 +106,12 @@ impl Stage {
             sink: setting.sink.to_owned(),
             tables: setting.tables.iter().map(text).collect(),
         };
-        let urls = (postgres.url("source"), postgres.url("target"), nats.url());
+        let urls = (postgres.url("source"), beside.url("target"), nats.url());
         let folder = pieces.config(&urls.0, &urls.1, &urls.2).write();
         let tables = setting.tables.iter().map(|(name, _)| *name).collect();
         Self {
             postgres,
+            target_postgres,
             nats,
             source,
             target,
@@ -118,8 +128,14 @@ impl Stage {
 
     /// This stage's configuration as it is.
     pub(crate) fn same_config(&self) -> ConfigDir {
-        let (source, target) = (self.postgres.url("source"), self.postgres.url("target"));
+        let (source, target) = (self.postgres.url("source"), self.target_url());
         self.config(&source, &target, &self.nats.url())
+    }
+
+    /// The target's address.
+    pub(crate) fn target_url(&self) -> String {
+        let cluster = self.target_postgres.as_ref().unwrap_or(&self.postgres);
+        cluster.url("target")
     }
 
     /// Starts the product on this stage.
@@ -153,12 +169,7 @@ impl Stage {
     }
 
     async fn compared_as(&self, tables: &[Compared]) -> Result<Comparison, millrace_lab::LabError> {
-        compare(
-            &self.postgres.url("source"),
-            &self.postgres.url("target"),
-            tables,
-        )
-        .await
+        compare(&self.postgres.url("source"), &self.target_url(), tables).await
     }
 
     /// Waits until every configured table is equal on both sides.
@@ -262,7 +273,8 @@ impl Stage {
     /// Connects to both databases anew, after the cluster was down.
     pub(crate) async fn reconnect(&mut self) {
         self.source = self.postgres.connect("source").await.expect("source");
-        self.target = self.postgres.connect("target").await.expect("target");
+        let beside = self.target_postgres.as_ref().unwrap_or(&self.postgres);
+        self.target = beside.connect("target").await.expect("target");
     }
 
     /// Starts the product with another configuration.
@@ -304,7 +316,10 @@ impl Stage {
 
     /// Checks that the product has not written the password anywhere.
     pub(crate) fn keeps_the_password(&self, pipeline: &Pipeline) {
-        let told = pipeline.logs().contains(self.postgres.password());
-        assert!(!told, "the password is in the output");
+        let logs = pipeline.logs();
+        for cluster in [Some(&self.postgres), self.target_postgres.as_ref()] {
+            let told = cluster.is_some_and(|cluster| logs.contains(cluster.password()));
+            assert!(!told, "the password is in the output");
+        }
     }
 }

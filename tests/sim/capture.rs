@@ -1,6 +1,6 @@
 //! The lives of capture: what its loop does, turn by turn, around the real machine.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 
 use millrace_cdc::capture::{Capture, Input, Output, Resume, Settings};
 use millrace_cdc::frontier::{Boundary, ConfirmPolicy};
@@ -85,6 +85,7 @@ impl World {
             tables: tables
                 .map(|spec| (spec.name.clone(), spec.key_names()))
                 .collect(),
+            selections: HashMap::new(),
             limits: self.limits,
             confirm: self.confirm,
         };

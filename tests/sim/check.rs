@@ -41,7 +41,7 @@ impl World {
         let Some(row) = self.replica.position() else {
             return Ok(());
         };
-        if row.copy.stream.is_empty() || !row.copy.is_complete() {
+        if row.copy.stream.is_empty() || !row.copy.is_whole() {
             return Ok(());
         }
         let position = row.checkpoint.position;

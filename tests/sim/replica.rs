@@ -1,11 +1,11 @@
 //! The lives of a sink: what its loop does, turn by turn, around the real machines and the memory target.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use bytes::Bytes;
 use futures_util::FutureExt;
 use millrace_config::{Columns, OnDelete, OnRowError, OnSchemaChange, OnTruncate, Table};
-use millrace_event::work::CopyStatus;
+use millrace_event::work::{CopyRequest, CopyStatus, TableRequest, Wanted};
 use millrace_event::{ChangeEvent, TableName, Version, decode, decode_line};
 use millrace_sink::batch::{Batch, Checkpoint, CopyState, PositionRow, Step};
 use millrace_sink::copying::{CopyMark, Copying, Input as CopyInput};
@@ -45,7 +45,7 @@ enum Stage {
     /// Rows are copied.
     Copying(Request, Box<Copying>, u64),
     /// The stream is followed.
-    Following(Box<Worker>, Reader, Option<Batch>),
+    Following(Box<Worker>, Reader, Option<Box<Batch>>),
 }
 
 /// How applying a batch ended.
@@ -137,7 +137,9 @@ impl World {
             };
             copy.stream = "the only one".to_owned();
             for spec in self.source.specs.iter().filter(|spec| spec.configured) {
-                copy.tables.insert(spec.name.clone(), CopyState::Pending);
+                let claim = to.into();
+                let pending = CopyState::Pending { claim };
+                copy.tables.insert(spec.name.clone(), pending);
             }
             let batch = Batch {
                 from: checkpoint,
@@ -154,10 +156,7 @@ impl World {
             checkpoint.stream_seq, checkpoint.position
         ));
         if !copy.is_complete() {
-            let remaining = copy
-                .tables
-                .iter()
-                .filter(|(_, state)| !matches!(state, CopyState::Copied { .. }));
+            let remaining = copy.tables.iter().filter(|(_, state)| !state.is_copied());
             let tables: Vec<TableName> = remaining.map(|(table, _)| table.clone()).collect();
             let known = self.copier.request.clone();
             let known =
@@ -171,6 +170,25 @@ impl World {
             return Ok(());
         }
         self.copier.request = None;
+        if !copy.is_whole() {
+            // The sink has stayed where the loads' changes begin: nothing is to be caught up with.
+            for state in copy.tables.values_mut() {
+                if let CopyState::Loaded { lsn, claim } = state {
+                    assert_eq!(claim.position, checkpoint.position, "the sink stayed");
+                    *state = CopyState::Copied { lsn: *lsn };
+                }
+            }
+            let batch = Batch {
+                from: checkpoint,
+                to: checkpoint,
+                copy: Some(copy.clone()),
+                steps: Vec::new(),
+                commit: true,
+            };
+            if let End::Over = self.apply(&batch)? {
+                return Ok(());
+            }
+        }
         let rule = TableRule {
             deletes: true,
             truncates: true,
@@ -212,12 +230,16 @@ impl World {
             return Ok(());
         }
         let row = self.replica.position().unwrap_or_default();
-        let mut machine = Copying::new(
-            request.id.clone(),
-            self.replica.limits,
-            row.checkpoint,
-            row.copy,
-        );
+        let wanted = request.tables.iter().map(|table| TableRequest {
+            table: table.clone(),
+            rows: Wanted::Load,
+        });
+        let wanted = CopyRequest {
+            id: request.id.clone(),
+            tables: wanted.collect(),
+        };
+        let limits = self.replica.limits;
+        let mut machine = Copying::new(wanted, limits, HashSet::new(), row.copy);
         for table in &request.tables {
             machine.set_layout(self.layout(table, None)?);
         }
@@ -240,6 +262,7 @@ impl World {
             sinks: vec![NAME.to_owned()],
             target: table.clone(),
             columns: Columns::default(),
+            filter: None,
             key: None,
             adopt: false,
             on_delete: OnDelete::Delete,
@@ -261,7 +284,8 @@ impl World {
     ) -> Result<(), Failure> {
         for _ in 0..self.rng.random_range(1..6) {
             let stored = self.copier.stream.get(read_seq + 1).cloned();
-            if let Some(batch) = machine.poll(stored.is_none())
+            let checkpoint = self.replica.position().unwrap_or_default().checkpoint;
+            if let Some(batch) = machine.poll(checkpoint, stored.is_none())
                 && let End::Over = self.apply(&batch)?
             {
                 return Ok(());
@@ -341,7 +365,7 @@ impl World {
         &mut self,
         mut worker: Box<Worker>,
         mut reader: Reader,
-        mut flight: Option<Batch>,
+        mut flight: Option<Box<Batch>>,
     ) -> Result<(), Failure> {
         if self.fault(0.04) {
             reader.disconnect();
@@ -402,9 +426,9 @@ impl World {
                 }
             }
             .map_err(|error| error.to_string())?;
-            flight = flight.or(worker.poll(self.now));
+            flight = flight.or(worker.poll(self.now).map(Box::new));
         }
-        flight = flight.or(worker.poll(self.now));
+        flight = flight.or(worker.poll(self.now).map(Box::new));
         if (!self.faults || self.rng.random_bool(0.6))
             && let Some(batch) = flight.take()
         {
@@ -414,7 +438,7 @@ impl World {
             worker
                 .handle(Input::Flushed)
                 .map_err(|error| error.to_string())?;
-            flight = worker.poll(self.now);
+            flight = worker.poll(self.now).map(Box::new);
         }
         self.replica.stage = Stage::Following(worker, reader, flight);
         Ok(())

@@ -298,8 +298,7 @@ impl World {
         let reached = Position::new(EPOCH, last.end_lsn, 0);
         let applied = self.replica.position();
         self.source.confirmed() >= last.end_lsn
-            && applied
-                .is_some_and(|row| row.copy.is_complete() && row.checkpoint.position >= reached)
+            && applied.is_some_and(|row| row.copy.is_whole() && row.checkpoint.position >= reached)
             && self.replica.is_consistent()
     }
 }

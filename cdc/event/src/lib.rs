@@ -7,6 +7,7 @@ mod decode;
 mod encode;
 mod fnv;
 pub mod header;
+mod load;
 mod lsn;
 mod op;
 mod schema;
@@ -21,6 +22,10 @@ pub use decode::{ChangeEvent, Columns, DecodeError, Source, decode, decode_line}
 pub use encode::{
     Before, Change, Column, EncodeError, LineEnd, Relation, Transaction, write_change,
     write_line_end,
+};
+pub use load::{
+    LoadColumn, LoadError, LoadHead, as_streamed, count_load_rows, load_fields, load_rows,
+    load_value,
 };
 pub use lsn::{Lsn, ParseLsnError};
 pub use op::Op;

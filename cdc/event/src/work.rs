@@ -124,6 +124,10 @@ pub struct BackfillOrder {
     /// It is to end where it is.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub cancelled: bool,
+    /// Only for chunks that began by themselves: it paces them and pauses them. Without them it does nothing, and
+    /// it cannot be cancelled, because the table must become whole.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub adopts: bool,
 }
 
 impl BackfillOrder {
@@ -137,6 +141,7 @@ impl BackfillOrder {
             rows_per_second: None,
             paused: false,
             cancelled: false,
+            adopts: false,
         }
     }
 }

@@ -1,32 +1,21 @@
 //! One attempt: tables read under one snapshot.
 
-use std::pin::pin;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
-use bytes::{Buf as _, Bytes};
-use futures_util::StreamExt;
-use millrace_config::{Condition, Config, limits};
-use millrace_connect::postgres::{ConnectError, Dsn, Session, connect};
+use millrace_config::Condition;
+use millrace_connect::postgres::{ConnectError, Dsn, connect};
 use millrace_event::work::{Copied, CopyStatus, Part};
-use millrace_event::{
-    Before, Change, Datum, LineEnd, Lsn, Op, Relation, TableName, Transaction, quote_identifier,
-    quote_literal, subject, write_change, write_line_end,
-};
-use tokio_postgres::Client;
+use millrace_event::{TableName, subject};
 
 use super::Asked;
 use super::failure::Failure;
-use super::text::CopyRow;
+use super::load::{self, Reader};
 use super::writer::Writer;
 use crate::Error;
+use crate::heartbeat;
 use crate::life::slot_blocked;
 use crate::replication::{ReplicationConnection, SlotKind, Snapshot};
-use crate::source::SourceTable;
 use crate::stream;
-
-/// A message of the copy stream holds at most this many payload bytes, unless one row alone is larger. It
-/// travels in chunks where the broker takes less.
-const MESSAGE_BYTES: usize = 256 * 1024;
 
 /// How long creating the temporary slot may wait for transactions that are open at the source.
 const SLOT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -75,34 +64,46 @@ impl Asked<'_> {
         let snapshot = created
             .snapshot_name
             .ok_or_else(|| Error::retry_because("the source exported no snapshot"))?;
-        let session = Session {
-            application_name: "millrace copy".to_owned(),
-            options: Vec::new(),
-        };
-        let client = connect(&dsn, session).await.map_err(Error::from)?;
+        let client = connect(&dsn, load::session()).await.map_err(Error::from)?;
         client
             .batch_execute(&format!(
-                "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT {}; \
-                 SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}",
-                quote_literal(&snapshot)
+                "{}; SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}",
+                load::begin(&snapshot)
             ))
             .await?;
         let lsn = created.consistent_point;
         tracing::info!(sink, consistent_point = %lsn, tables = tables.len(), "copying");
         self.setbacks.attempt_goes_on();
         self.show();
+        let reader = Reader {
+            dsn: &dsn,
+            client: &client,
+            snapshot: &snapshot,
+            lsn,
+        };
         for name in tables {
             let table = copier
                 .table(name)
                 .expect("only configured tables are copied");
             client.batch_execute("SAVEPOINT one").await?;
-            let rows = match self.copy_table(&client, table, lsn, &mut out).await {
+            // Told with its first row: from then on it can only be finished, or be cut off.
+            out.tell_first(CopyStatus {
+                loading: Some(name.clone()),
+                ..status.clone()
+            });
+            let copied = self.load(&reader, table, &mut out).await;
+            let told = out.has_told();
+            let rows = match copied {
                 Ok(rows) => rows,
                 Err(Failure::Table {
                     condition,
                     snapshot_lives,
                 }) => {
                     self.table_failed(name, condition);
+                    if told {
+                        status.cut.push(name.clone());
+                        self.store(&status).await?;
+                    }
                     if snapshot_lives {
                         client.batch_execute("ROLLBACK TO SAVEPOINT one").await?;
                         continue;
@@ -131,93 +132,16 @@ impl Asked<'_> {
             tracing::info!(sink, table = %name, rows, "table copied");
         }
         exporter.terminate().await;
+        // The tables are complete once their sink has passed the snapshot's point: an idle source must get there.
+        client.batch_execute("COMMIT").await?;
+        let told = heartbeat::write_now(&client).await;
+        if let Err(error) = told {
+            tracing::debug!(%error, "no heartbeat follows the copy");
+        }
         Ok(())
     }
 
-    async fn copy_table(
-        &mut self,
-        client: &Client,
-        table: &SourceTable,
-        lsn: Lsn,
-        out: &mut Writer<'_>,
-    ) -> Result<u64, Failure> {
-        let copier = self.copier;
-        let Config { source, .. } = copier.config;
-        let relation = Relation::new(
-            &source.name,
-            &copier.source.facts.database,
-            table.name.clone(),
-            &table.shapes(),
-            table.key_indexes(),
-        );
-        let now_us = SystemTime::now()
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .map_or(0, |age| i64::try_from(age.as_micros()).unwrap_or(i64::MAX));
-        let transaction = Transaction::new(copier.source.epoch, lsn, 0, now_us);
-        let columns: Vec<_> = table
-            .columns
-            .iter()
-            .map(|(name, ..)| quote_identifier(name))
-            .collect();
-        let sql = format!(
-            "COPY (SELECT {} FROM {}) TO STDOUT",
-            columns.join(", "),
-            table.name.quoted()
-        );
-        let refused = |error| Failure::of_table(&table.name, error);
-        let subject = subject::copy(&source.name, out.sink(), &table.name);
-        let mut lines = pin!(client.copy_out(&sql).await.map_err(refused)?);
-        let mut row = CopyRow::default();
-        let mut payload = Vec::with_capacity(MESSAGE_BYTES + MESSAGE_BYTES / 4);
-        let mut rows = 0_u64;
-        while let Some(line) = lines.next().await {
-            let line = line.map_err(refused)?;
-            row.read(&line)
-                .map_err(|error| Failure::of_row(&table.name, &error))?;
-            let data: Vec<Datum<'_>> = row.data().collect();
-            let before = payload.len();
-            if before > 0 {
-                payload.push(b'\n');
-            }
-            let change = Change {
-                op: Op::Read,
-                before: Before::None,
-                after: Some(&data),
-                key: Some(&data),
-                seq: 0,
-                lsn,
-                sent_at_us: now_us,
-            };
-            write_change(&mut payload, &relation, &transaction, &change)
-                .map_err(|error| Failure::of_row(&table.name, &error))?;
-            write_line_end(&mut payload, LineEnd::More);
-            rows += 1;
-            if rows == 1 {
-                self.setbacks.table_goes_on(&table.name);
-                self.show();
-            }
-            if payload.len() >= MESSAGE_BYTES {
-                let full =
-                    std::mem::replace(&mut payload, Vec::with_capacity(MESSAGE_BYTES * 5 / 4));
-                let mut full = Bytes::from(full);
-                // A large row does not share a message: it alone must keep to the limit of a row.
-                if before > 0 && full.len() - before > MESSAGE_BYTES {
-                    out.publish(subject.clone(), full.split_to(before)).await?;
-                    full.advance(1);
-                }
-                if full.len() > limits::ROW_BYTES_MAX {
-                    return Err(Failure::too_large(&table.name, full.len()));
-                }
-                out.publish(subject.clone(), full).await?;
-            }
-        }
-        if !payload.is_empty() {
-            out.publish(subject, payload.into()).await?;
-        }
-        Ok(rows)
-    }
-
-    fn table_failed(&mut self, table: &TableName, condition: Condition) {
+    pub(super) fn table_failed(&mut self, table: &TableName, condition: Condition) {
         let (code, remedy) = (condition.code, condition.remedy.clone());
         let message = condition.message.clone();
         let now = self.copier.began.elapsed();

@@ -4,6 +4,7 @@ use millrace_config::{Code, Condition, limits};
 use millrace_event::TableName;
 use tokio_postgres::error::Severity;
 
+use super::keyset::KeyMismatch;
 use crate::Error;
 use crate::stream::StreamError;
 
@@ -21,6 +22,8 @@ pub(super) enum Failure {
     Attempt(Condition),
     /// Capture must find out anew what the source is.
     Life(Error),
+    /// The sink asks for something else by now.
+    Replaced,
 }
 
 impl Failure {
@@ -70,6 +73,57 @@ impl Failure {
         };
         Self::Table {
             condition,
+            snapshot_lives: true,
+        }
+    }
+
+    /// What the source's answer to reading a chunk means. The table's columns were just found to be as capture
+    /// knows them, so another one that is missing was named by the request's condition.
+    pub(super) fn of_chunk(
+        table: &TableName,
+        filter: Option<&str>,
+        error: tokio_postgres::Error,
+    ) -> Self {
+        let (Some(filter), Some(server)) = (filter, error.as_db_error()) else {
+            return Self::of_table(table, error);
+        };
+        let (sqlstate, said) = (server.code().code(), server.message());
+        let of_condition = ["22", "42"].iter().any(|class| sqlstate.starts_with(class));
+        if !of_condition || matches!(sqlstate, "42501" | "42P01") {
+            return Self::of_table(table, error);
+        }
+        Self::Table {
+            condition: Condition::new(
+                Code::BackfillFilter,
+                format!("the backfill of table {table} with the condition {filter}: {said}"),
+                "cancel the backfill, and start it with another condition: \
+                 `millrace backfill cancel`, then `start`",
+            ),
+            snapshot_lives: true,
+        }
+    }
+
+    /// The source refuses to take a mark into its WAL.
+    pub(super) fn heartbeat_refused(error: &tokio_postgres::Error) -> Self {
+        let said = error
+            .as_db_error()
+            .map_or_else(|| error.to_string(), |said| said.message().to_owned());
+        Self::Attempt(Condition::new(
+            Code::HeartbeatRefused,
+            format!("the source takes no heartbeat: {said}"),
+            "let source.url lead to the primary, and grant its user EXECUTE on the function \
+             pg_logical_emit_message where that was revoked",
+        ))
+    }
+
+    /// A key that was asked for and is none of this table.
+    pub(super) fn of_key(table: &TableName, error: &KeyMismatch) -> Self {
+        Self::Table {
+            condition: Condition::new(
+                Code::CopyFailed,
+                format!("table {table} cannot be copied: {error}"),
+                "start the backfill anew: the table's key has changed since it was asked for",
+            ),
             snapshot_lives: true,
         }
     }

@@ -70,6 +70,17 @@ impl Setbacks {
         wait
     }
 
+    /// A table waits for something at the source, which is no failure: it goes on at once when that has passed.
+    pub(super) fn table_waits(&mut self, table: &TableName, condition: Condition, now: Duration) {
+        let before = self.tables.remove(table);
+        let waiting = Setback {
+            failures: before.map_or(0, |setback| setback.failures),
+            due: now,
+            condition: Some(condition),
+        };
+        self.tables.insert(table.clone(), waiting);
+    }
+
     /// An attempt has its snapshot: what kept it from one is history.
     pub(super) fn attempt_goes_on(&mut self) {
         if let Some(setback) = &mut self.attempt {
@@ -188,6 +199,21 @@ mod tests {
         assert_eq!(wait, BACKOFF.first * 2);
         let wait = setbacks.table_failed(&table, condition(), NOW, 1.0);
         assert_eq!(wait, BACKOFF.first * 2);
+    }
+
+    #[test]
+    fn what_waits_is_shown_and_held_up_by_nothing() {
+        let table = TableName::new("public", "t");
+        let mut setbacks = Setbacks::default();
+        setbacks.table_waits(&table, condition(), NOW);
+        assert!(setbacks.allow_table(&table, NOW));
+        assert_eq!(names(&setbacks), [Some("public.t".to_owned())]);
+        setbacks.table_goes_on(&table);
+        assert!(names(&setbacks).is_empty());
+        assert_eq!(
+            setbacks.table_failed(&table, condition(), NOW, 1.0),
+            BACKOFF.first
+        );
     }
 
     #[test]

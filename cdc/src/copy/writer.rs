@@ -4,10 +4,11 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use async_nats::jetstream::context::PublishAckFuture;
+use async_nats::jetstream::kv;
 use async_nats::jetstream::message::PublishMessage;
 use bytes::Bytes;
-use millrace_event::header;
 use millrace_event::work::{CopyApplied, CopyRequest, CopyStatus};
+use millrace_event::{Lsn, header};
 
 use super::ahead::Ahead;
 use super::failure::Failure;
@@ -36,6 +37,8 @@ pub(super) struct Writer<'c> {
     unacked: VecDeque<(PublishAckFuture, u64)>,
     ahead: Ahead,
     last_seq: u64,
+    /// What must be told before the next message is published.
+    tell_first: Option<CopyStatus>,
 }
 
 impl<'c> Writer<'c> {
@@ -81,6 +84,7 @@ impl<'c> Writer<'c> {
             unacked: VecDeque::new(),
             ahead: Ahead::new(found.max_bytes, found.bytes, stored.sequence),
             last_seq: stored.sequence,
+            tell_first: None,
         };
         writer.wait_for_sink().await?;
         Ok(writer)
@@ -91,8 +95,41 @@ impl<'c> Writer<'c> {
         self.sink
     }
 
+    /// Tells this status before the next message is published.
+    pub(super) fn tell_first(&mut self, status: CopyStatus) {
+        self.tell_first = Some(status);
+    }
+
+    /// Whether a message was published since [`Writer::tell_first`]. Otherwise what should be told is forgotten.
+    pub(super) fn has_told(&mut self) -> bool {
+        self.tell_first.take().is_none()
+    }
+
     /// Publishes a message as soon as the sink is near enough.
     pub(super) async fn publish(&mut self, subject: String, payload: Bytes) -> Result<(), Failure> {
+        self.publish_to(subject, payload, None).await
+    }
+
+    /// Publishes rows that the sink applies once it has applied the stream up to `reach`, as soon as it is near
+    /// enough.
+    pub(super) async fn publish_chunk(
+        &mut self,
+        subject: String,
+        payload: Bytes,
+        reach: Lsn,
+    ) -> Result<(), Failure> {
+        self.publish_to(subject, payload, Some(reach)).await
+    }
+
+    async fn publish_to(
+        &mut self,
+        subject: String,
+        payload: Bytes,
+        reach: Option<Lsn>,
+    ) -> Result<(), Failure> {
+        if let Some(status) = self.tell_first.take() {
+            store_status(&self.stream.copies, self.sink, &status).await?;
+        }
         // Not between chunks: the sink applies none of them before it has them all.
         self.wait_for_sink().await?;
         self.number += 1;
@@ -111,6 +148,9 @@ impl<'c> Writer<'c> {
             if count > 1 {
                 let place = format!("{}/{count}/{}", index + 1, self.copy);
                 message = message.header(header::CHUNK, place);
+            }
+            if let Some(reach) = reach {
+                message = message.header(header::COPY_REACH, reach.to_string());
             }
             let ack = self
                 .stream
@@ -158,7 +198,7 @@ impl<'c> Writer<'c> {
             let wanted: Option<CopyRequest> =
                 read(copies, &format!("request.{}", self.sink)).await?;
             if wanted.is_none_or(|wanted| wanted.id != self.request) {
-                return Err(Error::retry_because("the copy's request was replaced").into());
+                return Err(Failure::Replaced);
             }
             let applied = applied(self.stream, self.sink, &self.request).await?;
             self.ahead.applied(applied);
@@ -172,7 +212,30 @@ impl<'c> Writer<'c> {
 
 /// Up to where the sink has applied its copy stream: 0 where it has not said so for this request.
 async fn applied(stream: &Stream, sink: &str, request: &str) -> Result<u64, Error> {
-    let applied: Option<CopyApplied> = read(&stream.copies, &format!("applied.{sink}")).await?;
-    let applied = applied.filter(|applied| applied.request == request);
+    let applied = read_applied(stream, sink, request).await?;
     Ok(applied.map_or(0, |applied| applied.stream_seq))
+}
+
+/// What the sink has applied for this request.
+pub(super) async fn read_applied(
+    stream: &Stream,
+    sink: &str,
+    request: &str,
+) -> Result<Option<CopyApplied>, Error> {
+    let applied: Option<CopyApplied> = read(&stream.copies, &format!("applied.{sink}")).await?;
+    Ok(applied.filter(|applied| applied.request == request))
+}
+
+/// Tells the sink how far its request is.
+pub(super) async fn store_status(
+    copies: &kv::Store,
+    sink: &str,
+    status: &CopyStatus,
+) -> Result<(), Error> {
+    let value = serde_json::to_vec(status).expect("plain JSON");
+    let stored = copies.put(format!("status.{sink}"), value.into());
+    stored
+        .await
+        .map(|_| ())
+        .map_err(|error| Error::retry("a copy's progress cannot be stored", error))
 }

@@ -1,13 +1,21 @@
 //! What the source's catalog says about tables and types.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use millrace_config::{Code, Condition, Table};
-use millrace_event::{ColumnSchema, ColumnShape, TableName, TableSchema, TypeSchema, fingerprint};
+use millrace_event::{
+    ColumnSchema, ColumnShape, Datum, TableName, TableSchema, TypeSchema, fingerprint,
+    quote_identifier,
+};
 use tokio_postgres::Client;
 
+use super::SourceFacts;
+use super::generated::check_generated;
 use super::key::{UniqueIndex, key_of};
+use super::selection::{self, CatalogColumn};
 use crate::Error;
+use crate::selection::{Binding, Salt, Selection};
 
 /// A configured table as the source has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -16,8 +24,22 @@ pub struct SourceTable {
     pub name: TableName,
     /// Its key columns, in the key's order.
     pub key: Vec<String>,
-    /// Its published columns: name, type OID, type modifier.
+    /// Its published columns, as they are published: name, type OID, type modifier.
     pub columns: Vec<(String, u32, i32)>,
+    /// The rows that are published, as Postgres spells the condition; none: all.
+    pub filter: Option<String>,
+    /// The columns that the publication must list, by number and name; none: it has no list.
+    pub list: Option<Vec<(i16, String)>>,
+    /// What is done about its columns before they are published.
+    pub selection: Arc<Selection>,
+    /// The same for rows of `columns`, as a copy reads them.
+    pub(crate) binding: Option<Binding>,
+    /// Every column of the catalog, by number.
+    pub(crate) known: Vec<(i16, String)>,
+    /// Columns that the table's own file names and the catalog does not have.
+    pub(crate) absent: Vec<String>,
+    /// The table's settings.
+    pub(crate) settings: Table,
 }
 
 impl SourceTable {
@@ -32,6 +54,41 @@ impl SourceTable {
                 typmod: *typmod,
             })
             .collect()
+    }
+
+    /// The published columns for a `SELECT`: what a copy reads, and nothing beside it.
+    #[must_use]
+    pub fn select_list(&self) -> String {
+        let names = self.columns.iter().map(|(name, ..)| quote_identifier(name));
+        names.collect::<Vec<_>>().join(", ")
+    }
+
+    /// ` WHERE ..` for a copy's `SELECT`: the rows that are published and for which all of these conditions
+    /// hold. Empty where there is no condition.
+    #[must_use]
+    pub fn where_clause(&self, conditions: &[&str]) -> String {
+        let own = self.filter.as_deref();
+        let all = own.into_iter().chain(conditions.iter().copied());
+        // The newline ends a comment.
+        let all: Vec<_> = all.map(|condition| format!("({condition}\n)")).collect();
+        match all.is_empty() {
+            true => String::new(),
+            false => format!(" WHERE {}", all.join(" AND ")),
+        }
+    }
+
+    /// Makes a row that was read with [`SourceTable::select_list`] the one that is published. `room` holds what
+    /// masks wrote; it is used again for each row.
+    pub fn publish<'r>(&self, row: &mut [Datum<'r>], room: &'r mut Vec<u8>) {
+        if let Some(binding) = &self.binding {
+            binding.mask(row, room);
+        }
+    }
+
+    /// The name that the column of this number has in the catalog.
+    pub(crate) fn name_of(&self, number: i16) -> Option<&str> {
+        let known = self.known.iter().find(|(known, _)| *known == number);
+        known.map(|(_, name)| name.as_str())
     }
 
     /// The indexes of the key columns.
@@ -49,15 +106,21 @@ impl SourceTable {
 }
 
 /// Looks every configured table up and checks that it can be published: it exists, has a key, logs that key
-/// for old rows, and may be read. All failures come at once.
+/// for old rows, may be read, and can be published with its columns and rows selected as configured. All
+/// failures come at once. `salt` is there where a column is hashed.
 ///
 /// # Errors
 /// The first condition, with every failing table in its text; or the connection failed.
-pub async fn inspect_tables(client: &Client, tables: &[Table]) -> Result<Vec<SourceTable>, Error> {
+pub async fn inspect_tables(
+    client: &Client,
+    facts: &SourceFacts,
+    tables: &[Table],
+    salt: Option<&Salt>,
+) -> Result<Vec<SourceTable>, Error> {
     let mut found = Vec::with_capacity(tables.len());
     let mut failed: Vec<Condition> = Vec::new();
     for table in tables {
-        match inspect_table(client, table).await {
+        match inspect_table(client, facts, table, salt).await {
             Ok(table) => found.push(table),
             Err(Error::Halt(condition)) => failed.push(condition),
             Err(other) => return Err(other),
@@ -85,12 +148,17 @@ const TABLE: &str = "SELECT c.oid, c.relkind::text, c.relreplident::text, \
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
     WHERE n.nspname = $1 AND c.relname = $2";
 
-const COLUMNS: &str = "SELECT attname::text, atttypid, atttypmod, attnotnull FROM pg_attribute \
-    WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped AND attgenerated = '' ORDER BY attnum";
+const COLUMNS: &str = "SELECT a.attnum, a.attname::text, a.atttypid, a.atttypmod, \
+    format_type(a.atttypid, a.atttypmod), a.attnotnull OR t.typnotnull, t.typcategory = 'S', \
+    a.attgenerated <> '' FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid \
+    WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum";
 
-/// The unique indexes that can identify rows, with their columns in the index's order.
+/// The unique indexes that can identify rows, with their columns in the index's order. Since Postgres 18 a column
+/// may be NOT NULL for new rows only.
 const KEYS: &str = "SELECT i.indisprimary, i.indisreplident, \
-    array_agg(a.attname::text ORDER BY k.place), bool_and(a.attnotnull), c.relname::text, i.indimmediate \
+    array_agg(a.attname::text ORDER BY k.place), bool_and(a.attnotnull AND NOT EXISTS (SELECT FROM pg_constraint n \
+    WHERE n.conrelid = a.attrelid AND n.contype = 'n' AND NOT n.convalidated AND n.conkey = ARRAY[a.attnum])), \
+    c.relname::text, i.indimmediate \
     FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid \
     CROSS JOIN unnest(i.indkey::smallint[]) WITH ORDINALITY k(attnum, place) \
     JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum \
@@ -99,7 +167,12 @@ const KEYS: &str = "SELECT i.indisprimary, i.indisreplident, \
     GROUP BY i.indexrelid, i.indisprimary, i.indisreplident, c.relname, i.indimmediate \
     ORDER BY i.indexrelid";
 
-async fn inspect_table(client: &Client, table: &Table) -> Result<SourceTable, Error> {
+async fn inspect_table(
+    client: &Client,
+    facts: &SourceFacts,
+    table: &Table,
+    salt: Option<&Salt>,
+) -> Result<SourceTable, Error> {
     let name = &table.name;
     let halt = |code, message: String, remedy: String| {
         Err(Error::halt(Condition::new(code, message, remedy)))
@@ -130,12 +203,7 @@ async fn inspect_table(client: &Client, table: &Table) -> Result<SourceTable, Er
             format!("GRANT SELECT ON {quoted} TO this user (see `millrace init-sql`)"),
         );
     }
-    let columns: Vec<(String, u32, i32)> = client
-        .query(COLUMNS, &[&oid])
-        .await?
-        .iter()
-        .map(|row| (row.get(0), row.get(1), row.get(2)))
-        .collect();
+    let catalog = catalog_columns(client, oid).await?;
     let indexes: Vec<UniqueIndex> = client
         .query(KEYS, &[&oid])
         .await?
@@ -150,11 +218,86 @@ async fn inspect_table(client: &Client, table: &Table) -> Result<SourceTable, Er
         })
         .collect();
     let key = key_of(table, &identity, &indexes).map_err(Error::halt)?;
+    let generated = catalog.iter().filter(|column| column.generated);
+    let generated: Vec<_> = generated.map(|column| column.name.clone()).collect();
+    if !generated.is_empty() {
+        let identities = selection::identities(client, oid).await?;
+        check_generated(name, facts.version, &generated, &key, &identities).map_err(Error::halt)?;
+    }
+    let selected = selection::select(table, &catalog, &key, salt).map_err(Error::halt)?;
+    selection::require_filters(facts.version, table).map_err(Error::halt)?;
+    let filter = match &table.filter {
+        None => None,
+        // A standby makes no temporary table: there the filter that is published is taken for this one.
+        Some(filter) if facts.in_recovery => Some(selection::unread(filter)),
+        Some(filter) => Some(selection::read_filter(client, table, filter).await?),
+    };
+    let (list, excluded): (Vec<_>, Vec<_>) = catalog
+        .iter()
+        .filter(|column| !column.generated)
+        .map(|column| (column.number, column.name.clone()))
+        .partition(|(_, name)| !selected.selection.excludes(name));
+    let lists = facts.version >= selection::CLAUSES_VERSION_MIN && !excluded.is_empty();
+    if lists || filter.is_some() {
+        let excluded: Vec<_> = excluded.into_iter().map(|(_, name)| name).collect();
+        let read = filter.as_ref().map_or(&[][..], |filter| &filter.columns);
+        let identities = selection::identities(client, oid).await?;
+        selection::check_identity(table, &excluded, read, &identities).map_err(Error::halt)?;
+    }
+    let names = selected.columns.iter().map(|(name, ..)| name.as_str());
+    let binding = selected.selection.bind(names);
+    let known = catalog
+        .into_iter()
+        .map(|column| (column.number, column.name));
     Ok(SourceTable {
         name: name.clone(),
         key,
-        columns,
+        columns: selected.columns,
+        filter: filter.map(|filter| filter.sql),
+        list: lists.then_some(list),
+        selection: Arc::new(selected.selection),
+        binding,
+        known: known.collect(),
+        absent: selected.absent,
+        settings: table.clone(),
     })
+}
+
+/// A table's columns as they are now.
+pub(super) async fn catalog_columns(
+    client: &Client,
+    oid: u32,
+) -> Result<Vec<CatalogColumn>, Error> {
+    let rows = client.query(COLUMNS, &[&oid]).await?;
+    let column = |row: &tokio_postgres::Row| CatalogColumn {
+        number: row.get(0),
+        name: row.get(1),
+        type_oid: row.get(2),
+        typmod: row.get(3),
+        type_name: row.get(4),
+        not_null: row.get(5),
+        is_text: row.get(6),
+        generated: row.get(7),
+    };
+    Ok(rows.iter().map(column).collect())
+}
+
+/// How many rows the source thinks that a table has; 0 where it does not know.
+///
+/// # Errors
+/// The connection failed.
+pub async fn estimate_rows(client: &Client, table: &TableName) -> Result<u64, Error> {
+    let row = client
+        .query_opt(
+            "SELECT coalesce((SELECT sum(greatest(l.reltuples, 0)) FROM pg_partition_tree(c.oid) p \
+             JOIN pg_class l ON l.oid = p.relid WHERE p.isleaf), greatest(c.reltuples, 0))::bigint \
+             FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
+             WHERE n.nspname = $1 AND c.relname = $2",
+            &[&table.schema, &table.table],
+        )
+        .await?;
+    let rows = row.map_or(0, |row| row.get::<_, i64>(0));
+    Ok(u64::try_from(rows).unwrap_or(0))
 }
 
 /// Describes a table's columns for those who create it elsewhere: types as SQL, and the enums and domains
@@ -174,6 +317,8 @@ pub async fn describe(
     let rows = client
         .query(
             "SELECT format_type(u.oid, u.typmod), coalesce(a.attnotnull, false) \
+             AND NOT EXISTS (SELECT FROM pg_constraint n WHERE n.conrelid = a.attrelid AND n.contype = 'n' \
+             AND NOT n.convalidated AND n.conkey = ARRAY[a.attnum]) \
              FROM unnest($1::oid[], $2::int4[], $3::text[]) WITH ORDINALITY u(oid, typmod, name, place) \
              LEFT JOIN pg_attribute a ON a.attrelid = to_regclass($4) AND a.attname = u.name \
              AND NOT a.attisdropped ORDER BY u.place",

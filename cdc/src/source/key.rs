@@ -33,7 +33,8 @@ pub(super) fn key_of(
 ) -> Result<Vec<String>, Condition> {
     let immediate = || indexes.iter().filter(|index| index.immediate);
     let primary = immediate().find(|index| index.primary);
-    let by_identity = immediate().find(|index| index.identity);
+    // Since Postgres 18 its columns may be NOT NULL for new rows only.
+    let by_identity = immediate().find(|index| index.identity && index.not_null);
     let found = match &table.key {
         Some(key) => immediate().find(|index| index.not_null && same_columns(&index.columns, key)),
         None => primary.or(by_identity),
@@ -101,6 +102,13 @@ fn no_key(table: &Table, indexes: &[UniqueIndex]) -> Condition {
                 format!("ALTER TABLE {quoted} ADD UNIQUE ({list}), and make its columns NOT NULL"),
             )
         }
+        (None, None) if indexes.iter().any(|index| index.identity) => (
+            format!("table {name} has a replica identity whose columns may be NULL in old rows"),
+            format!(
+                "ALTER TABLE {quoted} VALIDATE CONSTRAINT the NOT NULL constraints of these columns, after \
+                 giving every row a value"
+            ),
+        ),
         (None, None) => (
             format!("table {name} has no primary key"),
             format!(

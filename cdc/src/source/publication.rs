@@ -3,11 +3,17 @@
 use std::collections::HashMap;
 
 use millrace_config::{Code, Condition, Create};
-use millrace_event::{TableName, quote_identifier};
-use tokio_postgres::Client;
+use millrace_event::{TableName, quote_identifier, quote_literal};
+use serde::{Deserialize, Serialize};
 use tokio_postgres::error::SqlState;
+use tokio_postgres::{Client, SimpleQueryMessage};
 
+use super::selection::CLAUSES_VERSION_MIN;
+use super::{SourceTable, selection};
 use crate::Error;
+
+/// How long a table's lock may be waited for before its columns are looked at, in milliseconds. Streaming waits.
+const NAMES_LOCK_TIMEOUT_MS: u32 = 10_000;
 
 /// The publication of a source: `millrace_<source>`.
 #[must_use]
@@ -15,39 +21,98 @@ pub fn publication_name(source: &str) -> String {
     format!("millrace_{source}")
 }
 
-/// Creates the publication, and adds to it what it lacks. Never removes a table: that is the operator's call.
+/// A table's membership of a publication.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// Its OID: a table that left and came back has another one, and so has one whose columns or rows were
+    /// changed. Zero in a publication of all tables or of a schema, which has no members.
+    pub oid: u32,
+    /// Which of the table's columns and rows are published.
+    pub clause: Clause,
+}
+
+/// Which of a table's columns and rows a publication publishes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Clause {
+    /// The numbers of the columns, ascending; none: all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub columns: Option<Vec<i16>>,
+    /// The condition on the rows, as Postgres spells it; none: all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub filter: Option<String>,
+}
+
+impl SourceTable {
+    /// What the publication must publish of the table.
+    #[must_use]
+    pub fn clause(&self) -> Clause {
+        let numbers = |list: &Vec<(i16, String)>| list.iter().map(|(number, _)| *number).collect();
+        Clause {
+            columns: self.list.as_ref().map(numbers),
+            filter: self.filter.clone(),
+        }
+    }
+
+    /// The table as a publication's statement names it, with its columns and its filter.
+    fn published_as(&self) -> String {
+        let mut sql = self.name.quoted();
+        if let Some(list) = &self.list {
+            let names: Vec<_> = list
+                .iter()
+                .map(|(_, name)| quote_identifier(name))
+                .collect();
+            sql = format!("{sql} ({})", names.join(", "));
+        }
+        match &self.filter {
+            Some(filter) => format!("{sql} WHERE ({filter})"),
+            None => sql,
+        }
+    }
+}
+
+/// What a publication lacks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PublicationChange {
+    name: String,
+    code: Code,
+    message: String,
+    /// One after the other, in one transaction.
+    statements: Vec<String>,
+    /// Tables that are published already, with other columns or rows.
+    pub altered: Vec<TableName>,
+}
+
+/// Compares the publication with what it should be. Nothing is ever removed from it: that is the operator's call.
 ///
 /// # Errors
-/// Something is missing that may not be created, a privilege is missing, or the connection failed.
-pub async fn ensure_publication(
+/// It does not publish every kind of change, or publishes what has no members to change; or the connection failed.
+pub async fn publication_change(
     client: &Client,
+    version: i32,
     name: &str,
-    tables: &[TableName],
-    create: Create,
-) -> Result<(), Error> {
+    tables: &[SourceTable],
+) -> Result<Option<PublicationChange>, Error> {
     let row = client
         .query_opt(
             "SELECT pubinsert AND pubupdate AND pubdelete AND pubtruncate FROM pg_publication WHERE pubname = $1",
             &[&name],
         )
         .await?;
-    let list = |tables: &[TableName]| {
-        tables
-            .iter()
-            .map(TableName::quoted)
-            .collect::<Vec<_>>()
-            .join(", ")
-    };
     let quoted = quote_identifier(name);
-    let (code, message, sql) = match row.map(|row| row.get::<_, bool>(0)) {
-        None => (
-            Code::PublicationMissing,
-            format!("publication \"{name}\" does not exist"),
-            format!(
-                "CREATE PUBLICATION {quoted} FOR TABLE {} WITH (publish_via_partition_root = true)",
-                list(tables)
-            ),
-        ),
+    let change = |code, message, statements, altered| PublicationChange {
+        name: name.to_owned(),
+        code,
+        message,
+        statements,
+        altered,
+    };
+    match row.map(|row| row.get::<_, bool>(0)) {
+        None => {
+            let message = format!("publication \"{name}\" does not exist");
+            let sql = create_publication(name, &join(tables, SourceTable::published_as));
+            let change = change(Code::PublicationMissing, message, vec![sql], Vec::new());
+            return Ok(Some(change));
+        }
         Some(false) => {
             return Err(Error::halt(Condition::new(
                 Code::PublicationDrift,
@@ -58,72 +123,316 @@ pub async fn ensure_publication(
                 ),
             )));
         }
-        Some(true) => {
-            let missing = missing_tables(client, name, tables).await?;
-            if missing.is_empty() {
-                return Ok(());
-            }
-            (
-                Code::PublicationDrift,
-                format!("publication \"{name}\" lacks {}", list(&missing)),
-                format!("ALTER PUBLICATION {quoted} ADD TABLE {}", list(&missing)),
-            )
-        }
-    };
-    if create == Create::Never {
-        return Err(Error::halt(Condition::new(code, message, sql)));
+        Some(true) => {}
     }
-    tracing::info!(publication = name, %sql, "changing the publication");
-    match client.batch_execute(&sql).await {
-        Ok(()) => Ok(()),
-        Err(error) if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
-            Err(Error::halt(Condition::new(
+    let members = published_tables(client, version, name).await?;
+    let (published, missing): (Vec<_>, Vec<_>) = tables
+        .iter()
+        .partition(|table| members.contains_key(&table.name));
+    let differs = |table: &&&SourceTable| {
+        let member = members.get(&table.name);
+        member.is_some_and(|member| member.clause != table.clause())
+    };
+    let altered: Vec<&SourceTable> = published.iter().filter(differs).copied().collect();
+    let shared = altered.iter().find(|table| {
+        let member = members.get(&table.name);
+        member.is_some_and(|member| member.oid == 0)
+    });
+    if let Some(table) = shared {
+        return Err(Error::halt(Condition::new(
+            Code::PublicationDrift,
+            format!(
+                "publication \"{name}\" is of all tables or of a schema, and cannot publish a part of {}",
+                table.name
+            ),
+            format!(
+                "make it one of single tables: DROP PUBLICATION {quoted}; {}; \
+                 then run `millrace drop` and `millrace run`",
+                create_publication(name, &join(tables, SourceTable::published_as))
+            ),
+        )));
+    }
+    let (mut said, mut statements) = (Vec::new(), Vec::new());
+    if !missing.is_empty() {
+        let names = join(missing.iter().copied(), |table| table.name.quoted());
+        said.push(format!("lacks {names}"));
+        let added = join(missing.iter().copied(), SourceTable::published_as);
+        statements.push(format!("ALTER PUBLICATION {quoted} ADD TABLE {added}"));
+    }
+    if !altered.is_empty() {
+        let names = join(altered.iter().copied(), |table| table.name.quoted());
+        said.push(format!(
+            "publishes other columns or rows of {names} than are configured"
+        ));
+        // Both in one transaction: no change of the table ever sees it unpublished. SET TABLE would have to repeat
+        // all that the operator has put into the publication beside our tables.
+        statements.push(format!("ALTER PUBLICATION {quoted} DROP TABLE {names}"));
+        let added = join(altered.iter().copied(), SourceTable::published_as);
+        statements.push(format!("ALTER PUBLICATION {quoted} ADD TABLE {added}"));
+    }
+    if said.is_empty() {
+        return Ok(None);
+    }
+    let message = format!("publication \"{name}\" {}", said.join(", and "));
+    let altered = altered.iter().map(|table| table.name.clone()).collect();
+    let change = change(Code::PublicationDrift, message, statements, altered);
+    Ok(Some(change))
+}
+
+fn join<'t>(
+    tables: impl IntoIterator<Item = &'t SourceTable>,
+    part: impl Fn(&SourceTable) -> String,
+) -> String {
+    let parts: Vec<_> = tables.into_iter().map(part).collect();
+    parts.join(", ")
+}
+
+/// The statement that makes a publication of these tables.
+fn create_publication(name: &str, tables: &str) -> String {
+    format!(
+        "CREATE PUBLICATION {} FOR TABLE {tables} WITH (publish_via_partition_root = true)",
+        quote_identifier(name)
+    )
+}
+
+impl PublicationChange {
+    /// The change as an operator runs it.
+    #[must_use]
+    pub fn sql(&self) -> String {
+        match self.statements.as_slice() {
+            [only] => only.clone(),
+            all => format!("BEGIN; {}; COMMIT", all.join("; ")),
+        }
+    }
+
+    /// The change as what keeps the product from going on.
+    #[must_use]
+    pub fn condition(&self) -> Condition {
+        Condition::new(self.code, self.message.clone(), self.sql())
+    }
+
+    /// Makes the change, or nothing of it. `tables` are those that it was found for.
+    ///
+    /// # Errors
+    /// It may not be made, a privilege is missing, Postgres does not take a row filter, or the connection failed.
+    pub async fn make(
+        &self,
+        client: &Client,
+        tables: &[SourceTable],
+        create: Create,
+    ) -> Result<(), Error> {
+        let name = &self.name;
+        if create == Create::Never {
+            return Err(Error::halt(self.condition()));
+        }
+        let sql = self.sql();
+        tracing::info!(publication = name, %sql, "changing the publication");
+        // Statements that are sent together are one transaction.
+        let Err(error) = client.batch_execute(&self.statements.join("; ")).await else {
+            return Ok(());
+        };
+        if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) {
+            return Err(Error::halt(Condition::new(
                 Code::SourcePrivilege,
                 format!("publication \"{name}\" cannot be created or changed by this user"),
                 format!("as the tables' owner, with CREATE on the database: {sql}"),
-            )))
+            )));
         }
-        Err(error) => Err(error.into()),
+        for table in tables {
+            try_filter(client, table).await?;
+        }
+        match error.as_db_error() {
+            // What the publication is keeps it from being changed so: trying again changes nothing.
+            Some(server) if ["0A", "22", "42", "55"].contains(&&server.code().code()[..2]) => {
+                Err(Error::halt(Condition::new(
+                    Code::PublicationDrift,
+                    format!(
+                        "{}, and Postgres does not change it: {}",
+                        self.message,
+                        server.message()
+                    ),
+                    format!("resolve what Postgres says, so that this can be run: {sql}"),
+                )))
+            }
+            _ => Err(error.into()),
+        }
     }
 }
 
-/// The tables that a publication does not publish.
-///
-/// # Errors
-/// The connection failed.
-pub async fn missing_tables(
-    client: &Client,
-    name: &str,
-    tables: &[TableName],
-) -> Result<Vec<TableName>, Error> {
-    let published = published_tables(client, name).await?;
-    let missing = tables.iter().filter(|table| !published.contains_key(table));
-    Ok(missing.cloned().collect())
+/// Lets Postgres say what is wrong with a table's row filter, in a publication that is rolled back.
+async fn try_filter(client: &Client, table: &SourceTable) -> Result<(), Error> {
+    let Some(filter) = &table.settings.filter else {
+        return Ok(());
+    };
+    let name = format!("millrace_try_{:08x}", rand::random::<u32>());
+    let sql = create_publication(&name, &table.published_as());
+    client.batch_execute("BEGIN").await?;
+    let tried = client.batch_execute(&sql).await;
+    client.batch_execute("ROLLBACK").await?;
+    tried.map_err(|error| selection::filter_refused(&table.settings, filter, error))
 }
 
-/// The tables that a publication publishes, each with the OID of its membership: a table that left and came
-/// back has another one. Zero for a publication of all tables or of a schema, which has no members.
+/// The tables that a publication publishes.
 ///
 /// # Errors
 /// The connection failed.
 pub async fn published_tables(
     client: &Client,
+    version: i32,
     name: &str,
-) -> Result<HashMap<TableName, u32>, Error> {
-    let rows = client
-        .query(
-            "SELECT t.schemaname::text, t.tablename::text, coalesce(r.oid, 0::oid) \
-             FROM pg_publication_tables t JOIN pg_publication p ON p.pubname = t.pubname \
-             JOIN pg_namespace n ON n.nspname = t.schemaname \
-             JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = t.tablename \
-             LEFT JOIN pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = c.oid \
-             WHERE t.pubname = $1",
-            &[&name],
-        )
-        .await?;
+) -> Result<HashMap<TableName, Member>, Error> {
+    let clause = match version >= CLAUSES_VERSION_MIN {
+        true => "r.prattrs::int2[], pg_get_expr(r.prqual, r.prrelid)",
+        false => "NULL::int2[], NULL::text",
+    };
+    let sql = format!(
+        "SELECT t.schemaname::text, t.tablename::text, coalesce(r.oid, 0::oid), {clause} \
+         FROM pg_publication_tables t JOIN pg_publication p ON p.pubname = t.pubname \
+         JOIN pg_namespace n ON n.nspname = t.schemaname \
+         JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = t.tablename \
+         LEFT JOIN pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = c.oid \
+         WHERE t.pubname = $1"
+    );
+    let rows = client.query(&sql, &[&name]).await?;
     let member = |row: &tokio_postgres::Row| {
         let table = TableName::new(row.get::<_, String>(0), row.get::<_, String>(1));
-        (table, row.get::<_, u32>(2))
+        let mut columns: Option<Vec<i16>> = row.get(3);
+        columns
+            .iter_mut()
+            .for_each(|columns| columns.sort_unstable());
+        let clause = Clause {
+            columns,
+            filter: row.get(4),
+        };
+        let oid = row.get(2);
+        (table, Member { oid, clause })
     };
     Ok(rows.iter().map(member).collect())
+}
+
+/// Takes the row filters that are published for those that are configured: on a standby, which cannot read them.
+///
+/// # Errors
+/// The connection failed.
+pub async fn adopt_filters(
+    client: &Client,
+    version: i32,
+    name: &str,
+    tables: &mut [SourceTable],
+) -> Result<(), Error> {
+    let members = published_tables(client, version, name).await?;
+    for table in tables {
+        let member = members.get(&table.name);
+        let published = member.and_then(|member| member.clause.filter.clone());
+        if table.filter.is_some() && published.is_some() {
+            table.filter = published;
+        }
+    }
+    Ok(())
+}
+
+/// Of the tables with a column list, one that has a column since which neither the list nor the configuration
+/// names: the list keeps it from being published.
+///
+/// # Errors
+/// The connection failed.
+pub async fn unlisted_column(
+    client: &Client,
+    tables: &[SourceTable],
+) -> Result<Option<(TableName, String)>, Error> {
+    for table in tables {
+        let Some(list) = &table.list else { continue };
+        let rows = client
+            .query(
+                "SELECT attnum, attname::text FROM pg_attribute WHERE attrelid = to_regclass($1) \
+                 AND attnum > 0 AND NOT attisdropped AND attgenerated = ''",
+                &[&table.name.quoted()],
+            )
+            .await?;
+        let columns = rows.iter().map(|row| (row.get(0), row.get(1)));
+        let unlisted = |(number, name): &(i16, String)| {
+            let listed = list.iter().any(|(listed, _)| listed == number);
+            !listed
+                && !table.known.iter().any(|(known, _)| known == number)
+                && !table.selection.excludes(name)
+        };
+        if let Some((_, name)) = columns.into_iter().find(unlisted) {
+            return Ok(Some((table.name.clone(), name)));
+        }
+    }
+    Ok(None)
+}
+
+/// Checks that nothing which must not go out as it is goes out under a new name: of a shape that the WAL
+/// announced, before anything of it is published.
+///
+/// # Errors
+/// A column was renamed, or one came that the configuration names; or the connection failed.
+pub async fn check_names(
+    client: &Client,
+    table: &SourceTable,
+    announced: &[&str],
+) -> Result<(), Error> {
+    let settings = &table.settings;
+    let masked = settings.columns.mask.iter().map(|(name, _)| name);
+    let withheld: Vec<&String> = settings.columns.exclude.iter().chain(masked).collect();
+    if withheld.is_empty() {
+        return Ok(());
+    }
+    let now = names_now(client, table).await?;
+    names_allow(table, &withheld, announced, &now)
+}
+
+/// The table's columns in the catalog, by number, with all that the WAL has told of it: a commit is in the WAL
+/// before it is visible, and whoever changed the table's shape holds its lock until it is.
+async fn names_now(client: &Client, table: &SourceTable) -> Result<Vec<(i16, String)>, Error> {
+    let quoted = table.name.quoted();
+    // Sent together they are one transaction, beside what others send on this connection.
+    let sql = format!(
+        "SET LOCAL lock_timeout = {NAMES_LOCK_TIMEOUT_MS}; LOCK TABLE {quoted} IN ACCESS SHARE MODE; \
+         SELECT attnum, attname FROM pg_attribute WHERE attrelid = to_regclass({}) \
+         AND attnum > 0 AND NOT attisdropped",
+        quote_literal(&quoted)
+    );
+    let answer = match client.simple_query(&sql).await {
+        Ok(answer) => answer,
+        // It was dropped since.
+        Err(error) if error.code() == Some(&SqlState::UNDEFINED_TABLE) => return Ok(Vec::new()),
+        Err(error) => return Err(error.into()),
+    };
+    let rows = answer.iter().filter_map(|message| match message {
+        SimpleQueryMessage::Row(row) => Some((row.get(0)?.parse().ok()?, row.get(1)?.to_owned())),
+        _ => None,
+    });
+    Ok(rows.collect())
+}
+
+fn names_allow(
+    table: &SourceTable,
+    withheld: &[&String],
+    announced: &[&str],
+    now: &[(i16, String)],
+) -> Result<(), Error> {
+    for name in withheld {
+        let Some((number, _)) = table.known.iter().find(|(_, known)| known == *name) else {
+            if now.iter().any(|(_, now)| now == *name) {
+                let reason = format!("table {} has changed since capture began", table.name);
+                return Err(Error::retry_because(reason));
+            }
+            continue;
+        };
+        let Some((_, called)) = now.iter().find(|(now, _)| now == number) else {
+            continue;
+        };
+        // A shape of before or after, under a name that the catalog does not know any more, may hold it too.
+        let unknown = |column: &&&str| !now.iter().any(|(_, now)| now == **column);
+        let bare = announced.iter().find(|column| {
+            table.selection.leaves(column) && (**column == called || unknown(column))
+        });
+        if let (true, Some(bare)) = (called != *name, bare) {
+            let condition = selection::renamed_column(&table.settings, name, bare);
+            return Err(Error::halt(condition));
+        }
+    }
+    Ok(())
 }

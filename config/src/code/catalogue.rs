@@ -82,9 +82,10 @@ codes! {
         because its replica may lack rows. Put the publication right, then copy the table again.";
     NoReplicaIdentity = "E1107", "a table has no replica identity",
         "Postgres does not log the key of the table's old rows: it has no primary key (a DEFERRABLE one does \
-        not count), or its replica identity is another index or NOTHING. Publishing it would make the \
-        application's own UPDATE and DELETE statements fail, so Millrace does not touch the publication. Run \
-        the statement beside this code. Or add a primary key, or set `REPLICA IDENTITY USING INDEX` to a \
+        not count), or its replica identity is another index or NOTHING. Since Postgres 18 it may have no \
+        generated column either, and FULL has them all. Publishing the table would make the application's own \
+        UPDATE and DELETE statements fail, so Millrace does not touch the publication. Run the statement \
+        beside this code. Or add a primary key, or set `REPLICA IDENTITY USING INDEX` to a \
         unique index over columns that are not null. Or remove the table's file.";
     SourceChanged = "E1108", "the source is another server or timeline",
         "The source's system identifier or timeline differs from the one the stream was fed from: a standby \
@@ -118,7 +119,8 @@ codes! {
         "The table has no primary key and its file names no `key`, so its rows cannot be told apart in a \
         target. Add a primary key. Or set `key` to the columns of a unique index without nulls that is also \
         the table's replica identity. A DEFERRABLE constraint does not count: two rows may share its columns \
-        until the transaction's end, so their changes cannot be told apart.";
+        until the transaction's end, so their changes cannot be told apart. Generated columns are not \
+        published and cannot be part of a key; nor can a column whose NOT NULL is not yet validated.";
     SourcePrivilege = "E1116", "the source user lacks a privilege",
         "The user of `source.url` may not do what is needed: reading a table, creating the publication, or \
         using replication. `millrace init-sql` prints the least-privilege roles and grants. The missing \
@@ -143,6 +145,59 @@ codes! {
         Changes flow on, and other tables and other sinks are copied; the sink that waits for this table \
         applies nothing meanwhile. The copy is tried again by itself, at most a minute later. What failed is \
         named beside this code.";
+    BackfillBlocked = "E1122", "a backfill waits for older transactions",
+        "Before the first chunk is read, every transaction that was open when the backfill began must have ended: \
+        one that commits unseen could be lost to the replica. Long transactions, sessions that are idle in a \
+        transaction and prepared transactions hold it up; those found are named beside this code. End them. The \
+        backfill goes on by itself, and changes flow on meanwhile.";
+    BackfillLimbo = "E1123", "a backfill waits for a commit to become visible",
+        "A transaction has committed and is not visible yet, usually because it waits for a synchronous standby \
+        that does not answer. A chunk read now would show the rows before it, so it is read again until the \
+        commit is visible. Repair the standby, or change `synchronous_standby_names`.";
+    BackfillFilter = "E1124", "a backfill's condition fails",
+        "The source answered with an error to the SQL condition that the backfill was started with: it names a \
+        column that is not there, or compares what cannot be compared. Other tables and all changes flow on. \
+        Cancel the backfill, and start it with a condition that is right.";
+    HeartbeatRefused = "E1125", "the source takes no heartbeat",
+        "A backfill writes small messages into the source's WAL with `pg_logical_emit_message`, to know which \
+        rows the stream has passed. The source refuses: it is a standby, is read-only, or the user may not call \
+        the function. Point `source.url` at the primary and grant what is named beside this code. Existing rows \
+        are copied without it only when a replica is made for the first time.";
+    ColumnSelection = "E1130", "a column selection does not fit its table",
+        "A file under `tables/` excludes, renames or masks a column that the table does not have, or in a way that \
+        its type or its part in the key does not allow. Nothing is captured before this is put right: a misspelt \
+        name would let the values through. The same is said where the application renamed a column that was \
+        excluded or masked. Correct the file as the text beside this code says.";
+    SelectionIdentity = "E1131", "a selection does not fit a table's replica identity",
+        "Postgres refuses the application's own UPDATE and DELETE statements on a published table unless every \
+        column of its row filter is in the replica identity, and the replica identity is in its column list; \
+        under REPLICA IDENTITY FULL it takes any filter and no column list. So Millrace does not touch the \
+        publication. Run the statement beside this code, or change `where` or `columns.exclude` of the table.";
+    FilterInvalid = "E1132", "a row filter is not valid",
+        "Postgres does not take the `where` of a table's file: it is no SQL condition on the table's columns, or \
+        uses what a publication's row filter may not, such as functions and types that are not built in. The \
+        publication was not changed. Correct the expression; the place and Postgres's own words are beside this \
+        code.";
+    FilterUnsupported = "E1133", "the source is too old for row filters",
+        "The table's file has a `where`, and only Postgres 15 and later publish a part of a table's rows. \
+        Upgrade the source, or remove `where`: then all rows are captured.";
+    SelectionChanged = "E1134", "a table's selection was changed",
+        "The columns, masks or row filter of a table differ from those that its rows were captured under. Changes \
+        from now on follow the new selection, and a backfill of the table is ordered for each of its sinks, which \
+        brings the rows and columns that came in and removes rows that went out. Nothing is to be done. A column \
+        that is left out from now on keeps its old values in the targets; and the stream keeps what it holds as \
+        long as it keeps anything.";
+    BackfillCondition = "E1140", "the condition of a backfill is not valid",
+        "What follows `--where` must be one SQL condition on the source's table, as it stands behind WHERE: \
+        columns by the source's names, other tables, types and functions with their schema, no comment, no \
+        semicolon, no aggregate. The source checked it and said what is beside this code; nothing was changed. \
+        Quote it for the shell: --where \"status = 'open'\".";
+    BackfillWal = "E1141", "a backfill may outgrow the WAL that the slot may keep",
+        "The source removes WAL that the replication slot still needs once it is more than \
+        `max_slot_wal_keep_size`, and the slot is then lost with every replica behind it. What is left of that \
+        is less than the table that is read again, so a capture that falls behind meanwhile may reach it. \
+        Raise `max_slot_wal_keep_size`, slow the backfill down with `--rate`, or watch the slot in `millrace \
+        status`.";
 
     StreamUnreachable = "E1201", "NATS cannot be reached",
         "No server of `stream.servers` answered, or the connection broke. Millrace tries again for ever; the \
@@ -237,4 +292,23 @@ codes! {
         `retention.max_bytes` and let the table's oldest changes go. The others flow on. Nothing is lost at the \
         source: once the target takes the table, it is copied again by itself. Correct what the condition of \
         the parked table names.";
+    BackfillTwice = "E1320", "a backfill of the table is under way already",
+        "One backfill of a table runs at a time for a sink, and nothing was changed. `millrace backfill status` \
+        shows how far it is. Wait for its end, or cancel it with `millrace backfill cancel` and start the other \
+        one. To change its pace use `millrace backfill resume --rate`.";
+    BackfillNotReady = "E1321", "the table is not ready for a backfill",
+        "A backfill reads rows again that the replica has had. This replica is still being made, is parked, or \
+        its sink has never run, and nothing was changed. A replica that is being made becomes whole by itself; \
+        a parked table is copied or caught up by itself once its target takes it.";
+    BackfillNone = "E1322", "there is no such backfill",
+        "The table has no backfill that could be paused, resumed or cancelled: it was never started for this \
+        sink, or has come to its end. Nothing was changed. `millrace backfill status` lists those there are.";
+    BackfillOwed = "E1323", "a copy that a replica needs cannot be stopped",
+        "The table's rows come because the replica lacks them, not because somebody started a backfill. The \
+        first load reads one snapshot and can neither be paused nor cancelled: it would have to begin anew. A \
+        copy in chunks can be paused and slowed down, and not cancelled: the replica would stay wrong. To give \
+        up the replica remove the sink from the table's file.";
+    BackfillContended = "E1324", "the list of backfills keeps changing",
+        "Several commands, or a command and the sink, changed the sink's list of backfills at the same moment, \
+        more often than this one tries. Nothing was changed by it. Run it again.";
 }

@@ -66,6 +66,7 @@ fn source(section: Section<'_>) -> Option<Source> {
         .unwrap_or(Duration::from_secs(5));
     let origins = [("any", Origin::Any), ("none", Origin::None)];
     let origin = section.choice("origin", &origins).unwrap_or(Origin::Any);
+    let mask_salt = section.secret("mask_salt");
     section.finish();
     Some(Source {
         name: name?,
@@ -73,6 +74,7 @@ fn source(section: Section<'_>) -> Option<Source> {
         create,
         heartbeat_interval,
         origin,
+        mask_salt,
     })
 }
 

@@ -4,18 +4,19 @@ use std::collections::BTreeMap;
 
 use millrace_event::TableName;
 
-use super::{TABLES, read_document, read_file};
+use super::{TABLES, columns, read_document, read_file};
 use crate::Place;
 use crate::reader::Section;
 use crate::report::Context;
-use crate::settings::{Columns, OnDelete, OnRowError, OnSchemaChange, OnTruncate, Table};
+use crate::settings::{Filter, OnDelete, OnRowError, OnSchemaChange, OnTruncate, Table};
 
 /// The keys of a table file, or of `[defaults]`: what is not set there is none.
 #[derive(Clone, Default)]
 pub(super) struct Keys {
     sinks: Option<Vec<(String, Place)>>,
     target: Option<TableName>,
-    columns: Option<Columns>,
+    columns: columns::Keys,
+    filter: Option<Filter>,
     key: Option<Vec<String>>,
     adopt: Option<bool>,
     on_delete: Option<OnDelete>,
@@ -45,9 +46,8 @@ pub(super) fn keys(section: &Section<'_>) -> Keys {
         target: section.parsed("target", |text| {
             table_name(text).ok_or_else(|| format!("is not like \"schema.table\": {text:?}"))
         }),
-        columns: section
-            .has("columns")
-            .then(|| columns(section.section("columns"))),
+        columns: columns::keys(section.section("columns")),
+        filter: filter(section),
         key: section
             .list("key")
             .map(|items| items.into_iter().map(|(name, _)| name).collect()),
@@ -70,15 +70,13 @@ fn on_delete(section: &Section<'_>) -> Option<OnDelete> {
     })
 }
 
-fn columns(section: Section<'_>) -> Columns {
-    let exclude = section.list("exclude").unwrap_or_default();
-    let rename = section.section("rename");
-    let columns = Columns {
-        exclude: exclude.into_iter().map(|(name, _)| name).collect(),
-        rename: rename.named_strings(),
-    };
-    section.finish();
-    columns
+fn filter(section: &Section<'_>) -> Option<Filter> {
+    let (sql, place) = section.string("where")?;
+    if sql.trim().is_empty() {
+        section.context.error(place, "\"where\" must not be empty");
+        return None;
+    }
+    Some(Filter { sql, place })
 }
 
 /// `schema.table` with exactly one dot.
@@ -180,17 +178,29 @@ fn table(
         (Some(_), None) => Vec::new(),
         (None, known) => known.unwrap_or_default().to_vec(),
     };
+    let key = own.key.or_else(|| defaults.key.clone());
+    // Without the main file nobody knows.
+    let salted = known.is_none()
+        || context
+            .report
+            .borrow()
+            .places
+            .contains_key("source.mask_salt");
     Table {
         sinks,
         target: own
             .target
             .or_else(|| defaults.target.clone())
             .unwrap_or_else(|| name.clone()),
-        columns: own
-            .columns
-            .or_else(|| defaults.columns.clone())
-            .unwrap_or_default(),
-        key: own.key.or_else(|| defaults.key.clone()),
+        columns: columns::resolve(
+            context,
+            own.columns,
+            &defaults.columns,
+            key.as_deref(),
+            salted,
+        ),
+        filter: own.filter.or_else(|| defaults.filter.clone()),
+        key,
         adopt: own.adopt.or(defaults.adopt).unwrap_or(false),
         on_delete: own
             .on_delete

@@ -134,7 +134,9 @@ impl Model {
                         self.rows.retain(|_, (stored, _)| *stored >= *version);
                     }
                 }
-                Step::Move(_) | Step::Sweep { .. } => unreachable!("not in these histories"),
+                Step::Load(_) | Step::Move(_) | Step::Sweep { .. } => {
+                    unreachable!("not in these histories")
+                }
             }
         }
     }

@@ -5,15 +5,18 @@ use std::pin::{Pin, pin};
 use std::task::Poll;
 
 use futures_util::poll;
+use millrace_event::{TableName, Version};
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Error, Statement};
 
 use super::commands::{Command, Commands, Counts, Sorted, is_above_floor};
 use super::fault::{self, Cause};
 use super::isolate;
+use super::load::{self, Refused};
 use super::parameters::{Parameter, Uuid};
 use super::session::{PARTITION, Session, Transaction};
-use crate::batch::{Batch, CopyState, Step};
+use crate::batch::{Batch, CopyState, Step, TableRows};
+use crate::row::TableLayout;
 use crate::sink::{Applied, CopyTooOld, SinkError};
 
 /// What a failed flush failed at.
@@ -25,6 +28,10 @@ pub(super) enum At {
     Fence,
     /// The statement of this number.
     Command(usize),
+    /// The load of this number, which the target did not take.
+    Load(usize),
+    /// The load of this number: a value has no binary form.
+    Form(usize),
     /// Closing the transaction or the savepoint.
     End,
 }
@@ -50,6 +57,12 @@ pub(super) async fn apply(
             source: too_old.into(),
         });
     }
+    let laid_out;
+    let mut batch = batch;
+    if batch.has_load() && !load::may_copy(session, batch) {
+        laid_out = batch.laid_out().map_err(load::unreadable)?;
+        batch = &laid_out;
+    }
     // Until this call has ended, an abandoned one leaves a transaction in an unknown state.
     let before = std::mem::replace(&mut session.transaction, Transaction::Broken);
     let (fresh, floors) = match before {
@@ -69,6 +82,12 @@ pub(super) async fn apply(
         tracing::debug!(at_end, "isolating the rows that the target refuses");
         for relation in inserted {
             session.inserts.refused(relation);
+        }
+        let rows;
+        let mut batch = batch;
+        if batch.has_load() {
+            rows = batch.laid_out().map_err(load::unreadable)?;
+            batch = &rows;
         }
         session.floors.clone_from(&floors);
         applied = Applied::default();
@@ -107,6 +126,7 @@ pub(super) async fn apply(
 fn layouts_of(step: &Step) -> Vec<&crate::row::TableLayout> {
     match step {
         Step::Rows(tables) => tables.iter().map(|table| &*table.layout).collect(),
+        Step::Load(load) => vec![&*load.layout],
         Step::Move(moves) => moves.iter().map(|moved| &*moved.layout).collect(),
         Step::Truncate(_) | Step::Sweep { .. } => Vec::new(),
     }
@@ -116,22 +136,32 @@ fn layouts_of(step: &Step) -> Vec<&crate::row::TableLayout> {
 /// makes the clean-up floors in memory true, and the fence is checked with the rows.
 fn copied_too_old(session: &Session, batch: &Batch) -> Option<CopyTooOld> {
     batch.copy.as_ref()?;
-    let rows = batch.steps.iter().filter_map(|step| match step {
-        Step::Rows(tables) => Some(tables),
-        _ => None,
-    });
-    rows.flatten().find_map(|table| {
-        let name = &table.layout.source;
-        let state = session.copied.tables.get(name);
-        // The rows of a parked table that catches up come from the stream: what they could meet was kept.
-        if state.is_some_and(CopyState::is_copied) {
+    let oldest = |step: &Step| -> Vec<(TableName, String, Version)> {
+        let of =
+            |layout: &TableLayout, version| (layout.source.clone(), layout.relation(), version);
+        match step {
+            Step::Rows(tables) => {
+                let oldest = |table: &TableRows| table.rows.iter().map(|op| op.version).min();
+                let tables = tables.iter();
+                tables
+                    .filter_map(|table| Some(of(&table.layout, oldest(table)?)))
+                    .collect()
+            }
+            Step::Load(load) => vec![of(&load.layout, load.version)],
+            _ => Vec::new(),
+        }
+    };
+    let rows = batch.steps.iter().flat_map(oldest);
+    rows.into_iter().find_map(|(table, relation, version)| {
+        let state = session.copied.tables.get(&table);
+        // The rows of a table that catches up come from the stream: what they could meet was kept.
+        if let Some(CopyState::Loaded { .. } | CopyState::Parked { .. }) = state {
             return None;
         }
-        let forgotten = *session.forgotten.get(&table.layout.relation())?;
-        let old = table.rows.iter().find(|op| op.version <= forgotten)?;
-        Some(CopyTooOld {
-            table: name.clone(),
-            version: old.version,
+        let forgotten = *session.forgotten.get(&relation)?;
+        (version <= forgotten).then_some(CopyTooOld {
+            table,
+            version,
             forgotten,
         })
     })
@@ -195,6 +225,10 @@ async fn pipelined(
                 }
                 sorted.push(Vec::new());
             }
+            Step::Load(load) => {
+                inserted.push(load.layout.relation());
+                sorted.push(Vec::new());
+            }
             Step::Move(_) | Step::Sweep { .. } => sorted.push(Vec::<Sorted<'_>>::new()),
         }
     }
@@ -213,6 +247,9 @@ async fn pipelined(
                     commands.group(&table.layout, *group, ops).await?;
                 }
             }
+        } else if let Step::Load(load) = step {
+            offered += load.rows() as u64;
+            commands.load(load).await?;
         } else if let Step::Move(moves) = step {
             for moved in moves {
                 if is_above_floor(&commands.session.floors, moved) {
@@ -246,9 +283,13 @@ async fn pipelined(
             }
         },
     };
-    run(&session.client, flush, &list, applied)
-        .await
-        .map_err(|(at, error)| failure(at, error, &list))?;
+    let ran = run(&session.client, flush, &list, applied).await;
+    if let Err((At::Form(index), _)) = &ran {
+        let relation = list[*index].layout.relation();
+        session.load_texts.insert(relation.clone());
+        inserted.retain(|inserted| *inserted != relation);
+    }
+    ran.map_err(|(at, error)| failure(at, error, &list))?;
     applied.stale += offered - (applied.written + applied.dead()).min(offered);
     if !fresh && batch.commit {
         let committed = session.client.batch_execute("COMMIT").await;
@@ -264,8 +305,11 @@ fn failure(at: At, error: Error, list: &[Command<'_>]) -> Failure {
             Failure::Sink(SinkError::Fenced)
         }
         At::Command(_) if row => Failure::Row { at_end: false },
+        // With guards the target says what it has against the table, or has nothing against it.
+        At::Load(_) if fault::cause(&error) != Cause::World => Failure::Row { at_end: false },
+        At::Form(_) if fault::cause(&error) == Cause::Aborted => Failure::Row { at_end: false },
         At::End if row => Failure::Row { at_end: true },
-        At::Command(index) => {
+        At::Command(index) | At::Load(index) | At::Form(index) => {
             let table = super::commands::table(&list[index]);
             Failure::Sink(fault::of_table("applying rows", table, error))
         }
@@ -310,14 +354,26 @@ pub(super) async fn run(
         }
         None => None,
     };
-    for command in commands {
+    for (index, command) in commands.iter().enumerate() {
+        if let Some((load, format)) = &command.load {
+            let copied = load::copy(client, &command.statement, load, format).await;
+            sent.push(Sent::Answered(Some(copied.map_err(
+                |refused| match refused {
+                    Refused::Target(error) => (At::Load(index), error),
+                    Refused::Form(error) => (At::Form(index), error),
+                },
+            ))));
+            continue;
+        }
         let parameters = command
             .parameters
             .iter()
             .map(AsRef::as_ref)
             .map(shared)
             .collect();
-        sent.push(Sent::new(execute(client, &command.statement, parameters)).await);
+        let executed = execute(client, &command.statement, parameters);
+        let executed = async move { executed.await.map_err(|error| (At::Command(index), error)) };
+        sent.push(Sent::new(executed).await);
     }
     let mut end = match flush.end {
         Some(sql) => Some(Sent::new(client.batch_execute(sql)).await),
@@ -327,11 +383,8 @@ pub(super) async fn run(
     if let Some(fence) = &mut fence {
         fence.wait().await.map_err(|error| (At::Fence, error))?;
     }
-    for (index, (sent, command)) in sent.iter_mut().zip(commands).enumerate() {
-        let rows = sent
-            .wait()
-            .await
-            .map_err(|error| (At::Command(index), error))?;
+    for (sent, command) in sent.iter_mut().zip(commands) {
+        let rows = sent.wait().await?;
         match command.counts {
             Counts::Upserted => applied.wrote(&command.layout.source, rows, 0),
             Counts::Deleted => applied.wrote(&command.layout.source, 0, rows),
@@ -360,14 +413,14 @@ async fn execute(
 }
 
 /// A request that was sent, or its answer.
-enum Sent<'f, T> {
-    Waiting(Pin<Box<dyn Future<Output = Result<T, Error>> + Send + 'f>>),
-    Answered(Option<Result<T, Error>>),
+enum Sent<'f, T, E> {
+    Waiting(Pin<Box<dyn Future<Output = Result<T, E>> + Send + 'f>>),
+    Answered(Option<Result<T, E>>),
 }
 
-impl<'f, T> Sent<'f, T> {
-    async fn new(request: impl Future<Output = Result<T, Error>> + Send + 'f) -> Self {
-        let mut request: Pin<Box<dyn Future<Output = Result<T, Error>> + Send + 'f>> =
+impl<'f, T, E> Sent<'f, T, E> {
+    async fn new(request: impl Future<Output = Result<T, E>> + Send + 'f) -> Self {
+        let mut request: Pin<Box<dyn Future<Output = Result<T, E>> + Send + 'f>> =
             Box::pin(request);
         match poll!(pin!(&mut request)) {
             Poll::Ready(answer) => Self::Answered(Some(answer)),
@@ -375,7 +428,7 @@ impl<'f, T> Sent<'f, T> {
         }
     }
 
-    async fn wait(&mut self) -> Result<T, Error> {
+    async fn wait(&mut self) -> Result<T, E> {
         match self {
             Self::Waiting(request) => request.await,
             Self::Answered(answer) => answer.take().expect("each answer is waited for once"),

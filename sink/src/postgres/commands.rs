@@ -6,11 +6,13 @@ use millrace_event::{TableName, Version};
 use tokio_postgres::Statement;
 
 use super::inserts::Inserts;
+use super::load::Format;
 use super::parameters::{
     BinaryColumn, KeyColumn, Parameter, Text, TextColumn, Uuid, VersionColumn, cells,
 };
 use super::session::{Forms, Kind, Session};
 use crate::batch::{Action, Move, RowOp, Step, TableRows};
+use crate::load::Load;
 use crate::row::{Cell, TableLayout, is_full};
 use crate::sink::SinkError;
 use crate::sql::{self, Form, Present};
@@ -34,6 +36,8 @@ pub(super) struct Command<'a> {
     pub(super) statement: Statement,
     pub(super) parameters: Vec<Parameter<'a>>,
     pub(super) counts: Counts,
+    /// The rows that follow a COPY.
+    pub(super) load: Option<(&'a Load, Format)>,
 }
 
 /// Rows of one table that one set of statements writes.
@@ -152,7 +156,27 @@ impl<'a, 's> Commands<'a, 's> {
             statement,
             parameters,
             counts,
+            load: None,
         });
+        Ok(())
+    }
+
+    /// The statements that take a load's rows.
+    pub(super) async fn load(&mut self, load: &'a Load) -> Result<(), SinkError> {
+        let layout = &*load.layout;
+        // Writes nothing, and fails where the key has no unique index: COPY would not notice.
+        self.group(layout, Group::Full, &[]).await?;
+        let format = match self.session.load_texts.contains(&layout.relation()) {
+            true => Format::Text,
+            false => Format::of(layout),
+        };
+        let (kind, binary) = (Kind::Load(format.is_binary()), format.is_binary());
+        let sql = || sql::copy(layout, binary);
+        self.add(layout, Counts::Upserted, kind, sql, Vec::new())
+            .await?;
+        if let Some(command) = self.list.last_mut() {
+            command.load = Some((load, format));
+        }
         Ok(())
     }
 
@@ -180,8 +204,10 @@ impl<'a, 's> Commands<'a, 's> {
             Group::Partial(present) => {
                 self.touched.insert(layout.relation());
                 let columns: Vec<_> = present.iter().copied().collect();
+                let uncovered = self.session.copied.uncovered_below(&layout.source);
                 let mut parameters = rows(&columns);
                 parameters.push(Box::new(KeyColumn(ops)));
+                parameters.push(Box::new(Uuid(uncovered)));
                 parameters.push(Box::new(self.sink));
                 let kind = Kind::PartialLetters(present.clone());
                 let sql = || sql::partial_letters(layout, present);
@@ -191,6 +217,7 @@ impl<'a, 's> Commands<'a, 's> {
                 let sql = || sql::partial(layout, present);
                 let mut parameters = rows(&columns);
                 parameters.push(Box::new(KeyColumn(ops)));
+                parameters.push(Box::new(Uuid(uncovered)));
                 self.add(layout, Counts::Upserted, kind, sql, parameters)
                     .await?;
                 return Ok(());
@@ -238,6 +265,7 @@ impl<'a, 's> Commands<'a, 's> {
         let (layout, row) = (&*moved.layout, &moved.row);
         self.touched.insert(layout.relation());
         let present = present(&row.row);
+        let uncovered = self.session.copied.uncovered_below(&layout.source);
         let parameters = || {
             let mut all: Vec<Parameter<'a>> = Vec::with_capacity(present.len() + 4);
             all.extend(present.iter().map(|column| text(&row.row[*column])));
@@ -245,6 +273,7 @@ impl<'a, 's> Commands<'a, 's> {
             all.push(Box::new(Uuid(row.version)));
             all.push(Box::new(row.key.text()));
             all.push(Box::new(row.old_key.text()));
+            all.push(Box::new(Uuid(uncovered)));
             all
         };
         let mut with_sink = parameters();
@@ -319,7 +348,7 @@ impl<'a, 's> Commands<'a, 's> {
     /// The statements of a step that is not about single rows; false for one that is.
     pub(super) async fn whole(&mut self, step: &'a Step) -> Result<bool, SinkError> {
         match step {
-            Step::Rows(_) | Step::Move(_) => return Ok(false),
+            Step::Rows(_) | Step::Load(_) | Step::Move(_) => return Ok(false),
             Step::Truncate(tables) => {
                 for (layout, version) in tables {
                     self.truncate(layout, *version).await?;

@@ -10,6 +10,7 @@ use tokio_postgres::error::SqlState;
 use super::apply::{At, Flush, fence, run};
 use super::commands::{Command, Commands, Group, Sorted, event, is_above_floor};
 use super::fault::{self, Cause, general};
+use super::labels::Labels;
 use super::parameters::{Parameter, Uuid};
 use super::session::Session;
 use crate::batch::{Action, Batch, Move, RowOp, Step, TableRows};
@@ -33,6 +34,8 @@ struct Isolation<'a, 's> {
     immediate: bool,
     halt_on: HaltOn<'s>,
     applied: &'s mut Applied,
+    /// Open since a text was refused by its type.
+    labels: Option<Labels>,
 }
 
 /// A row that was refused, alone.
@@ -73,6 +76,7 @@ pub(super) async fn apply(
         immediate,
         halt_on,
         applied,
+        labels: None,
     };
     let mut ended = isolation.batch(batch, fresh).await;
     if let (Err(Stopped::AtEnd(_)), false) = (&ended, immediate) {
@@ -119,6 +123,8 @@ impl<'a> Isolation<'a, '_> {
         for step in &batch.steps {
             match step {
                 Step::Rows(tables) => self.rows(tables).await?,
+                // The caller has laid them out.
+                Step::Load(_) => return Err(super::apply::broken().into()),
                 Step::Move(moves) => self.moves(moves).await?,
                 Step::Truncate(_) | Step::Sweep { .. } => self.whole(step).await?,
             }
@@ -201,6 +207,13 @@ impl<'a> Isolation<'a, '_> {
             let Some(error) = self.attempt(layout, group, piece).await? else {
                 continue;
             };
+            if self.may_lack_labels(layout, &error).await?
+                && let Some(labels) = &mut self.labels
+                && labels.of_rows(layout, piece).await?
+            {
+                pieces.push(piece);
+                continue;
+            }
             if let [op] = piece {
                 refused.push(Refused { layout, op, error });
             } else {
@@ -209,6 +222,24 @@ impl<'a> Isolation<'a, '_> {
             }
         }
         Ok(())
+    }
+
+    /// Whether a row was refused for what may be a label that the target's enum can be given. Then `labels` is
+    /// open.
+    async fn may_lack_labels(
+        &mut self,
+        layout: &TableLayout,
+        error: &Error,
+    ) -> Result<bool, SinkError> {
+        if error.code() != Some(&SqlState::INVALID_TEXT_REPRESENTATION)
+            || !self.session.evolving.contains(&layout.source)
+        {
+            return Ok(false);
+        }
+        if self.labels.is_none() {
+            self.labels = Some(Labels::open(&self.session.connect).await?);
+        }
+        Ok(true)
     }
 
     /// Writes a group under a savepoint; gives back the error of a refused row.
@@ -276,11 +307,15 @@ impl<'a> Isolation<'a, '_> {
                 self.applied.stale += 1;
                 continue;
             }
-            let sink = self.sink;
-            let mut commands = Commands::new(self.session, sink);
-            commands.move_row(moved).await?;
-            let list = std::mem::take(&mut commands.list);
-            if let Some(error) = self.savepoint(&list, 1).await? {
+            let mut refused = self.move_row(moved).await?;
+            if let Some(error) = &refused
+                && self.may_lack_labels(&moved.layout, error).await?
+                && let Some(labels) = &mut self.labels
+                && labels.of_move(&moved.layout, &moved.row).await?
+            {
+                refused = self.move_row(moved).await?;
+            }
+            if let Some(error) = refused {
                 let row = &moved.row;
                 let op = RowOp {
                     key: row.key.clone(),
@@ -300,6 +335,14 @@ impl<'a> Isolation<'a, '_> {
             }
         }
         Ok(())
+    }
+
+    async fn move_row(&mut self, moved: &'a Move) -> Result<Option<Error>, SinkError> {
+        let sink = self.sink;
+        let mut commands = Commands::new(self.session, sink);
+        commands.move_row(moved).await?;
+        let list = std::mem::take(&mut commands.list);
+        self.savepoint(&list, 1).await
     }
 
     async fn whole(&mut self, step: &'a Step) -> Result<(), SinkError> {

@@ -35,6 +35,7 @@ const STATEMENTS_MAX: usize = 2_000;
 const SETTINGS: &str = "SET datestyle = 'ISO, YMD'; SET intervalstyle = 'postgres'; \
     SET timezone = 'UTC'; SET extra_float_digits = 3; SET bytea_output = 'hex'; \
     SET client_encoding = 'UTF8'; SET lc_monetary = 'C'; SET search_path = ''; SET xmloption = 'content'; \
+    SET array_nulls = on; \
     SET enable_hashjoin = off; SET enable_mergejoin = off; SET enable_seqscan = off; \
     SET enable_material = off; SET jit = off; SET plan_cache_mode = 'force_generic_plan'; \
     SET idle_in_transaction_session_timeout = 0; SET default_transaction_isolation = 'read committed'; \
@@ -70,6 +71,8 @@ pub(super) enum Kind {
     TombstonesBelow,
     LettersBelow,
     Floor,
+    /// Whether in the binary format.
+    Load(bool),
     Partial(Present),
     PartialLetters(Present),
     Move(Present),
@@ -104,8 +107,14 @@ pub(super) struct Session {
     pub(super) buried: HashMap<String, Version>,
     /// Which tables' new rows may be written without a guard.
     pub(super) inserts: Inserts,
+    /// Relations of which a load had a value without a known binary form.
+    pub(super) load_texts: HashSet<String>,
     /// The tables of which this sink has begun a copy.
     pub(super) copied: CopyProgress,
+    /// The tables whose enums may be given labels that they lack.
+    pub(super) evolving: HashSet<TableName>,
+    /// Makes a connection beside this one.
+    pub(super) connect: Connect,
     pub(super) cas: Statement,
     statements: HashMap<(TableName, String), HashMap<Kind, Statement>>,
 }
@@ -188,13 +197,17 @@ pub(super) async fn open(
         .await
         .map_err(|error| general("raising the fence", error))?;
     let position = read_position(&row)?;
-    let session = load(client, &position)
+    let session = load(client, connect, &position)
         .await
         .map_err(|error| general("loading floors", error))?;
     Ok(Some((session, position)))
 }
 
-async fn load(client: Client, position: &PositionRow) -> Result<Session, tokio_postgres::Error> {
+async fn load(
+    client: Client,
+    connect: &Connect,
+    position: &PositionRow,
+) -> Result<Session, tokio_postgres::Error> {
     let (mut floors, mut forgotten) = (HashMap::new(), HashMap::new());
     let both = "SELECT relation, truncate_floor, cleanup_floor FROM millrace.table_floor";
     for row in client.query(both, &[]).await? {
@@ -234,7 +247,10 @@ async fn load(client: Client, position: &PositionRow) -> Result<Session, tokio_p
         tombstones,
         buried: HashMap::new(),
         inserts: Inserts::default(),
+        load_texts: HashSet::new(),
         copied: position.copy.clone(),
+        evolving: HashSet::new(),
+        connect: Connect::clone(connect),
         cas,
         statements: HashMap::new(),
     })

@@ -4,14 +4,14 @@ mod checks;
 
 use std::sync::Arc;
 
-use millrace_config::{Code, Condition, Create, Table};
+use millrace_config::{Code, Condition, Create, OnSchemaChange, Table};
 use millrace_event::{TableName, TableSchema, TypeSchema, quote_identifier};
 use tokio_postgres::{Client, Error};
 
 use super::apply::broken;
 use super::fault::{self, Cause};
 use super::session::{Session, Transaction};
-use super::types;
+use super::{labels, types};
 use crate::batch::CopyState;
 use crate::row::{LayoutColumn, TableLayout};
 use crate::sink::{Ensured, SinkError};
@@ -61,8 +61,14 @@ pub(super) async fn ensure(
     create: Create,
 ) -> Result<Ensured, SinkError> {
     session.forget(&schema.name);
+    let evolves = create == Create::Auto && settings.on_schema_change == OnSchemaChange::Evolve;
+    if evolves {
+        session.evolving.insert(schema.name.clone());
+    } else {
+        session.evolving.remove(&schema.name);
+    }
     let copied = session.copied.tables.get(&schema.name);
-    let begun = !matches!(copied, None | Some(CopyState::Pending));
+    let begun = !matches!(copied, None | Some(CopyState::Pending { .. }));
     let ensuring = Ensuring {
         client: &session.client,
         sink,
@@ -70,6 +76,8 @@ pub(super) async fn ensure(
         settings,
         create,
         begun,
+        // A label that an open transaction adds could not be used before its end.
+        labels: evolves && matches!(session.transaction, Transaction::Closed),
     };
     let failed = |error| ensuring.failed(error);
     // A large source transaction may first touch a table while the target's transaction is open: it must stay.
@@ -99,6 +107,8 @@ struct Ensuring<'a> {
     create: Create,
     /// Whether this sink has written the table before.
     begun: bool,
+    /// Whether enums that the target has are given the labels that they lack.
+    labels: bool,
 }
 
 impl Ensuring<'_> {
@@ -120,7 +130,7 @@ impl Ensuring<'_> {
     async fn run(&self) -> Result<Ensured, SinkError> {
         let mut warnings = Vec::new();
         if self.create == Create::Auto {
-            self.create_types().await?;
+            self.create_types(&mut warnings).await?;
         }
         let wanted = self.wanted(&mut warnings).await?;
         let key = self.key(&wanted)?;
@@ -166,8 +176,8 @@ impl Ensuring<'_> {
             .map_err(|error| self.failed(error))
     }
 
-    /// Creates the enums and domains that the target lacks.
-    async fn create_types(&self) -> Result<(), SinkError> {
+    /// Creates the enums and domains that the target lacks, and the labels that its enums lack.
+    async fn create_types(&self, warnings: &mut Vec<String>) -> Result<(), SinkError> {
         for definition in &self.schema.types {
             let (TypeSchema::Enum { name, .. } | TypeSchema::Domain { name, .. }) = definition;
             let exists = self
@@ -175,11 +185,31 @@ impl Ensuring<'_> {
                 .await?
                 .is_some();
             if exists {
+                if let (true, TypeSchema::Enum { labels, .. }) = (self.labels, definition) {
+                    self.complete_labels(name, labels, warnings).await?;
+                }
                 continue;
             }
             self.create_schema(name).await?;
             let created = types::create(self.client, definition).await;
             created.map_err(|error| self.failed(error))?;
+        }
+        Ok(())
+    }
+
+    async fn complete_labels(
+        &self,
+        name: &TableName,
+        labels: &[String],
+        warnings: &mut Vec<String>,
+    ) -> Result<(), SinkError> {
+        let refused = labels::complete(self.client, name, labels).await;
+        if let Some(reason) = refused.map_err(|error| self.failed(error))? {
+            warnings.push(format!(
+                "type {name} of table {} lacks labels in the target, where they cannot be added ({reason}): rows \
+                 with them will be refused",
+                self.schema.name
+            ));
         }
         Ok(())
     }
@@ -214,6 +244,16 @@ impl Ensuring<'_> {
                 .iter()
                 .find(|(from, _)| *from == column.name);
             let target = rename.map_or_else(|| column.name.clone(), |(_, to)| to.clone());
+            if let Some(other) = wanted.iter().find(|other: &&Wanted| other.target == target) {
+                return Err(self.refuse(
+                    Code::ColumnSelection,
+                    format!(
+                        "columns {:?} and {:?} of table {} have the same name {target:?} in the target",
+                        other.source, column.name, self.schema.name
+                    ),
+                    format!("change columns.rename in tables/{}.toml", self.schema.name),
+                ));
+            }
             let base = self
                 .text("SELECT format_type(to_regtype($1), -1)", &column.type_name)
                 .await?

@@ -69,6 +69,7 @@ fn delete_partial_and_truncate_are_guarded() {
          FROM (SELECT unnest($1::text[]) AS c0, unnest($2::text[]) AS c1, unnest($3::uuid[]) AS v, \
          unnest($4::text[]) AS k) AS s \
          WHERE t.\"id\" = s.c0::bigint AND t.\"_millrace_version\" < s.v \
+         AND t.\"_millrace_version\" >= $5::uuid \
          AND NOT EXISTS (SELECT 1 FROM millrace.dead_letter d WHERE d.relation = 'shop.or''ders' \
          AND d.key = s.k AND d.resolved_at IS NULL)"
     );
@@ -85,6 +86,7 @@ fn a_move_copies_what_is_not_present_from_the_old_row() {
         "INSERT INTO \"shop\".\"or'ders\" AS t (\"id\", \"n\"\"\", \"big\", \"_millrace_version\") \
          OVERRIDING SYSTEM VALUE SELECT $1::text::bigint, $2::text::bpchar, o.\"big\", $4::uuid \
          FROM \"shop\".\"or'ders\" AS o WHERE o.\"id\" = $3::text::bigint \
+         AND o.\"_millrace_version\" >= $7::uuid \
          AND o.\"_millrace_version\" < $4::uuid AND NOT EXISTS (SELECT 1 FROM millrace.tombstone x \
          WHERE x.relation = 'shop.or''ders' AND x.key = $5::text AND x.version >= $4::uuid) \
          AND NOT EXISTS (SELECT 1 FROM millrace.dead_letter d WHERE d.relation = 'shop.or''ders' \

@@ -3,6 +3,7 @@
 use millrace_event::quote_literal;
 use millrace_lab::{ConfigDir, ConfigFolder, LabError, Pipeline, Postgres, shop};
 use serde::Serialize;
+use tokio_postgres::Client;
 
 use super::stage::{DATABASE, Stage, TABLE, execute};
 
@@ -28,6 +29,10 @@ pub(super) enum Contender {
     Replica,
     /// Source -> JetStream -> target, up to [`PACKED`] changes a message.
     ReplicaPacked,
+    /// Postgres' own initial table synchronization, from `CREATE SUBSCRIPTION` on.
+    NativeSync,
+    /// A pipeline's first start with rows at the source: they travel through its copy stream.
+    Load,
 }
 
 impl Contender {
@@ -40,6 +45,8 @@ impl Contender {
             Self::Native => "native",
             Self::Replica => "replica",
             Self::ReplicaPacked => "replica_packed",
+            Self::NativeSync => "native_sync",
+            Self::Load => "load",
         }
     }
 
@@ -48,7 +55,8 @@ impl Contender {
         match self {
             Self::PgRecvlogical => "pg_recvlogical to /dev/null".to_owned(),
             Self::Native => "native logical replication".to_owned(),
-            Self::Capture | Self::Replica => "millrace".to_owned(),
+            Self::NativeSync => "native initial table sync".to_owned(),
+            Self::Capture | Self::Replica | Self::Load => "millrace".to_owned(),
             Self::CapturePacked | Self::ReplicaPacked => {
                 format!("millrace, {PACKED} changes a message")
             }
@@ -58,7 +66,9 @@ impl Contender {
     /// The slot and the publication.
     pub(super) fn slot(self) -> String {
         match self {
-            Self::PgRecvlogical | Self::Native => format!("bench_{}", self.name()),
+            Self::PgRecvlogical | Self::Native | Self::NativeSync => {
+                format!("bench_{}", self.name())
+            }
             _ => format!("millrace_{}", self.name()),
         }
     }
@@ -75,8 +85,8 @@ impl Contender {
         matches!(self, Self::CapturePacked | Self::ReplicaPacked)
     }
 
-    /// Makes its slot and what else it needs, so that it has seen nothing of the load and misses nothing.
-    /// Returns the configuration of a pipeline.
+    /// Makes its slot and what else it needs, so that it has seen nothing of the load and misses nothing; for
+    /// an initial copy only what has to be there before it. Returns the configuration of a pipeline.
     pub(super) async fn prepare(self, stage: &Stage) -> Result<Option<ConfigFolder>, LabError> {
         match self {
             Self::PgRecvlogical => self.make_slot(stage).await.map(|()| None),
@@ -89,23 +99,40 @@ impl Contender {
                 stage.target.create_database(self.name()).await?;
                 self.pipeline(stage).await.map(Some)
             }
+            Self::NativeSync => {
+                self.publish(stage).await?;
+                self.make_target(stage).await.map(|_| None)
+            }
+            Self::Load => {
+                stage.target.create_database(self.name()).await?;
+                self.configure(stage).map(Some)
+            }
         }
     }
 
     async fn make_slot(self, stage: &Stage) -> Result<(), LabError> {
-        let slot = self.slot();
-        let publication = format!("CREATE PUBLICATION {slot} FOR TABLE {TABLE}");
-        execute(&stage.client, &publication).await?;
-        let slot = quote_literal(&slot);
+        self.publish(stage).await?;
+        let slot = quote_literal(&self.slot());
         let slot = format!("SELECT pg_create_logical_replication_slot({slot}, 'pgoutput')");
         execute(&stage.client, &slot).await
     }
 
-    /// A subscription that waits to be enabled.
-    async fn subscribe(self, stage: &Stage) -> Result<(), LabError> {
+    async fn publish(self, stage: &Stage) -> Result<(), LabError> {
+        let publication = format!("CREATE PUBLICATION {} FOR TABLE {TABLE}", self.slot());
+        execute(&stage.client, &publication).await
+    }
+
+    /// A database with empty tables, and a session in it.
+    async fn make_target(self, stage: &Stage) -> Result<Client, LabError> {
         stage.target.create_database(self.name()).await?;
         let client = stage.target.connect(self.name()).await?;
         shop::create(&client).await?;
+        Ok(client)
+    }
+
+    /// A subscription that waits to be enabled.
+    async fn subscribe(self, stage: &Stage) -> Result<(), LabError> {
+        let client = self.make_target(stage).await?;
         let slot = self.slot();
         let url = quote_literal(&stage.source.url(DATABASE));
         let statement = format!(
@@ -115,8 +142,28 @@ impl Contender {
         execute(&client, &statement).await
     }
 
+    /// A subscription that copies what is there; its server makes the slot.
+    pub(super) async fn synchronize(self, stage: &Stage) -> Result<(), LabError> {
+        let client = stage.target.connect(self.name()).await?;
+        let slot = self.slot();
+        let url = quote_literal(&stage.source.url(DATABASE));
+        let statement = format!(
+            "CREATE SUBSCRIPTION {slot} CONNECTION {url} PUBLICATION {slot} WITH (copy_data = true)"
+        );
+        execute(&client, &statement).await
+    }
+
     /// A pipeline that has run once: slot, stream, publication and target table are there.
     async fn pipeline(self, stage: &Stage) -> Result<ConfigFolder, LabError> {
+        let folder = self.configure(stage)?;
+        let mut arguments = vec!["run", "--once", "--timeout", PREPARE_TIMEOUT];
+        arguments.extend(self.parts());
+        let mut run = Pipeline::spawn(&stage.bin, folder.path(), &arguments)?;
+        stage.succeed(&mut run, self.name()).await?;
+        Ok(folder)
+    }
+
+    fn configure(self, stage: &Stage) -> Result<ConfigFolder, LabError> {
         let source = stage.source.url(DATABASE);
         let mut dir = ConfigDir::new(self.name(), &source, &stage.nats.url())
             .stream("confirm = \"acked\"")
@@ -127,12 +174,7 @@ impl Contender {
         if self.parts().is_empty() {
             dir = dir.sink("target", &self.target_url(&stage.target));
         }
-        let folder = dir.write()?;
-        let mut arguments = vec!["run", "--once", "--timeout", PREPARE_TIMEOUT];
-        arguments.extend(self.parts());
-        let mut run = Pipeline::spawn(&stage.bin, folder.path(), &arguments)?;
-        stage.succeed(&mut run, self.name()).await?;
-        Ok(folder)
+        dir.write()
     }
 
     /// Its database at the target.

@@ -59,7 +59,17 @@ const PEAK_RSS: Goal = goal("peak_rss_mib", Sense::AtMost, Some(64.0), Some(64.0
 const PEAK_RSS_PACKED: Goal = goal("peak_rss_packed_mib", Sense::AtMost, None, Some(64.0));
 
 impl Goal {
-    fn is_missed(&self, value: f64) -> bool {
+    /// A ratio that is promised: `floor` is what is aimed at, too.
+    pub(super) const fn ratio_at_least(key: &'static str, floor: f64) -> Self {
+        goal(key, Sense::AtLeast, Some(floor), Some(floor))
+    }
+
+    /// The number's key in the output file.
+    pub(super) fn key(&self) -> &'static str {
+        self.key
+    }
+
+    pub(super) fn is_missed(&self, value: f64) -> bool {
         self.floor.is_some_and(|floor| match self.sense {
             Sense::AtLeast => value < floor,
             Sense::AtMost => value > floor,
@@ -245,44 +255,6 @@ impl Report {
         number("", ReplicaPacked, packed.key, "MiB", Some(packed));
         table
     }
-
-    /// Where the processor time went, for those who look for what is in the way.
-    fn cpu_table(&self) -> Table {
-        let columns = [
-            "cpu seconds, median",
-            "contender",
-            "own process",
-            "source",
-            "nats",
-            "target",
-        ];
-        let mut table = table(columns);
-        for (what, turns) in [("rows", &self.bulk), ("transactions", &self.oltp)] {
-            let mut contenders: Vec<Contender> = Vec::new();
-            for turn in turns {
-                if !contenders.contains(&turn.contender) {
-                    contenders.push(turn.contender);
-                }
-            }
-            contenders.sort_by_key(|contender| *contender as u8);
-            for contender in contenders {
-                let cell = |value: fn(&Turn) -> Option<f64>| {
-                    let of = turns.iter().filter(|turn| turn.contender == contender);
-                    let median = median(of.filter_map(value).collect());
-                    median.map_or_else(String::new, |seconds| format!("{seconds:.1}"))
-                };
-                table.add_row([
-                    what.to_owned(),
-                    contender.name().to_owned(),
-                    cell(|turn| Some(turn.process?.cpu_seconds)),
-                    cell(|turn| turn.servers_cpu_seconds.source),
-                    cell(|turn| turn.servers_cpu_seconds.nats),
-                    cell(|turn| turn.servers_cpu_seconds.target),
-                ]);
-            }
-        }
-        table
-    }
 }
 
 impl fmt::Display for Report {
@@ -291,7 +263,7 @@ impl fmt::Display for Report {
             f,
             "{}\n\n{}\n\n{}",
             self.table(),
-            self.cpu_table(),
+            cpu_table(&[("rows", &self.bulk), ("transactions", &self.oltp)]),
             self.machine
         )?;
         writeln!(
@@ -306,13 +278,51 @@ impl fmt::Display for Report {
     }
 }
 
-fn table<const N: usize>(header: [&str; N]) -> Table {
+/// Where the processor time went, for those who look for what is in the way.
+pub(super) fn cpu_table(groups: &[(&str, &[Turn])]) -> Table {
+    let columns = [
+        "cpu seconds, median",
+        "contender",
+        "own process",
+        "source",
+        "nats",
+        "target",
+    ];
+    let mut table = table(columns);
+    for (what, turns) in groups {
+        let mut contenders: Vec<Contender> = Vec::new();
+        for turn in *turns {
+            if !contenders.contains(&turn.contender) {
+                contenders.push(turn.contender);
+            }
+        }
+        contenders.sort_by_key(|contender| *contender as u8);
+        for contender in contenders {
+            let cell = |value: fn(&Turn) -> Option<f64>| {
+                let of = turns.iter().filter(|turn| turn.contender == contender);
+                let median = median(of.filter_map(value).collect());
+                median.map_or_else(String::new, |seconds| format!("{seconds:.1}"))
+            };
+            table.add_row([
+                (*what).to_owned(),
+                contender.name().to_owned(),
+                cell(|turn| Some(turn.process?.cpu_seconds)),
+                cell(|turn| turn.servers_cpu_seconds.source),
+                cell(|turn| turn.servers_cpu_seconds.nats),
+                cell(|turn| turn.servers_cpu_seconds.target),
+            ]);
+        }
+    }
+    table
+}
+
+pub(super) fn table<const N: usize>(header: [&str; N]) -> Table {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_header(header);
     table
 }
 
-fn limits(goal: Option<Goal>) -> [String; 2] {
+pub(super) fn limits(goal: Option<Goal>) -> [String; 2] {
     let text = |limit: Option<f64>| limit.map_or_else(String::new, |limit| limit.to_string());
     goal.map_or_else(Default::default, |goal| {
         [text(goal.floor), text(goal.target)]
@@ -325,7 +335,8 @@ pub(super) fn rate(turns: &[Turn], contender: Contender) -> Option<f64> {
     median(of.map(|turn| turn.rows_per_second).collect())
 }
 
-fn peak(turns: &[Turn], contenders: &[Contender]) -> Option<f64> {
+/// The most memory that a process of these ever had, in MiB.
+pub(super) fn peak(turns: &[Turn], contenders: &[Contender]) -> Option<f64> {
     let of = turns
         .iter()
         .filter(|turn| contenders.contains(&turn.contender));
@@ -343,7 +354,8 @@ fn median(mut values: Vec<f64>) -> Option<f64> {
     }
 }
 
-fn rounded(value: f64) -> f64 {
+/// To three digits behind the point.
+pub(super) fn rounded(value: f64) -> f64 {
     (value * 1e3).round() / 1e3
 }
 

@@ -142,6 +142,36 @@ impl Stage {
         }
     }
 
+    /// Makes the loaded table what it is after a while: vacuumed and analyzed, so that the first who reads it
+    /// does not write to it for all the others.
+    pub(super) async fn rest(&self) -> Result<(), LabError> {
+        execute(&self.client, &format!("VACUUM (ANALYZE) {TABLE}")).await
+    }
+
+    /// Waits until a subscription has copied its tables and follows them.
+    pub(super) async fn until_synchronized(&self, contender: Contender) -> Result<(), LabError> {
+        let target = self.target.connect(contender.name()).await?;
+        let query = "SELECT count(*) > 0 AND bool_and(srsubstate = 'r') FROM pg_subscription_rel";
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let row = target.query_one(query, &[]).await;
+            if row
+                .map_err(LabError::postgres("look at a subscription"))?
+                .get(0)
+            {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                return Err(LabError::Timeout {
+                    what: format!("{}: its tables synchronized", contender.name()),
+                    seconds: LIMIT.as_secs(),
+                    output: String::new(),
+                });
+            }
+            tokio::time::sleep(VISIBLE_POLL).await;
+        }
+    }
+
     /// Waits until the contender's target has at least `rows` rows from id `first` to `last`: one row is
     /// looked for by its key, which costs nothing.
     pub(super) async fn until_visible(

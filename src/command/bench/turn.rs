@@ -19,7 +19,8 @@ const READ_TIMEOUT: Duration = Duration::from_secs(30);
 pub(super) struct Turn {
     pub(super) contender: Contender,
     /// From the start of the process, or of the subscription, until the last row was there: for a replica
-    /// visible in its target, else until the process had ended.
+    /// visible in its target; for an initial copy until the table was complete; else until the process had
+    /// ended.
     pub(super) seconds: f64,
     pub(super) rows_per_second: f64,
     /// The contender's own process; native replication has none.
@@ -44,6 +45,11 @@ pub(super) async fn take(
             stage.until_visible(contender, last, 1, None).await?;
             let took = began.elapsed();
             (took, None)
+        }
+        Contender::NativeSync => {
+            contender.synchronize(stage).await?;
+            stage.until_synchronized(contender).await?;
+            (began.elapsed(), None)
         }
         _ => {
             let mut run = start(stage, contender, backlog)?;
@@ -120,7 +126,11 @@ async fn verify(stage: &Stage, contender: Contender, backlog: &Backlog) -> Resul
     match contender {
         Contender::PgRecvlogical => confirmed(stage, contender, backlog).await,
         Contender::Capture | Contender::CapturePacked => in_stream(stage, contender, backlog).await,
-        Contender::Native | Contender::Replica | Contender::ReplicaPacked => {
+        Contender::Native
+        | Contender::Replica
+        | Contender::ReplicaPacked
+        | Contender::NativeSync
+        | Contender::Load => {
             let source = stage.source.url(DATABASE);
             let target = contender.target_url(&stage.target);
             let found = compare(&source, &target, &[Compared::same(TABLE)]).await?;
@@ -183,7 +193,9 @@ async fn in_stream(stage: &Stage, contender: Contender, backlog: &Backlog) -> Re
 async fn clear(stage: &Stage, contender: Contender) -> Result<(), LabError> {
     match contender {
         Contender::PgRecvlogical => Ok(()),
-        Contender::Native => subscription(stage, contender, "DISABLE").await,
+        Contender::Native | Contender::NativeSync => {
+            subscription(stage, contender, "DISABLE").await
+        }
         _ => {
             let jetstream = async_nats::jetstream::new(stage.nats.client().await?);
             let name = subject::stream_name(contender.name());

@@ -112,9 +112,9 @@ pub(super) fn permissions(config: &Config, as_comment: bool) -> String {
     }
     let mut text = String::from(
         "# NATS: merge this into the configuration of every server. The first user is for a process that is\n\
-         # everything at once (`millrace run` without --only) and for `millrace status` and `millrace drop`;\n\
-         # the others are for --only capture and --only sink:NAME. Nkeys and credentials take the same\n\
-         # permissions. With accounts, the users belong into one that has JetStream.\n\
+         # everything at once (`millrace run` without --only) and for `millrace status`, `millrace backfill`\n\
+         # and `millrace drop`; the others are for --only capture and --only sink:NAME. Nkeys and credentials\n\
+         # take the same permissions. With accounts, the users belong into one that has JetStream.\n\
          authorization {\n  users: [\n",
     );
     all.write(&mut text, &format!("millrace_{source}"));
@@ -178,7 +178,8 @@ fn sink(source: &str, sink: &str) -> Permissions {
     permissions
 }
 
-/// What `drop` needs beyond what capture may do.
+/// What `drop` needs beyond what capture may do. `backfill` needs nothing more: capture may write the copies'
+/// bucket.
 fn operator(source: &str) -> Permissions {
     let mut permissions = Permissions::default();
     permissions.publish.push("$JS.API.STREAM.NAMES".to_owned());

@@ -209,24 +209,30 @@ pub(in crate::command) fn stream_condition(error: &stream::StreamError) -> Condi
 
 /// What a sink's target shows.
 #[derive(Debug)]
-pub(super) struct SinkSeen {
+pub(in crate::command) struct SinkSeen {
     /// Its state as far as the target shows it.
-    pub(super) part: LivePart,
+    pub(in crate::command) part: LivePart,
     /// Its position row; none where it never ran.
-    pub(super) row: Option<PositionRow>,
+    pub(in crate::command) row: Option<PositionRow>,
     /// Open dead letters by target table.
     pub(super) dead_letters: BTreeMap<String, u64>,
 }
 
 /// One sink's target.
 pub(super) async fn sink(sink: &Sink) -> SinkSeen {
-    in_time(Code::SinkUnreachable, read_sink(sink))
-        .await
-        .unwrap_or_else(|condition| SinkSeen {
-            part: LivePart::because("unreachable", &condition),
-            row: None,
-            dead_letters: BTreeMap::new(),
-        })
+    target(sink).await.unwrap_or_else(|condition| SinkSeen {
+        part: LivePart::because("unreachable", &condition),
+        row: None,
+        dead_letters: BTreeMap::new(),
+    })
+}
+
+/// One sink's target, or why it does not show anything.
+///
+/// # Errors
+/// It cannot be reached or read.
+pub(in crate::command) async fn target(sink: &Sink) -> Result<SinkSeen, Condition> {
+    in_time(Code::SinkUnreachable, read_sink(sink)).await
 }
 
 /// Whether a session of this database holds the lock that elects the sink's worker.
@@ -291,7 +297,11 @@ fn connect(sink: &Sink) -> Connect {
     })
 }
 
-async fn in_time<T>(
+/// An answer, unless it takes too long.
+///
+/// # Errors
+/// The answer's own, or that there was none in time.
+pub(in crate::command) async fn in_time<T>(
     code: Code,
     answer: impl Future<Output = Result<T, Condition>>,
 ) -> Result<T, Condition> {

@@ -291,7 +291,7 @@ fn seconds(lag: f64) -> String {
 }
 
 /// A table without the blanks at its lines' ends.
-fn trimmed(table: &Table) -> String {
+pub(in crate::command) fn trimmed(table: &Table) -> String {
     table
         .lines()
         .map(|line| line.trim_end().to_owned())

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 
 use crate::error::LabError;
-use crate::place::{Place, copy_tree, tail};
+use crate::place::{Place, copy_tree, tail, tools};
 use crate::process::Process;
 
 pub use operator::Operator;
@@ -361,13 +361,9 @@ fn find_too_old() -> Result<PathBuf, LabError> {
         })
 }
 
-/// A file in the `.tools` of the nearest folder that has it.
+/// A file in `.tools`.
 fn in_tools(name: &str) -> Option<PathBuf> {
-    let here = std::env::current_dir().unwrap_or_default();
-    here.ancestors()
-        .chain(Path::new(env!("CARGO_MANIFEST_DIR")).ancestors())
-        .map(|dir| dir.join(".tools").join(name))
-        .find(|bin| bin.is_file())
+    tools(name).filter(|bin| bin.is_file())
 }
 
 fn check_version(bin: &Path, too_old: bool) -> Result<(), LabError> {

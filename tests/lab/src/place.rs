@@ -56,6 +56,15 @@ impl Place {
     }
 }
 
+/// What `.tools` of the nearest folder that has it holds under this name.
+pub(crate) fn tools(name: &str) -> Option<PathBuf> {
+    let here = std::env::current_dir().unwrap_or_default();
+    here.ancestors()
+        .chain(Path::new(env!("CARGO_MANIFEST_DIR")).ancestors())
+        .map(|dir| dir.join(".tools").join(name))
+        .find(|path| path.exists())
+}
+
 /// The account that runs Postgres, which refuses to run as root.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Account {

@@ -32,6 +32,9 @@ const LOG_TAIL_LINES: usize = 20;
 pub struct PostgresOptions {
     /// The folder of the binaries; by default `MILLRACE_PG_BIN`, then the newest that is installed.
     pub bin: Option<PathBuf>,
+    /// Where no folder is chosen, the major version: in `MILLRACE_PG<major>_BIN`, else where `make setup-tests`
+    /// puts it. A start without that version fails.
+    pub major: Option<u32>,
     /// Whether commits are flushed to disk; off, because a killed server loses nothing either way.
     pub fsync: bool,
     /// Runs initdb instead of copying a prepared cluster. Copies share one system identifier: a
@@ -60,8 +63,9 @@ impl Postgres {
     ///
     /// Fails when no server is installed (the error says what to install) or it does not start.
     pub async fn start(options: PostgresOptions) -> Result<Self, LabError> {
-        let binaries = Binaries::find(options.bin.as_deref())?;
         let account = Account::for_servers()?;
+        let binaries =
+            Binaries::find(options.bin.as_deref(), options.major)?.within_reach_of(account)?;
         let place = Place::new()?;
         let data = place.path().join("data");
         let password = template::provide(&binaries, account, &data, options.own_identity).await?;

@@ -59,3 +59,49 @@ async fn a_folder_without_binaries_is_refused_with_the_remedy() {
         "{error}"
     );
 }
+
+#[tokio::test]
+async fn a_server_of_the_asked_major_version_is_started() {
+    for major in [15, 18] {
+        let options = PostgresOptions {
+            major: Some(major),
+            ..PostgresOptions::default()
+        };
+        let cluster = Postgres::start(options).await.unwrap();
+        assert_eq!(cluster.major(), major);
+        let client = cluster.connect("postgres").await.unwrap();
+        let row = client.query_one("SHOW server_version", &[]).await.unwrap();
+        assert!(row.get::<_, &str>(0).starts_with(&format!("{major}.")));
+    }
+}
+
+#[tokio::test]
+async fn a_major_version_that_is_not_installed_is_refused_with_the_remedy() {
+    let options = PostgresOptions {
+        major: Some(9),
+        ..PostgresOptions::default()
+    };
+    let error = Postgres::start(options).await.unwrap_err().to_string();
+    assert!(
+        error.contains("Postgres 9") && error.contains("MILLRACE_PG9_BIN"),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn binaries_in_a_folder_of_this_user_alone_are_run_from_a_copy() {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    let installed = Binaries::find(None, Some(18)).unwrap();
+    let hidden = Place::new().unwrap();
+    let installation = installed.dir().parent().unwrap();
+    crate::place::copy_tree(installation, &hidden.path().join("server")).unwrap();
+    fs::set_permissions(hidden.path(), fs::Permissions::from_mode(0o700)).unwrap();
+    let options = PostgresOptions {
+        bin: Some(hidden.path().join("server/bin")),
+        own_identity: true,
+        ..PostgresOptions::default()
+    };
+    let cluster = Postgres::start(options).await.unwrap();
+    assert_eq!(cluster.major(), 18);
+}

@@ -1,0 +1,345 @@
+//! Reads one table under an exported snapshot, by ranges of blocks on several connections, and puts its rows onto
+//! the copy stream as the source's COPY writes them.
+//!
+//! The snapshot was taken before the table is locked. A rewrite of the table in between leaves none of its rows
+//! where the snapshot looks for them, and a partition that was attached or detached has rows that the stream does
+//! not tell of. So once the lock is held, what the catalog says now is compared with what it said to the snapshot.
+
+use std::pin::pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use bytes::Bytes;
+use futures_util::StreamExt;
+use futures_util::future::{try_join, try_join_all};
+use millrace_config::{Code, Condition, limits};
+use millrace_connect::postgres::{Dsn, Session, connect};
+use millrace_event::{
+    Datum, LoadColumn, LoadHead, Lsn, Version, fingerprint, quote_literal, subject,
+};
+use tokio::sync::mpsc;
+use tokio_postgres::Client;
+
+use super::Asked;
+use super::failure::Failure;
+use super::ranges::{Range, ranges};
+use super::text::{CopyRow, CopyTextError, write_row};
+use super::writer::Writer;
+use crate::Error;
+use crate::source::SourceTable;
+
+/// A message of a load holds about so many payload bytes, unless one row alone is larger.
+const MESSAGE_BYTES: usize = 256 * 1024;
+
+/// Room in a message's buffer for the row that fills it, so that most need no other.
+const MESSAGE_SPARE_BYTES: usize = 4 * 1024;
+
+/// Connections that read a table at the same time. One reads about twice as fast as a target takes rows, so more
+/// would only cost the source more at once.
+const READERS_MAX: usize = 2;
+
+/// Messages that are read and not yet published.
+const READ_AHEAD: usize = 2;
+
+/// The tables that hold the rows of one, with their files for the snapshot and now, and their blocks.
+const LEAVES: &str = "WITH RECURSIVE tree AS ( \
+    SELECT c.oid, c.relkind FROM pg_class c WHERE c.oid = $1::text::regclass \
+    UNION ALL SELECT c.oid, c.relkind FROM tree t JOIN pg_inherits i ON i.inhparent = t.oid \
+    JOIN pg_class c ON c.oid = i.inhrelid WHERE t.relkind = 'p') \
+    SELECT format('%I.%I', n.nspname, c.relname), c.relfilenode = pg_relation_filenode(c.oid), \
+    coalesce(pg_relation_size(c.oid), 0) / current_setting('block_size')::bigint \
+    FROM tree JOIN pg_class c USING (oid) JOIN pg_namespace n ON n.oid = c.relnamespace \
+    WHERE c.relkind <> 'p' ORDER BY c.oid";
+
+/// How many there are now. The function knows no snapshot; of a table without partitions it knows nothing.
+const LEAVES_NOW: &str = "SELECT count(*) FROM pg_partition_tree($1::text::regclass) WHERE isleaf";
+
+/// What a load is read with.
+pub(super) struct Reader<'r> {
+    /// The source.
+    pub(super) dsn: &'r Dsn,
+    /// A transaction under the snapshot, which holds the table's lock.
+    pub(super) client: &'r Client,
+    /// The exported snapshot's name.
+    pub(super) snapshot: &'r str,
+    /// Its consistent point.
+    pub(super) lsn: Lsn,
+}
+
+/// Settings of the sessions that read: what they write, if anything, no standby need have.
+pub(super) fn session() -> Session {
+    Session {
+        application_name: "millrace copy".to_owned(),
+        options: vec![("synchronous_commit".to_owned(), "local".to_owned())],
+    }
+}
+
+/// Begins a transaction that sees what the snapshot shows.
+pub(super) fn begin(snapshot: &str) -> String {
+    format!(
+        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT {}",
+        quote_literal(snapshot)
+    )
+}
+
+impl Asked<'_> {
+    /// Puts all rows of a table onto the copy stream; returns how many.
+    pub(super) async fn load(
+        &mut self,
+        reader: &Reader<'_>,
+        table: &SourceTable,
+        out: &mut Writer<'_>,
+    ) -> Result<u64, Failure> {
+        let source = &self.copier.config.source.name;
+        let ranges = look(reader.client, table).await?;
+        let version = Version::new(self.copier.source.epoch, reader.lsn, 0);
+        let head = head_of(table, version).line();
+        let subject = subject::copy(source, out.sink(), &table.name);
+        let (read, mut messages) = mpsc::channel(READ_AHEAD);
+        let next = AtomicUsize::new(0);
+        let work = Work {
+            table,
+            head: &head,
+            ranges: &ranges,
+            next: &next,
+        };
+        let readers = READERS_MAX.min(ranges.len());
+        let reading = async {
+            // Each has its end of the channel: the last that is done closes it.
+            let others = (1..readers).map(|_| work.on_own(reader, read.clone()));
+            let others: Vec<_> = others.collect();
+            let own = work.read(reader.client, read);
+            try_join(own, try_join_all(others)).await
+        };
+        let publishing = async {
+            let mut rows = 0;
+            while let Some(message) = messages.recv().await {
+                let Message { payload, count } = message;
+                if rows == 0 {
+                    self.setbacks.table_goes_on(&table.name);
+                    self.show();
+                }
+                rows += count;
+                out.publish(subject.clone(), payload).await?;
+            }
+            Ok(rows)
+        };
+        let (_, rows) = try_join(reading, publishing).await?;
+        Ok(rows)
+    }
+}
+
+/// Locks the table and finds its ranges.
+async fn look(client: &Client, table: &SourceTable) -> Result<Vec<Range>, Failure> {
+    let refused = |error| Failure::of_table(&table.name, error);
+    let name = table.name.quoted();
+    client
+        .batch_execute(&format!("LOCK TABLE {name} IN ACCESS SHARE MODE"))
+        .await
+        .map_err(refused)?;
+    let leaves = client.query(LEAVES, &[&name]).await.map_err(refused)?;
+    let now = client.query_one(LEAVES_NOW, &[&name]).await;
+    let now: i64 = now.map_err(refused)?.get(0);
+    let is_same = leaves.iter().all(|leaf| leaf.get(1));
+    if !is_same || (now != 0 && now != leaves.len() as i64) {
+        return Err(Failure::Table {
+            condition: Condition::new(
+                Code::CopyFailed,
+                format!(
+                    "table {} was rewritten, or its partitions changed, after the copy's snapshot was taken",
+                    table.name
+                ),
+                "nothing to do: the copy is tried again by itself, with another snapshot",
+            ),
+            snapshot_lives: true,
+        });
+    }
+    let leaves = leaves.iter().flat_map(|leaf| {
+        let blocks = leaf.get::<_, i64>(2);
+        ranges(leaf.get(0), u32::try_from(blocks).unwrap_or(u32::MAX))
+    });
+    Ok(leaves.collect())
+}
+
+fn head_of(table: &SourceTable, version: Version) -> LoadHead {
+    let shapes = table.shapes();
+    let key = table.key.iter().map(String::as_str);
+    LoadHead {
+        load: table.name.clone(),
+        version,
+        table_version: fingerprint(shapes.iter().copied(), key),
+        columns: shapes
+            .iter()
+            .map(|column| LoadColumn {
+                name: column.name.to_owned(),
+                type_oid: column.type_oid,
+            })
+            .collect(),
+    }
+}
+
+/// Rows on their way to the stream.
+struct Message {
+    payload: Bytes,
+    count: u64,
+}
+
+/// The ranges of one table, which its readers share.
+#[derive(Clone, Copy)]
+struct Work<'w> {
+    table: &'w SourceTable,
+    head: &'w [u8],
+    ranges: &'w [Range],
+    next: &'w AtomicUsize,
+}
+
+impl Work<'_> {
+    /// Reads ranges on a connection of its own.
+    async fn on_own(self, reader: &Reader<'_>, read: mpsc::Sender<Message>) -> Result<(), Failure> {
+        let client = connect(reader.dsn, session()).await.map_err(Error::from)?;
+        client.batch_execute(&begin(reader.snapshot)).await?;
+        self.read(&client, read).await
+    }
+
+    /// Reads ranges until none is left.
+    async fn read(self, client: &Client, read: mpsc::Sender<Message>) -> Result<(), Failure> {
+        while let Some(range) = self.ranges.get(self.next.fetch_add(1, Ordering::Relaxed)) {
+            self.range(client, range, &read).await?;
+        }
+        Ok(())
+    }
+
+    async fn range(
+        self,
+        client: &Client,
+        range: &Range,
+        read: &mpsc::Sender<Message>,
+    ) -> Result<(), Failure> {
+        let table = self.table;
+        let condition = range.condition();
+        let conditions: Vec<_> = condition.iter().map(String::as_str).collect();
+        let sql = format!(
+            "COPY (SELECT {} FROM ONLY {}{}) TO STDOUT",
+            table.select_list(),
+            range.relation,
+            table.where_clause(&conditions)
+        );
+        let refused = |error| Failure::of_table(&table.name, error);
+        let mut lines = pin!(client.copy_out(&sql).await.map_err(refused)?);
+        let mut packing = Packing::new(self.head);
+        let mut published = Published::new(table);
+        while let Some(line) = lines.next().await {
+            let line = line.map_err(refused)?;
+            let line = published
+                .row(&line)
+                .map_err(|error| Failure::of_row(&table.name, &error))?;
+            if line.len() + self.head.len() > limits::ROW_BYTES_MAX {
+                return Err(Failure::too_large(&table.name, line.len()));
+            }
+            for message in packing.push(line).into_iter().flatten() {
+                send(read, message).await?;
+            }
+        }
+        match packing.take() {
+            Some(message) => send(read, message).await,
+            None => Ok(()),
+        }
+    }
+}
+
+async fn send(read: &mpsc::Sender<Message>, message: Message) -> Result<(), Failure> {
+    let sent = read.send(message).await;
+    // The other end is gone only where publishing failed, which says so itself.
+    sent.map_err(|_| Error::retry_because("the copy was cut off").into())
+}
+
+/// Makes rows the published ones: where nothing is masked they are that already.
+struct Published<'t> {
+    table: &'t SourceTable,
+    row: CopyRow,
+    line: Vec<u8>,
+}
+
+impl<'t> Published<'t> {
+    fn new(table: &'t SourceTable) -> Self {
+        Self {
+            table,
+            row: CopyRow::default(),
+            line: Vec::new(),
+        }
+    }
+
+    fn row<'l>(&'l mut self, line: &'l [u8]) -> Result<&'l [u8], CopyTextError> {
+        if self.table.binding.is_none() {
+            return Ok(line);
+        }
+        self.row.read(line)?;
+        let mut room = Vec::new();
+        let mut data: Vec<Datum<'_>> = self.row.data().collect();
+        self.table.publish(&mut data, &mut room);
+        self.line.clear();
+        write_row(&mut self.line, &data);
+        Ok(&self.line)
+    }
+}
+
+/// Fills messages with rows.
+struct Packing<'h> {
+    head: &'h [u8],
+    payload: Vec<u8>,
+    count: u64,
+}
+
+impl<'h> Packing<'h> {
+    fn new(head: &'h [u8]) -> Self {
+        Self {
+            head,
+            payload: Vec::new(),
+            count: 0,
+        }
+    }
+
+    /// Adds a row, and returns what is full. A large row does not share its message: it alone must keep to the
+    /// limit of a row.
+    fn push(&mut self, row: &[u8]) -> [Option<Message>; 2] {
+        let before = (row.len() >= MESSAGE_BYTES).then(|| self.take()).flatten();
+        if self.payload.is_empty() {
+            let room = self.head.len() + MESSAGE_BYTES.max(row.len()) + MESSAGE_SPARE_BYTES;
+            self.payload.reserve(room);
+            self.payload.extend_from_slice(self.head);
+        }
+        self.payload.extend_from_slice(row);
+        self.count += 1;
+        let full = self.payload.len() >= MESSAGE_BYTES;
+        [before, full.then(|| self.take()).flatten()]
+    }
+
+    /// What there is, if there are rows.
+    fn take(&mut self) -> Option<Message> {
+        let (payload, count) = (
+            std::mem::take(&mut self.payload),
+            std::mem::take(&mut self.count),
+        );
+        (count > 0).then(|| Message {
+            payload: payload.into(),
+            count,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_large_row_does_not_share_its_message() {
+        let mut packing = Packing::new(b"head\n");
+        let large = vec![b'x'; MESSAGE_BYTES];
+        assert!(packing.push(b"1\n").iter().all(Option::is_none));
+        let [before, alone] = packing.push(&large);
+        let before = before.expect("the small row goes first");
+        assert_eq!((&before.payload[..], before.count), (&b"head\n1\n"[..], 1));
+        let alone = alone.expect("the large row fills a message");
+        assert_eq!((alone.payload.len(), alone.count), (5 + MESSAGE_BYTES, 1));
+        assert!(packing.take().is_none());
+    }
+}

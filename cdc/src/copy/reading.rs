@@ -1,0 +1,359 @@
+//! Chunks of tables, each read under a snapshot of its own, with the version that the rule gives it.
+
+use std::pin::pin;
+use std::time::{Duration, Instant, SystemTime};
+
+use bytes::Bytes;
+use futures_util::StreamExt;
+use millrace_connect::postgres::{ConnectError, Dsn, Session, connect};
+use millrace_event::{Lsn, Relation};
+use tokio_postgres::Client;
+
+use super::Copier;
+use super::failure::Failure;
+use super::keyset::{KeyColumn, Keyset};
+use super::pack::Packer;
+use super::rule::{self, Snapshot, Wait};
+use super::throttle::{CHUNK_BYTES_MAX, Taken};
+use crate::capture::HEARTBEAT_PREFIX;
+use crate::commits::{Recording, mark_content};
+use crate::source::SourceTable;
+use crate::{Error, heartbeat};
+
+/// How long a table's lock may be waited for, in milliseconds: the request's other tables wait behind it.
+const LOCK_TIMEOUT_MS: u32 = 30_000;
+
+/// The session's commits are its heartbeats: no synchronous standby need have them.
+const SESSION_OPTIONS: (&str, &str) = ("synchronous_commit", "local");
+
+/// The snapshot, and the files that hold the rows: a rewrite of the table makes new ones.
+const SNAPSHOT: &str = "SELECT pg_current_snapshot()::text, coalesce((SELECT \
+    string_agg(l.relid::oid::text || ':' || coalesce(pg_relation_filenode(l.relid)::text, ''), ',' ORDER BY l.relid::oid) \
+    FROM pg_partition_tree(c.oid) l WHERE l.isleaf), pg_relation_filenode(c.oid)::text, '') \
+    FROM pg_class c WHERE c.oid = $1::text::regclass";
+
+/// The columns, with their types as SQL without modifiers.
+const COLUMNS: &str = "SELECT attname::text, atttypid, atttypmod, format_type(atttypid, -1) FROM pg_attribute \
+    WHERE attrelid = $1::text::regclass AND attnum > 0 AND NOT attisdropped ORDER BY attnum";
+
+/// Takes a transaction id and leaves a mark in the WAL. The message makes the transaction one that the reader sees.
+const MARK: &str =
+    "SELECT pg_current_xact_id()::text, pg_logical_emit_message(true, $1, $2::text)::text";
+
+/// What is read of a table at once.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Rows<'a> {
+    /// At most `limit` rows behind a key, or from the first one, for which the condition holds.
+    Behind {
+        after: Option<&'a [String]>,
+        filter: Option<&'a str>,
+        limit: u32,
+    },
+    /// The rows of these keys.
+    Of(&'a [Vec<String>]),
+}
+
+/// Rows that are ready to be published, once the reader of the WAL has passed what their snapshot shows.
+#[derive(Debug)]
+pub(super) struct Chunk {
+    pub(super) messages: Vec<Bytes>,
+    /// The key of the last row; `None` where there is none.
+    pub(super) last_key: Option<Vec<String>>,
+    /// Whether it was ended before its last row, because of its bytes.
+    pub(super) cut: bool,
+    pub(super) version: Lsn,
+    pub(super) taken: Taken,
+}
+
+/// What trying to read a chunk led to.
+#[derive(Debug)]
+pub(super) enum Tried {
+    Read(Chunk),
+    /// Nothing was read: this must pass first.
+    Wait(Wait),
+    /// The table was rewritten since the chunk before: this one must be read again.
+    Rewritten,
+    /// The rows of so many keys are too large to be held at once.
+    TooLarge,
+}
+
+/// What was found of a table when its newest chunk was read.
+#[derive(Debug, Default)]
+pub(super) struct Looks {
+    files: Option<String>,
+    columns: Option<Vec<Column>>,
+}
+
+/// Name, type OID, type modifier, type as SQL.
+type Column = (String, u32, i32, String);
+
+/// The reading of one request's tables, for as long as capture lives and the request stands.
+pub(super) struct Reading<'c> {
+    copier: &'c Copier<'c>,
+    request: String,
+    recording: Recording<'c>,
+    session: Option<(Client, i32)>,
+    /// Where the request began: the commit LSN of the first barrier's transaction.
+    begun: Lsn,
+}
+
+impl<'c> Reading<'c> {
+    /// Begins to record. [`Reading::take_barrier`] must follow.
+    pub(super) fn new(copier: &'c Copier<'c>, request: String) -> Self {
+        Self {
+            copier,
+            request,
+            // Before any transaction id is taken: the rule's barrier builds on it.
+            recording: copier.commits.record(),
+            session: None,
+            begun: Lsn::ZERO,
+        }
+    }
+
+    /// The request that it is for.
+    pub(super) fn request(&self) -> &str {
+        &self.request
+    }
+
+    /// Where the request began.
+    pub(super) fn begun(&self) -> Lsn {
+        self.begun
+    }
+
+    /// What the reader of the WAL tells.
+    pub(super) fn recording(&self) -> &Recording<'c> {
+        &self.recording
+    }
+
+    /// The session, for other questions about the source.
+    pub(super) async fn client(&mut self) -> Result<&Client, Failure> {
+        if self
+            .session
+            .as_ref()
+            .is_some_and(|(client, _)| client.is_closed())
+        {
+            self.session = None;
+        }
+        if self.session.is_none() {
+            self.session = Some(self.connect().await?);
+        }
+        let (client, _) = self.session.as_ref().expect("just made");
+        Ok(client)
+    }
+
+    /// Ends the session, and with it whatever its transaction holds.
+    pub(super) fn end_session(&mut self) {
+        self.session = None;
+    }
+
+    async fn connect(&self) -> Result<(Client, i32), Failure> {
+        // The secret may have changed since this life began.
+        let url = self.copier.config.source.url.read().map_err(Error::from)?;
+        let dsn =
+            Dsn::parse(url.expose()).map_err(|error| Error::from(ConnectError::from(error)))?;
+        let (name, value) = SESSION_OPTIONS;
+        let session = Session {
+            application_name: "millrace copy".to_owned(),
+            options: vec![(name.to_owned(), value.to_owned())],
+        };
+        let client = connect(&dsn, session).await.map_err(Error::from)?;
+        let pid = client.query_one("SELECT pg_backend_pid()", &[]).await?;
+        let pid = pid.get(0);
+        Ok((client, pid))
+    }
+
+    /// Leaves a mark in the WAL, which [`Recording::seen`] waits for; returns it and its transaction's id.
+    pub(super) async fn mark(&mut self) -> Result<(u64, u64), Failure> {
+        let mark = rand::random();
+        self.recording.expect(mark);
+        let client = self.client().await?;
+        let answer = client
+            .query_one(MARK, &[&HEARTBEAT_PREFIX, &mark_content(mark)])
+            .await;
+        let row = match answer {
+            Ok(row) => row,
+            Err(error) if heartbeat::cannot_be_written(&error) => {
+                return Err(Failure::heartbeat_refused(&error));
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let xid = row.get::<_, String>(0);
+        let xid = xid.parse().map_err(|error| {
+            Error::retry("the source printed a transaction id that is none", error)
+        })?;
+        Ok((mark, xid))
+    }
+
+    /// Takes the barrier: its transaction's id, while commits are recorded. Returns its mark.
+    pub(super) async fn take_barrier(&mut self) -> Result<u64, Failure> {
+        self.recording.with(|recent| recent.take_barrier());
+        let (mark, xid) = self.mark().await?;
+        self.recording.with(|recent| recent.barrier_taken(xid));
+        Ok(mark)
+    }
+
+    /// The reader has seen the barrier's commit. The first one is where the request begins.
+    pub(super) fn barrier_seen(&mut self, commit_lsn: Lsn) {
+        if self.begun == Lsn::ZERO {
+            self.begun = commit_lsn;
+        }
+    }
+
+    /// Reads a chunk. After an error the session must end.
+    pub(super) async fn read(
+        &mut self,
+        table: &SourceTable,
+        relation: &Relation,
+        looks: &mut Looks,
+        rows: Rows<'_>,
+    ) -> Result<Tried, Failure> {
+        self.client().await?;
+        let (client, pid) = self.session.as_ref().expect("just made");
+        let began = Instant::now();
+        // First of all: see `rule::version`.
+        let m = self.recording.with(|recent| recent.position());
+        let of_table = |error| Failure::of_table(&table.name, error);
+        client
+            .batch_execute(&format!(
+                "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; \
+                 SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}; {}",
+                Keyset::lock(&table.name)
+            ))
+            .await
+            .map_err(of_table)?;
+        // The transaction's first query takes its snapshot, with the lock held.
+        let name = table.name.quoted();
+        let row = client
+            .query_one(SNAPSHOT, &[&name])
+            .await
+            .map_err(of_table)?;
+        let (snapshot, files): (String, String) = (row.get(0), row.get(1));
+        let snapshot: Snapshot = snapshot
+            .parse()
+            .map_err(|error| Error::retry("the source printed a snapshot that is none", error))?;
+        let judged = self.recording.with(|recent| {
+            let judged = rule::version(m, &snapshot, recent, self.begun);
+            recent.shown(&snapshot);
+            judged
+        });
+        let rewritten = looks.files.as_ref().is_some_and(|before| *before != files);
+        looks.files = Some(files);
+        let version = match judged {
+            Ok(version) if !rewritten => version,
+            judged => {
+                client.batch_execute("ROLLBACK").await?;
+                return Ok(judged.map_or_else(Tried::Wait, |_| Tried::Rewritten));
+            }
+        };
+        let found = client.query(COLUMNS, &[&name]).await.map_err(of_table)?;
+        let found = found
+            .iter()
+            .map(|row| (row.get(0), row.get(1), row.get(2), row.get(3)))
+            .collect();
+        looks.columns(table, found)?;
+        let keyset = looks.keyset(table);
+        let sql = match rows {
+            Rows::Behind {
+                after,
+                filter,
+                limit,
+            } => keyset.chunk(after, filter, limit),
+            Rows::Of(keys) => keyset.rows_of(keys),
+        };
+        let sql = sql.map_err(|error| Failure::of_key(&table.name, &error))?;
+        let filter = match rows {
+            Rows::Behind { filter, .. } => filter,
+            Rows::Of(_) => None,
+        };
+        let refused = |error| Failure::of_chunk(&table.name, filter, error);
+        let epoch = self.copier.source.epoch;
+        let mut packer = Packer::new(relation, table.binding.as_ref(), epoch, version, now_us());
+        let mut cut = false;
+        {
+            let mut lines = pin!(client.copy_out(&sql).await.map_err(refused)?);
+            while let Some(line) = lines.next().await {
+                packer.take(&line.map_err(refused)?)?;
+                if packer.bytes() >= CHUNK_BYTES_MAX {
+                    cut = true;
+                    break;
+                }
+            }
+        }
+        let most = match rows {
+            Rows::Behind { limit, .. } => u64::from(limit),
+            Rows::Of(keys) => keys.len() as u64,
+        };
+        // The last row that was asked for may be the one that fills it.
+        cut &= packer.rows() < most;
+        if cut {
+            // The source would go on sending: the statement ends with a word on another session.
+            let other = &self.copier.source.client;
+            other.query("SELECT pg_cancel_backend($1)", &[pid]).await?;
+            self.session = None;
+            if matches!(rows, Rows::Of(_)) {
+                return Ok(Tried::TooLarge);
+            }
+        } else {
+            client.batch_execute("COMMIT").await?;
+        }
+        Ok(Tried::Read(Chunk {
+            last_key: packer.last_key(),
+            cut,
+            version,
+            taken: Taken {
+                rows: packer.rows(),
+                bytes: packer.bytes(),
+                time: began.elapsed(),
+            },
+            messages: packer.finish(),
+        }))
+    }
+}
+
+impl Looks {
+    /// Checks that the table has the columns that capture knows, as it had them at the chunk before.
+    fn columns(&mut self, table: &SourceTable, found: Vec<Column>) -> Result<(), Failure> {
+        let known = table.columns.iter().all(|(name, type_oid, typmod)| {
+            let column = found.iter().find(|(found, ..)| found == name);
+            column.is_some_and(|(_, found_oid, found_typmod, _)| {
+                // A masked column travels with another type than it has.
+                !table.selection.leaves(name) || (found_oid, found_typmod) == (type_oid, typmod)
+            })
+        });
+        let changed = self.columns.as_ref().is_some_and(|before| *before != found);
+        self.columns = Some(found);
+        match known && !changed {
+            true => Ok(()),
+            false => Err(Failure::Life(Error::retry_because(format!(
+                "table {} has changed since capture began",
+                table.name
+            )))),
+        }
+    }
+
+    fn keyset(&self, table: &SourceTable) -> Keyset {
+        let columns = self.columns.as_deref().unwrap_or_default();
+        let key = table.key.iter().map(|name| {
+            let column = columns.iter().find(|(found, ..)| found == name);
+            let (.., type_name) = column.expect("checked to be there");
+            KeyColumn {
+                name: name.clone(),
+                type_name: type_name.clone(),
+            }
+        });
+        Keyset::new(
+            table.name.clone(),
+            table.select_list(),
+            table.filter.clone(),
+            key.collect(),
+        )
+    }
+}
+
+fn now_us() -> i64 {
+    SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0, |age: Duration| {
+            i64::try_from(age.as_micros()).unwrap_or(i64::MAX)
+        })
+}

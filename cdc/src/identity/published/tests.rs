@@ -1,0 +1,216 @@
+use millrace_config::{
+    Columns, Mask as MaskKind, OnDelete, OnRowError, OnSchemaChange, OnTruncate, Table,
+};
+
+use super::*;
+
+fn named() -> TableName {
+    TableName::new("public", "t")
+}
+
+/// A table with these columns, some of which are excluded or redacted.
+fn table(known: &[(i16, &str)], excluded: &[&str], masked: &[&str]) -> SourceTable {
+    let known: Vec<_> = known
+        .iter()
+        .map(|(number, name)| (*number, (*name).to_owned()))
+        .collect();
+    let mut selection = Selection::default();
+    excluded.iter().for_each(|name| selection.exclude(*name));
+    masked
+        .iter()
+        .for_each(|name| selection.mask(*name, Mask::Text));
+    let list = known.iter().filter(|(_, name)| !selection.excludes(name));
+    let list = (!excluded.is_empty()).then(|| list.cloned().collect());
+    let has = |name: &&&str| known.iter().any(|(_, known)| known == **name);
+    let absent = excluded.iter().chain(masked).filter(|name| !has(name));
+    SourceTable {
+        name: named(),
+        key: vec!["id".to_owned()],
+        columns: Vec::new(),
+        filter: None,
+        list,
+        absent: absent.map(|name| (*name).to_owned()).collect(),
+        selection: Arc::new(selection),
+        binding: None,
+        known,
+        settings: Table {
+            name: named(),
+            target: named(),
+            sinks: Vec::new(),
+            columns: Columns {
+                exclude: excluded.iter().map(|name| (*name).to_owned()).collect(),
+                mask: masked
+                    .iter()
+                    .map(|name| ((*name).to_owned(), MaskKind::Redact))
+                    .collect(),
+                ..Columns::default()
+            },
+            filter: None,
+            key: None,
+            adopt: false,
+            on_delete: OnDelete::Delete,
+            on_truncate: OnTruncate::Apply,
+            on_schema_change: OnSchemaChange::Evolve,
+            on_row_error: OnRowError::DeadLetter,
+        },
+    }
+}
+
+fn remembered(oid: u32, table: &SourceTable, before: Option<&Remembered>) -> Remembered {
+    Remembered {
+        table: named(),
+        oid,
+        clause: table.clause(),
+        intended: None,
+        withheld: withheld(table, before),
+    }
+}
+
+const COLUMNS: &[(i16, &str)] = &[(1, "id"), (2, "email"), (3, "note")];
+
+#[test]
+fn a_changed_selection_is_told_column_by_column() {
+    let says = |before: &SourceTable, after: &SourceTable| {
+        let before = remembered(1, before, None);
+        let after_ = remembered(2, after, Some(&before));
+        change(after, &before, &after_).map(|change| change.what)
+    };
+    let plain = table(COLUMNS, &[], &[]);
+    let excluded = table(COLUMNS, &["email"], &[]);
+    let masked = table(COLUMNS, &[], &["email"]);
+    assert_eq!(says(&plain, &plain), None);
+    assert_eq!(says(&excluded, &excluded), None);
+    assert_eq!(says(&masked, &masked), None);
+    for (before, after, what) in [
+        (&plain, &excluded, "column \"email\" is left out"),
+        (&excluded, &plain, "column \"email\" came in"),
+        (&excluded, &masked, "column \"email\" came in"),
+        (&plain, &masked, "another mask of column \"email\""),
+        (&masked, &plain, "another mask of column \"email\""),
+    ] {
+        assert_eq!(says(before, after).as_deref(), Some(what));
+    }
+    let mut filtered = plain.clone();
+    filtered.filter = Some("(id > 3)".to_owned());
+    assert_eq!(says(&plain, &filtered).as_deref(), Some("another `where`"));
+
+    // A column that was added at the source: the list kept it out, a table without a list had it at once.
+    let grown: Vec<_> = COLUMNS.iter().copied().chain([(4, "new")]).collect();
+    let (listed, all) = (table(&grown, &["email"], &[]), table(&grown, &[], &[]));
+    assert_eq!(
+        says(&excluded, &listed).as_deref(),
+        Some("column \"new\" came in")
+    );
+    assert_eq!(says(&plain, &all), None);
+}
+
+#[test]
+fn a_column_that_is_kept_back_stays_so_under_the_name_it_had() {
+    let renamed: &[(i16, &str)] = &[(1, "id"), (2, "mail"), (3, "note")];
+    for (excluded, masked) in [(&["email"][..], &[][..]), (&[], &["email"])] {
+        let before = remembered(1, &table(COLUMNS, excluded, masked), None);
+
+        // The file still says the old name: what follows would go out as it is.
+        let mut unaware = table(renamed, excluded, masked);
+        let condition = carry_over(&mut unaware, &before.withheld).expect_err("renamed");
+        assert_eq!(condition.code, Code::ColumnSelection);
+        let told = "column \"email\", which is excluded or masked, was renamed to \"mail\"";
+        assert!(condition.message.contains(told), "{condition}");
+
+        // With the new name, older WAL is kept back as well; so it is with both.
+        for both in [false, true] {
+            let with = |names: &[&'static str]| match (names.is_empty(), both) {
+                (true, _) => vec![],
+                (false, false) => vec!["mail"],
+                (false, true) => vec!["mail", "email"],
+            };
+            let (excluded, masked) = (
+                with(&[excluded, &[]].concat()),
+                with(&[masked, &[]].concat()),
+            );
+            let mut aware = table(renamed, &excluded, &masked);
+            carry_over(&mut aware, &before.withheld).expect("named anew");
+            assert!(!aware.selection.leaves("email") && !aware.selection.leaves("mail"));
+            assert_eq!(aware.selection.excludes("email"), !excluded.is_empty());
+            assert_eq!(
+                aware.selection.mask_of("email"),
+                aware.selection.mask_of("mail")
+            );
+            // And in the lives to come.
+            let after = remembered(1, &aware, Some(&before));
+            assert_eq!(after.withheld.len(), 2, "{after:?}");
+        }
+
+        // Let go altogether: that was somebody's decision.
+        let mut neither = table(renamed, &[], &[]);
+        carry_over(&mut neither, &before.withheld).expect("let go");
+        assert!(neither.selection.leaves("mail"));
+    }
+}
+
+#[test]
+fn a_dropped_column_stays_back_in_older_wal_and_a_misspelt_one_is_refused() {
+    let before = remembered(1, &table(COLUMNS, &[], &["email"]), None);
+    let dropped: &[(i16, &str)] = &[(1, "id"), (3, "note")];
+    for masked in [&["email"][..], &[]] {
+        let mut table = table(dropped, &[], masked);
+        carry_over(&mut table, &before.withheld).expect("it was there");
+        assert!(table.selection.excludes("email"));
+    }
+    let mut misspelt = table(COLUMNS, &["emial"], &[]);
+    let condition = carry_over(&mut misspelt, &before.withheld).expect_err("never there");
+    assert!(
+        condition.message.contains("no column \"emial\""),
+        "{condition}"
+    );
+}
+
+#[test]
+fn our_own_change_is_told_from_anothers() {
+    let (plain, part) = (table(COLUMNS, &[], &[]), table(COLUMNS, &["email"], &[]));
+    let mut earlier = remembered(1, &plain, None);
+    let now = |oid, table: &SourceTable| {
+        HashMap::from([(
+            named(),
+            Member {
+                oid,
+                clause: table.clause(),
+            },
+        )])
+    };
+    let check = |earlier: &Remembered, now: &HashMap<TableName, Member>| {
+        let earlier = Earlier(HashMap::from([(named(), earlier.clone())]));
+        earlier
+            .check("p", &[named()], now)
+            .map_err(|error| error.to_string())
+    };
+    assert!(check(&earlier, &now(1, &plain)).is_ok());
+    let error = check(&earlier, &now(2, &part)).expect_err("somebody else's");
+    assert_eq!(
+        error,
+        "E1106: publication \"p\" publishes other columns or rows of public.t than before"
+    );
+    let error = check(&earlier, &now(2, &plain)).expect_err("left and came back");
+    assert_eq!(error, "E1106: publication \"p\" was without public.t");
+    assert!(check(&earlier, &HashMap::new()).is_err());
+
+    // A crash between our change and its remembrance.
+    earlier.intended = Some(part.clause());
+    assert!(check(&earlier, &now(2, &part)).is_ok());
+    assert!(
+        check(&earlier, &now(1, &plain)).is_ok(),
+        "the change was not made"
+    );
+    assert!(check(&earlier, &now(2, &plain)).is_err());
+}
+
+#[test]
+fn what_an_earlier_release_remembered_is_understood() {
+    let json = r#"[{"schema":"public","table":"t","oid":7}]"#;
+    let members: Vec<Remembered> = serde_json::from_str(json).expect("understood");
+    assert_eq!(members, [remembered(7, &table(COLUMNS, &[], &[]), None)]);
+    let member = remembered(7, &table(COLUMNS, &["note"], &["email"]), None);
+    let json = serde_json::to_string(&member).expect("plain JSON");
+    let expected = r#"{"schema":"public","table":"t","oid":7,"clause":{"columns":[1,2]},"withheld":[{"number":2,"name":"email","by":"redact"},{"number":3,"name":"note","by":"exclude"}]}"#;
+    assert_eq!(json, expected);
+}

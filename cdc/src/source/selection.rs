@@ -1,0 +1,442 @@
+//! What a table's file selects of its columns and rows, against what the source's catalog has.
+
+use std::collections::BTreeSet;
+
+use millrace_config::{Code, Condition, Filter, Mask as MaskKind, Table};
+use millrace_event::{ColumnShape, quote_identifier};
+use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
+
+use crate::Error;
+use crate::selection::{Mask, Salt, Selection};
+
+/// The oldest server whose publications have column lists and row filters: 15.
+pub(super) const CLAUSES_VERSION_MIN: i32 = 150_000;
+
+/// A column as the catalog has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct CatalogColumn {
+    /// Its number, which a change of its name leaves alone.
+    pub(super) number: i16,
+    pub(super) name: String,
+    pub(super) type_oid: u32,
+    pub(super) typmod: i32,
+    /// With modifiers.
+    pub(super) type_name: String,
+    /// Whether it or its domain forbids NULL.
+    pub(super) not_null: bool,
+    /// Whether its values are texts of any length and content but for what a domain or a modifier demands.
+    pub(super) is_text: bool,
+    /// Whether it is generated: such a column is never published.
+    pub(super) generated: bool,
+}
+
+/// A table's columns as its file selects them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Selected {
+    pub(super) selection: Selection,
+    /// What is published: name, type OID, type modifier.
+    pub(super) columns: Vec<(String, u32, i32)>,
+    /// Columns that the table's own file names and the table does not have.
+    pub(super) absent: Vec<String>,
+}
+
+/// Selects columns. `salt` is there where a column is hashed.
+pub(super) fn select(
+    table: &Table,
+    columns: &[CatalogColumn],
+    key: &[String],
+    salt: Option<&Salt>,
+) -> Result<Selected, Condition> {
+    let settings = &table.columns;
+    let find = |name: &String| columns.iter().find(|column| column.name == *name);
+    let mut selection = Selection::default();
+    for name in &settings.exclude {
+        if key.contains(name) {
+            return Err(refused(
+                table,
+                format!("key column {name:?} cannot be excluded"),
+                format!("remove {name:?} from columns.exclude"),
+            ));
+        }
+        selection.exclude(name);
+    }
+    // Since Postgres 18 a publication can have stored ones, which a copy would not: they are no part of a row.
+    for column in columns.iter().filter(|column| column.generated) {
+        selection.exclude(&column.name);
+    }
+    for (name, kind) in &settings.mask {
+        if key.contains(name) {
+            return Err(refused(
+                table,
+                format!("key column {name:?} cannot be masked"),
+                format!("remove {name:?} from columns.mask, or choose another key"),
+            ));
+        }
+        selection.mask(
+            name,
+            match (find(name), kind, salt) {
+                (Some(column), ..) => mask(table, column, *kind, salt)?,
+                // It may come before this life ends: its values must not go out as they are.
+                (None, MaskKind::Hash, Some(salt)) => Mask::Hash(salt.clone()),
+                (None, ..) => Mask::Null,
+            },
+        );
+    }
+    check_renames(table, columns)?;
+    let published = columns.iter().filter(|column| !column.generated);
+    let columns = published.filter_map(|column| {
+        let shape = selection.published(ColumnShape {
+            name: &column.name,
+            type_oid: column.type_oid,
+            typmod: column.typmod,
+        })?;
+        Some((column.name.clone(), shape.type_oid, shape.typmod))
+    });
+    let columns = columns.collect();
+    let masked = settings.mask.iter().map(|(name, _)| name);
+    let renamed = settings.rename.iter().map(|(name, _)| name);
+    let named = settings.exclude.iter().chain(masked).chain(renamed);
+    let own = named.filter(|name| !settings.from_defaults.contains(name));
+    let absent = own.filter(|name| find(name).is_none()).cloned().collect();
+    Ok(Selected {
+        selection,
+        columns,
+        absent,
+    })
+}
+
+fn mask(
+    table: &Table,
+    column: &CatalogColumn,
+    kind: MaskKind,
+    salt: Option<&Salt>,
+) -> Result<Mask, Condition> {
+    let CatalogColumn {
+        name, type_name, ..
+    } = column;
+    match kind {
+        MaskKind::Hash => salt.cloned().map(Mask::Hash).ok_or_else(|| {
+            let message = format!("column {name:?} cannot be hashed without a salt");
+            refused(table, message, "set source.mask_salt".to_owned())
+        }),
+        MaskKind::Redact if column.is_text => Ok(Mask::Text),
+        MaskKind::Redact if !column.not_null => Ok(Mask::Null),
+        MaskKind::Redact => Err(refused(
+            table,
+            format!(
+                "column {name:?} is {type_name} and NOT NULL: \"redact\" has neither a text nor NULL for it"
+            ),
+            format!("mask {name:?} with \"hash\", or exclude it"),
+        )),
+        MaskKind::Truncate(characters) if column.is_text => Ok(Mask::Truncate(characters)),
+        MaskKind::Truncate(_) => Err(refused(
+            table,
+            format!("column {name:?} is {type_name}, and \"truncate\" is for texts"),
+            format!("mask {name:?} with \"hash\" or \"redact\", or exclude it"),
+        )),
+    }
+}
+
+/// Two columns must not share a name in the targets.
+fn check_renames(table: &Table, columns: &[CatalogColumn]) -> Result<(), Condition> {
+    let settings = &table.columns;
+    let published = columns
+        .iter()
+        .filter(|column| !column.generated && !settings.exclude.contains(&column.name));
+    let mut names = BTreeSet::new();
+    for column in published {
+        let renamed = settings
+            .rename
+            .iter()
+            .find(|(from, _)| *from == column.name);
+        let target = renamed.map_or(&column.name, |(_, to)| to);
+        if !names.insert(target) {
+            return Err(refused(
+                table,
+                format!("two columns have the name {target:?} in the targets"),
+                format!("change columns.rename so that {target:?} is given once"),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// A name of the file that the table does not have: a misspelt one would let values through.
+pub(crate) fn unknown_columns(table: &Table, absent: &[String]) -> Condition {
+    let list: Vec<_> = absent.iter().map(|name| format!("{name:?}")).collect();
+    let list = list.join(", ");
+    refused(
+        table,
+        format!("it has no column {list}"),
+        format!("correct or remove {list} under columns"),
+    )
+}
+
+/// A withheld column that has another name now, under which nothing is said of it.
+pub(crate) fn renamed_column(table: &Table, old: &str, new: &str) -> Condition {
+    refused(
+        table,
+        format!("column {old:?}, which is excluded or masked, was renamed to {new:?}"),
+        format!("name {new:?} in place of {old:?} under columns; nothing is captured until then"),
+    )
+}
+
+fn refused(table: &Table, message: String, remedy: String) -> Condition {
+    let name = &table.name;
+    Condition::new(
+        Code::ColumnSelection,
+        format!("table {name}: {message}"),
+        format!("in tables/{name}.toml: {remedy}"),
+    )
+}
+
+/// The columns that are logged of a relation's old rows: of the table, or of one of its partitions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Identity {
+    /// The relation, quoted where needed.
+    pub(super) relation: String,
+    /// Whether whole rows are logged.
+    pub(super) full: bool,
+    pub(super) columns: Vec<String>,
+}
+
+const IDENTITIES: &str = "SELECT c.oid::regclass::text, c.relreplident = 'f', \
+    ARRAY(SELECT DISTINCT a.attname::text FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid \
+    AND a.attnum = ANY (i.indkey[0:i.indnkeyatts - 1]::int2[]) WHERE i.indrelid = c.oid AND i.indisvalid \
+    AND CASE c.relreplident WHEN 'd' THEN i.indisprimary AND i.indimmediate \
+    WHEN 'i' THEN i.indisreplident ELSE false END) \
+    FROM pg_class c WHERE c.oid IN (SELECT relid FROM pg_partition_tree($1::oid) WHERE isleaf) \
+    OR (c.oid = $1::oid AND c.relkind = 'r') ORDER BY 1";
+
+/// What is logged of old rows, of each relation that holds rows of the table.
+pub(super) async fn identities(client: &Client, oid: u32) -> Result<Vec<Identity>, Error> {
+    let rows = client.query(IDENTITIES, &[&oid]).await?;
+    let identity = |row: &tokio_postgres::Row| Identity {
+        relation: row.get(0),
+        full: row.get(1),
+        columns: row.get(2),
+    };
+    Ok(rows.iter().map(identity).collect())
+}
+
+/// Checks that Postgres will take the application's updates and deletes once the table is published with this
+/// column list and row filter. It checks that itself only when the application writes.
+pub(super) fn check_identity(
+    table: &Table,
+    excluded: &[String],
+    filtered_by: &[String],
+    identities: &[Identity],
+) -> Result<(), Condition> {
+    let name = &table.name;
+    let refused = |message: String, remedy: String| {
+        Err(Condition::new(
+            Code::SelectionIdentity,
+            format!(
+                "table {name}: {message}: publishing it so would break the application's own updates and deletes"
+            ),
+            remedy,
+        ))
+    };
+    let quote = |columns: &[String]| {
+        let quoted: Vec<_> = columns.iter().map(|name| quote_identifier(name)).collect();
+        quoted.join(", ")
+    };
+    for identity in identities {
+        let relation = &identity.relation;
+        if identity.full && !excluded.is_empty() {
+            return refused(
+                format!(
+                    "{relation} has REPLICA IDENTITY FULL, and columns.exclude leaves out ({})",
+                    quote(excluded)
+                ),
+                format!(
+                    "ALTER TABLE {relation} REPLICA IDENTITY DEFAULT, or USING INDEX a unique one; or mask the columns \
+                     in tables/{name}.toml instead of excluding them"
+                ),
+            );
+        }
+        if identity.full {
+            continue;
+        }
+        let logged = |column: &&String| identity.columns.contains(column);
+        let lost: Vec<String> = excluded.iter().filter(logged).cloned().collect();
+        if !lost.is_empty() {
+            return refused(
+                format!(
+                    "columns.exclude leaves out ({}), which is in the replica identity of {relation}",
+                    quote(&lost)
+                ),
+                format!(
+                    "in tables/{name}.toml: mask ({0}) instead of excluding it; or ALTER TABLE {relation} \
+                     REPLICA IDENTITY USING INDEX one that is without ({0})",
+                    quote(&lost)
+                ),
+            );
+        }
+        let unlogged = filtered_by.iter().filter(|column| !logged(column));
+        let unlogged: Vec<String> = unlogged.cloned().collect();
+        if !unlogged.is_empty() {
+            let full = match excluded.is_empty() {
+                true => format!("ALTER TABLE {relation} REPLICA IDENTITY FULL; or "),
+                false => String::new(),
+            };
+            let mut indexed = identity.columns.clone();
+            indexed.extend(unlogged.iter().cloned());
+            return refused(
+                format!(
+                    "its `where` reads ({}), which is not in the replica identity of {relation}",
+                    quote(&unlogged)
+                ),
+                format!(
+                    "{full}CREATE UNIQUE INDEX .. ON {relation} ({}) over columns that are NOT NULL, and ALTER TABLE \
+                     {relation} REPLICA IDENTITY USING INDEX that index",
+                    quote(&indexed)
+                ),
+            );
+        }
+    }
+    Ok(())
+}
+
+/// A row filter as Postgres spells it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct RowFilter {
+    /// The condition.
+    pub(super) sql: String,
+    /// The columns that it reads.
+    pub(super) columns: Vec<String>,
+}
+
+/// Refuses a row filter where the server has none.
+pub(super) fn require_filters(version: i32, table: &Table) -> Result<(), Condition> {
+    if table.filter.is_none() || version >= CLAUSES_VERSION_MIN {
+        return Ok(());
+    }
+    Err(Condition::new(
+        Code::FilterUnsupported,
+        format!(
+            "table {} has a `where`, and the source is Postgres {}, whose publications have no row filters",
+            table.name,
+            version / 10_000
+        ),
+        format!(
+            "upgrade the source to Postgres 15 or later, or remove `where` from tables/{}.toml",
+            table.name
+        ),
+    ))
+}
+
+/// A row filter that nobody could read.
+pub(super) fn unread(filter: &Filter) -> RowFilter {
+    RowFilter {
+        sql: filter.sql.clone(),
+        columns: Vec::new(),
+    }
+}
+
+/// Has Postgres read a row filter, as the check of a temporary table that is rolled back: that needs no right on
+/// the publication and touches nothing of the source's.
+pub(super) async fn read_filter(
+    client: &Client,
+    table: &Table,
+    filter: &Filter,
+) -> Result<RowFilter, Error> {
+    // Alone in a statement, so that its parentheses are its own. The newline ends a comment.
+    let alone = format!(
+        "SELECT FROM {} WHERE ({}\n)",
+        table.name.quoted(),
+        filter.sql
+    );
+    let prepared = client.prepare(&alone).await;
+    let prepared = prepared.map_err(|error| filter_refused(table, filter, error))?;
+    if !prepared.params().is_empty() {
+        return Err(Error::halt(invalid(table, filter, "it has parameters")));
+    }
+    client.batch_execute("BEGIN").await?;
+    let read = read_in_transaction(client, table, filter).await;
+    client.batch_execute("ROLLBACK").await?;
+    read
+}
+
+async fn read_in_transaction(
+    client: &Client,
+    table: &Table,
+    filter: &Filter,
+) -> Result<RowFilter, Error> {
+    // Of the same name: a column may be written behind it.
+    let copy = format!("pg_temp.{}", quote_identifier(&table.name.table));
+    let like = format!(
+        "CREATE TEMPORARY TABLE {copy} (LIKE {})",
+        table.name.quoted()
+    );
+    if let Err(error) = client.batch_execute(&like).await {
+        if error.code() != Some(&SqlState::INSUFFICIENT_PRIVILEGE) {
+            return Err(error.into());
+        }
+        return Err(Error::halt(Condition::new(
+            Code::SourcePrivilege,
+            format!(
+                "the `where` of table {} cannot be read without temporary tables",
+                table.name
+            ),
+            "GRANT TEMPORARY ON DATABASE the source's TO the user of source.url (see `millrace init-sql`)",
+        )));
+    }
+    let check = format!("ALTER TABLE {copy} ADD CHECK ({}\n)", filter.sql);
+    let added = client.execute(&check, &[]).await;
+    added.map_err(|error| filter_refused(table, filter, error))?;
+    let rows = client
+        .query(
+            "SELECT pg_get_expr(conbin, conrelid), ARRAY(SELECT attname::text FROM pg_attribute \
+             WHERE attrelid = conrelid AND attnum = ANY (conkey)) FROM pg_constraint \
+             WHERE conrelid = to_regclass($1) AND contype = 'c'",
+            &[&copy],
+        )
+        .await?;
+    let [row] = rows.as_slice() else {
+        return Err(Error::halt(invalid(
+            table,
+            filter,
+            "it is not one condition",
+        )));
+    };
+    Ok(RowFilter {
+        sql: row.get(0),
+        columns: row.get(1),
+    })
+}
+
+/// What Postgres says of a filter, where it is the filter's fault.
+pub(super) fn filter_refused(
+    table: &Table,
+    filter: &Filter,
+    error: tokio_postgres::Error,
+) -> Error {
+    let Some(server) = error.as_db_error() else {
+        return error.into();
+    };
+    // Syntax and access rules, features, data: what a session or a server can fail of is in other classes.
+    let of_the_filter = ["42", "0A", "22", "2B"]
+        .iter()
+        .any(|class| server.code().code().starts_with(class));
+    if !of_the_filter || server.code() == &SqlState::INSUFFICIENT_PRIVILEGE {
+        return error.into();
+    }
+    let said = match server.detail() {
+        Some(detail) => format!("{} ({})", server.message(), detail),
+        None => server.message().to_owned(),
+    };
+    Error::halt(invalid(table, filter, &said))
+}
+
+fn invalid(table: &Table, filter: &Filter, said: &str) -> Condition {
+    Condition::new(
+        Code::FilterInvalid,
+        format!("table {}: its `where` is not valid: {said}", table.name),
+        format!("correct {}: {}", filter.place, filter.sql),
+    )
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,191 @@
+//! What a sink asks capture for, by how its tables stand and what its operator ordered. Pure.
+
+use millrace_event::TableName;
+use millrace_event::work::{BackfillOrder, TableRequest, Wanted};
+
+use crate::batch::{Chunks, CopyProgress, CopyState};
+use millrace_event::Position;
+
+/// Rows of which the target knows some columns only: their table, and the texts of their keys.
+pub(crate) type Debts = Vec<(TableName, Vec<Vec<String>>)>;
+
+/// Everything that a sink needs now: single rows first, because a table waits for few of them, then loads, which
+/// share a snapshot, then chunks.
+pub(crate) fn wanted(progress: &CopyProgress, debts: &Debts) -> Vec<TableRequest> {
+    let mut wanted = Vec::new();
+    for (table, keys) in debts {
+        // Chunks that are to come bring these rows too.
+        if let Some(CopyState::Copied { .. }) = progress.tables.get(table) {
+            wanted.push(TableRequest {
+                table: table.clone(),
+                rows: Wanted::Keys { keys: keys.clone() },
+            });
+        }
+    }
+    let mut chunks = Vec::new();
+    for (table, state) in &progress.tables {
+        match state {
+            CopyState::Pending { .. } | CopyState::Loading { .. } => wanted.push(TableRequest {
+                table: table.clone(),
+                rows: Wanted::Load,
+            }),
+            CopyState::Chunks(state) => chunks.push(TableRequest {
+                table: table.clone(),
+                rows: by_chunks(state),
+            }),
+            _ => {}
+        }
+    }
+    wanted.extend(chunks);
+    wanted
+}
+
+fn by_chunks(state: &Chunks) -> Wanted {
+    let order = state.order.as_ref();
+    Wanted::Chunks {
+        after: state.after.clone(),
+        filter: order.and_then(|order| order.filter.clone()),
+        rows_per_second: order.and_then(|order| order.rows_per_second),
+        paused: order.is_some_and(|order| order.paused),
+    }
+}
+
+/// Whether a request that is being answered brings all that is wanted, in the way that it is wanted.
+pub(crate) fn brings(asked: &[TableRequest], wanted: &[TableRequest]) -> bool {
+    let brings = |wanted: &TableRequest| {
+        let asked = asked.iter().find(|asked| asked.table == wanted.table);
+        asked.is_some_and(|asked| is_same(&asked.rows, &wanted.rows))
+    };
+    wanted.iter().all(brings)
+}
+
+/// How far chunks have come makes no difference: they go on.
+fn is_same(asked: &Wanted, wanted: &Wanted) -> bool {
+    let from_the_start = |rows: &Wanted| match rows.clone() {
+        Wanted::Chunks {
+            filter,
+            rows_per_second,
+            paused,
+            ..
+        } => Wanted::Chunks {
+            after: None,
+            filter,
+            rows_per_second,
+            paused,
+        },
+        other => other,
+    };
+    from_the_start(asked) == from_the_start(wanted)
+}
+
+/// Whether a request must not be replaced for now: a snapshot that has been read in part cannot be read again.
+pub(crate) fn must_stay(asked: &[TableRequest], progress: &CopyProgress) -> bool {
+    asked.iter().any(|asked| {
+        asked.rows == Wanted::Load
+            && matches!(
+                progress.tables.get(&asked.table),
+                Some(CopyState::Loading { .. })
+            )
+    })
+}
+
+/// Tables whose load has ended before its end: nobody reads their snapshot any more. Their rows come in chunks
+/// from here on, beside their changes.
+///
+/// `asked` is the request that is being answered, and `cut` what capture says of it.
+pub(crate) fn cut_loads(
+    progress: &CopyProgress,
+    asked: Option<&str>,
+    cut: &[TableName],
+) -> Vec<TableName> {
+    let answered = progress
+        .reading
+        .as_ref()
+        .map(|reading| reading.request.as_str());
+    progress
+        .tables
+        .iter()
+        .filter(|(table, state)| match state {
+            // Rows that came for a request came for one that is still answered, or nobody goes on with it.
+            CopyState::Loading { .. } => asked != answered || cut.contains(table),
+            CopyState::Pending { .. } => cut.contains(table),
+            _ => false,
+        })
+        .map(|(table, _)| table.clone())
+        .collect()
+}
+
+/// Lets these tables' rows come in chunks, from a sink that has read its stream up to `position`.
+pub(crate) fn begin_chunks(
+    progress: &mut CopyProgress,
+    tables: &[TableName],
+    position: Position,
+    now_us: i64,
+) {
+    for table in tables {
+        let chunks = CopyState::Chunks(Chunks::begin(position, None, now_us));
+        progress.tables.insert(table.clone(), chunks);
+    }
+}
+
+/// What the orders change, if they change anything.
+pub(crate) fn follow_orders(
+    progress: &CopyProgress,
+    orders: &[BackfillOrder],
+    position: Position,
+    now_us: i64,
+) -> Option<CopyProgress> {
+    let mut next = progress.clone();
+    next.finished
+        .retain(|id| orders.iter().any(|order| order.id == *id));
+    for order in orders
+        .iter()
+        .filter(|order| !progress.finished.contains(&order.id))
+    {
+        match next.tables.get_mut(&order.table) {
+            Some(CopyState::Chunks(chunks)) => {
+                // An order for all of it waits behind chunks that are under way: those read before it was given
+                // may lack what it is about.
+                let own = match &chunks.order {
+                    Some(own) => own.id == order.id,
+                    None => order.adopts,
+                };
+                // What began by itself must become whole, whoever paces it.
+                let adopts = chunks.order.as_ref().is_none_or(|own| own.adopts);
+                if own && order.cancelled && adopts {
+                    chunks.order = None;
+                } else if own && order.cancelled {
+                    // Each row that came is right, and each that did not is as it was.
+                    let lsn = millrace_event::Lsn::ZERO;
+                    let copied = CopyState::Copied { lsn };
+                    next.tables.insert(order.table.clone(), copied);
+                    next.finished.insert(order.id.clone());
+                } else if own && !order.cancelled {
+                    // What must be whole is not narrowed by an order that came later.
+                    let filter = chunks.order.as_ref().and_then(|own| own.filter.clone());
+                    chunks.order = Some(BackfillOrder {
+                        filter,
+                        adopts,
+                        ..order.clone()
+                    });
+                }
+            }
+            Some(state @ CopyState::Copied { .. }) if !order.cancelled && !order.adopts => {
+                let order = Some(order.clone());
+                *state = CopyState::Chunks(Chunks::begin(position, order, now_us));
+            }
+            Some(CopyState::Copied { .. }) | None => {
+                next.finished.insert(order.id.clone());
+            }
+            // It waits until the table is where its sink is.
+            Some(_) if order.cancelled => {
+                next.finished.insert(order.id.clone());
+            }
+            Some(_) => {}
+        }
+    }
+    (next != *progress).then_some(next)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,269 @@
+use std::collections::BTreeMap;
+
+use millrace_event::Lsn;
+
+use super::*;
+use crate::batch::{Claim, Reading};
+
+const NOW_US: i64 = 7;
+
+fn table(name: &str) -> TableName {
+    TableName::new("public", name)
+}
+
+fn at(lsn: u64) -> Position {
+    Position::new(1, Lsn(lsn), 3)
+}
+
+fn copied() -> CopyState {
+    CopyState::Copied { lsn: Lsn(4) }
+}
+
+fn pending() -> CopyState {
+    CopyState::Pending {
+        claim: Claim::default(),
+    }
+}
+
+fn loading() -> CopyState {
+    CopyState::Loading {
+        lsn: Lsn(4),
+        rows: 1,
+        claim: Claim::default(),
+    }
+}
+
+fn chunks(order: Option<BackfillOrder>) -> CopyState {
+    CopyState::Chunks(Chunks::begin(at(9), order, NOW_US))
+}
+
+fn progress(states: &[(&str, CopyState)]) -> CopyProgress {
+    let tables = states.iter();
+    CopyProgress {
+        reading: Some(Reading {
+            request: "asked".to_owned(),
+            attempt: 1,
+            number: 1,
+        }),
+        tables: tables
+            .map(|(name, state)| (table(name), state.clone()))
+            .collect::<BTreeMap<_, _>>(),
+        ..CopyProgress::default()
+    }
+}
+
+fn names(wanted: &[TableRequest]) -> Vec<&str> {
+    let names = wanted.iter().map(|wanted| wanted.table.table.as_str());
+    names.collect()
+}
+
+fn debt(name: &str, key: &str) -> Debts {
+    vec![(table(name), vec![vec![key.to_owned()]])]
+}
+
+fn order(id: &str, name: &str) -> BackfillOrder {
+    BackfillOrder::new(id.to_owned(), table(name))
+}
+
+#[test]
+fn single_rows_come_first_then_loads_then_chunks() {
+    let progress = progress(&[
+        ("a", chunks(None)),
+        ("b", loading()),
+        ("c", pending()),
+        ("d", copied()),
+    ]);
+    let wanted = wanted(&progress, &debt("d", "1"));
+    assert_eq!(names(&wanted), ["d", "b", "c", "a"]);
+    assert_eq!(wanted[1].rows, Wanted::Load);
+    assert!(matches!(wanted[3].rows, Wanted::Chunks { .. }));
+}
+
+#[test]
+fn a_row_that_chunks_will_bring_is_not_asked_for() {
+    let progress = progress(&[("a", chunks(None)), ("b", loading())]);
+    for name in ["a", "b", "gone"] {
+        let wanted = wanted(&progress, &debt(name, "1"));
+        assert_eq!(names(&wanted), ["b", "a"], "{name}");
+    }
+}
+
+#[test]
+fn a_request_is_replaced_when_it_does_not_bring_what_is_wanted_now() {
+    let none = Debts::new();
+    let (old, new) = (order("o", "a"), order("o", "a"));
+    let paused = BackfillOrder {
+        paused: true,
+        ..new
+    };
+    let asked = wanted(&progress(&[("a", chunks(Some(old)))]), &none);
+    let mut further = progress(&[("a", chunks(Some(order("o", "a"))))]);
+    if let Some(CopyState::Chunks(chunks)) = further.tables.get_mut(&table("a")) {
+        chunks.after = Some(vec!["7".to_owned()]);
+    }
+    assert!(brings(&asked, &wanted(&further, &none)), "it goes on");
+    assert!(brings(&asked, &[]), "less is enough");
+    let paused = wanted(&progress(&[("a", chunks(Some(paused)))]), &none);
+    assert!(!brings(&asked, &paused));
+    let more = wanted(&progress(&[("a", chunks(None)), ("b", pending())]), &none);
+    assert!(!brings(&asked, &more));
+    let (one, other) = (debt("d", "1"), debt("d", "2"));
+    let state = progress(&[("d", copied())]);
+    assert!(!brings(&wanted(&state, &one), &wanted(&state, &other)));
+}
+
+#[test]
+fn a_load_that_has_begun_is_not_given_up_for_something_else() {
+    let begun = progress(&[("a", loading()), ("b", pending())]);
+    let asked = wanted(&begun, &Debts::new());
+    assert!(must_stay(&asked, &begun));
+    let ended = progress(&[("a", copied()), ("b", pending())]);
+    assert!(!must_stay(&asked, &ended));
+}
+
+#[test]
+fn a_load_that_nobody_goes_on_with_is_cut() {
+    let progress = progress(&[
+        ("a", loading()),
+        ("b", pending()),
+        ("c", copied()),
+        ("d", chunks(None)),
+    ]);
+    let cut = |asked, cut: &[&str]| {
+        let cut: Vec<_> = cut.iter().map(|name| table(name)).collect();
+        cut_loads(&progress, asked, &cut)
+    };
+    assert_eq!(cut(Some("asked"), &[]), []);
+    assert_eq!(
+        cut(Some("asked"), &["a", "b", "c", "d"]),
+        [table("a"), table("b")]
+    );
+    // The request that brought the rows is no more.
+    assert_eq!(cut(Some("another"), &[]), [table("a")]);
+    assert_eq!(cut(None, &[]), [table("a")]);
+}
+
+#[test]
+fn rows_in_chunks_outrank_all_that_was_applied_before() {
+    let mut progress = progress(&[("a", loading())]);
+    begin_chunks(&mut progress, &[table("a")], at(9), NOW_US);
+    let lower = progress.uncovered_below(&table("a"));
+    assert!(lower > at(9).0 && lower.commit_lsn == Lsn(9));
+    assert!(progress.tables[&table("a")].is_followed());
+}
+
+#[test]
+fn an_order_is_carried_out_once() {
+    let ordered = [order("o", "a")];
+    let before = progress(&[("a", copied()), ("b", copied())]);
+    let begun = follow_orders(&before, &ordered, at(9), NOW_US).expect("begins");
+    assert!(
+        matches!(&begun.tables[&table("a")], CopyState::Chunks(chunks)
+        if chunks.order.as_ref().is_some_and(|order| order.id == "o"))
+    );
+    assert_eq!(begun.tables[&table("b")], copied());
+    assert_eq!(follow_orders(&begun, &ordered, at(10), NOW_US), None);
+    // The machine ended it; the order is still on the list.
+    let mut ended = before.clone();
+    ended.finished.insert("o".to_owned());
+    assert_eq!(follow_orders(&ended, &ordered, at(10), NOW_US), None);
+    let struck = follow_orders(&ended, &[], at(10), NOW_US).expect("forgets it");
+    assert_eq!(struck, before);
+}
+
+#[test]
+fn an_order_for_a_table_that_is_not_whole_waits() {
+    for state in [pending(), loading(), CopyState::Lapsed { refused_at_us: 0 }] {
+        let before = progress(&[("a", state)]);
+        assert_eq!(
+            follow_orders(&before, &[order("o", "a")], at(9), NOW_US),
+            None
+        );
+        let cancelled = BackfillOrder {
+            cancelled: true,
+            ..order("o", "a")
+        };
+        let after = follow_orders(&before, &[cancelled], at(9), NOW_US).expect("is finished");
+        assert!(after.finished.contains("o") && after.tables == before.tables);
+    }
+}
+
+#[test]
+fn pausing_and_cancelling_reach_what_is_under_way() {
+    let running = progress(&[("a", chunks(Some(order("o", "a"))))]);
+    let paused = BackfillOrder {
+        paused: true,
+        filter: Some("false".to_owned()),
+        ..order("o", "a")
+    };
+    let after = follow_orders(&running, &[paused], at(12), NOW_US).expect("is paused");
+    let CopyState::Chunks(state) = &after.tables[&table("a")] else {
+        panic!("{after:?}")
+    };
+    let own = state.order.as_ref().expect("has its order");
+    assert!(own.paused && own.filter.is_none() && state.lower.commit_lsn == Lsn(9));
+    let cancelled = BackfillOrder {
+        cancelled: true,
+        ..order("o", "a")
+    };
+    let after = follow_orders(&running, &[cancelled], at(12), NOW_US).expect("is cancelled");
+    assert!(matches!(
+        after.tables[&table("a")],
+        CopyState::Copied { .. }
+    ));
+    assert!(after.finished.contains("o"));
+}
+
+#[test]
+fn what_nobody_ordered_is_not_cancelled() {
+    let initial = progress(&[("a", chunks(None))]);
+    let cancelled = BackfillOrder {
+        cancelled: true,
+        ..order("o", "a")
+    };
+    assert_eq!(follow_orders(&initial, &[cancelled], at(12), NOW_US), None);
+}
+
+#[test]
+fn what_began_by_itself_is_paced_and_never_ended_by_an_order() {
+    let order_of = |progress: &CopyProgress| {
+        let CopyState::Chunks(chunks) = &progress.tables[&table("a")] else {
+            panic!("{progress:?}")
+        };
+        chunks.order.clone()
+    };
+    let paused = BackfillOrder {
+        paused: true,
+        adopts: true,
+        ..order("o", "a")
+    };
+    let cancelled = BackfillOrder {
+        cancelled: true,
+        ..paused.clone()
+    };
+    let began = progress(&[("a", chunks(None))]);
+    let adopted = follow_orders(&began, std::slice::from_ref(&paused), at(12), NOW_US);
+    let adopted = adopted.expect("adopted");
+    let own = order_of(&adopted).expect("adopted");
+    assert!(own.adopts && own.paused);
+    let again = follow_orders(&adopted, std::slice::from_ref(&paused), at(12), NOW_US);
+    assert_eq!(again, None);
+    let after = follow_orders(&adopted, &[cancelled], at(12), NOW_US).expect("let go");
+    assert_eq!(order_of(&after), None);
+    // One that is about rows that came already waits for its own backfill.
+    assert_eq!(
+        follow_orders(&began, &[order("o", "a")], at(12), NOW_US),
+        None
+    );
+    // The chunks have ended before it came.
+    let copied = progress(&[("a", copied())]);
+    let after = follow_orders(&copied, &[paused], at(12), NOW_US).expect("is finished");
+    assert!(after.finished.contains("o") && after.tables == copied.tables);
+}
+
+#[test]
+fn an_order_for_a_table_of_others_is_struck() {
+    let before = progress(&[("a", copied())]);
+    let after = follow_orders(&before, &[order("o", "elsewhere")], at(9), NOW_US);
+    assert!(after.expect("is finished").finished.contains("o"));
+}

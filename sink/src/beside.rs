@@ -1,0 +1,151 @@
+//! What a sink does beside its stream: its copies, and tables that catch up. Both bring batches of their own, which
+//! are applied in between, while the target has no transaction open.
+
+use millrace_consumer::ReadError;
+use millrace_event::Position;
+use tokio::time::Instant;
+
+use crate::batch::{Batch, Checkpoint, CopyState};
+use crate::copy::{Copies, Looked};
+use crate::error::Error;
+use crate::life::Life;
+use crate::rejoin::{self, CatchUp};
+
+#[derive(Default)]
+pub(crate) struct Beside {
+    copies: Copies,
+    behind: Option<CatchUp>,
+    began: Option<Instant>,
+}
+
+impl Beside {
+    /// Waits until there may be something to do: a turn, or only to collect. Safe to cancel.
+    ///
+    /// # Errors
+    /// The copy stream does not hold what comes next.
+    pub(crate) async fn next(&mut self, position: Position, may_turn: bool) -> Result<(), Error> {
+        if !may_turn {
+            return self.copies.ready(position).await;
+        }
+        let now = Instant::now();
+        let due = self.copies.due().unwrap_or(now);
+        let behind = async {
+            match &mut self.behind {
+                // Its reader is asked in turn.
+                Some(_) => tokio::time::sleep(BEHIND_INTERVAL).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            ready = self.copies.ready(position) => ready,
+            () = behind => Ok(()),
+            () = tokio::time::sleep_until(due) => Ok(()),
+        }
+    }
+
+    /// The next batch, if there is one. Nothing may be in flight and no transaction open; the sink stands at
+    /// `checkpoint`, and the worker has collected up to `collected`.
+    ///
+    /// # Errors
+    /// A server failed, or the copy stream lacks something.
+    pub(crate) async fn turn(
+        &mut self,
+        life: &mut Life<'_>,
+        checkpoint: Checkpoint,
+        collected: Position,
+    ) -> Result<Option<Batch>, Error> {
+        if self.copies.due().is_none_or(|due| due <= Instant::now()) {
+            let looked = self.copies.look(life, collected).await?;
+            if let Looked::Changed(progress) = looked {
+                return Ok(Some(rejoin::batch(life, progress, Vec::new())));
+            }
+        }
+        if let Some(batch) = self.copies.turn(life, checkpoint).await? {
+            return Ok(Some(batch));
+        }
+        self.catch_up(life, collected).await
+    }
+
+    /// Whether something can be collected while a batch of ours is in flight.
+    pub(crate) fn has_room(&self) -> bool {
+        self.copies.has_room()
+    }
+
+    /// Collects what has come while a batch of ours is in flight.
+    ///
+    /// # Errors
+    /// As [`Beside::turn`].
+    pub(crate) async fn collect(
+        &mut self,
+        life: &mut Life<'_>,
+        checkpoint: Checkpoint,
+    ) -> Result<(), Error> {
+        self.copies.collect(life, checkpoint).await.map(|_| ())
+    }
+
+    /// The batch that was handed out is applied.
+    pub(crate) fn applied(&mut self) {
+        self.copies.applied();
+    }
+
+    async fn catch_up(
+        &mut self,
+        life: &mut Life<'_>,
+        collected: Position,
+    ) -> Result<Option<Batch>, Error> {
+        if self.behind.is_none() {
+            let loaded = life
+                .progress
+                .those(|state| matches!(state, CopyState::Loaded { .. }));
+            // Near ones rejoin while nothing else goes on.
+            if loaded.is_empty() || rejoin::is_near(life) {
+                return Ok(None);
+            }
+            self.behind = CatchUp::begin(life, &loaded);
+            self.began = Some(Instant::now());
+        }
+        let Some(behind) = &mut self.behind else {
+            return Ok(None);
+        };
+        while behind.reached.position < life.checkpoint.position {
+            let delivery = match behind.reader.try_next() {
+                Ok(Some(delivery)) => delivery,
+                Ok(None) => {
+                    // It connects when it is waited for.
+                    let next = tokio::time::timeout(BEHIND_INTERVAL, behind.reader.next()).await;
+                    match next {
+                        Ok(Ok(delivery)) => delivery,
+                        Ok(Err(gap)) => return self.gap(life, &gap, collected).await,
+                        Err(_) => return Ok(None),
+                    }
+                }
+                Err(gap) => return self.gap(life, &gap, collected).await,
+            };
+            if let Some(part) = behind.take(life, &delivery).await? {
+                return Ok(Some(behind.batch(life, part)));
+            }
+        }
+        let part = behind.flush();
+        let batch = part.map(|part| behind.batch(life, part));
+        self.behind = None;
+        Ok(batch)
+    }
+
+    async fn gap(
+        &mut self,
+        life: &mut Life<'_>,
+        gap: &ReadError,
+        collected: Position,
+    ) -> Result<Option<Batch>, Error> {
+        tracing::debug!(%gap, "catching up");
+        self.behind = None;
+        let loaded = life
+            .progress
+            .those(|state| matches!(state, CopyState::Loaded { .. }));
+        let progress = rejoin::given_up(life, &loaded, collected);
+        Ok(Some(rejoin::batch(life, progress, Vec::new())))
+    }
+}
+
+/// How long the main loop waits for messages of a table that catches up.
+const BEHIND_INTERVAL: std::time::Duration = std::time::Duration::from_millis(5);

@@ -1,0 +1,277 @@
+use std::collections::BTreeMap;
+
+use millrace_event::work::{BackfillOrder, TableRequest};
+use millrace_event::{Lsn, Position, decode};
+
+use super::*;
+use crate::batch::{Action, Chunks, Claim, RowOp, Step};
+use crate::row::LayoutColumn;
+
+const LIMITS: BatchLimits = BatchLimits {
+    rows: 3,
+    bytes: 1 << 20,
+};
+
+fn name() -> TableName {
+    TableName::new("public", "t")
+}
+
+fn layout() -> Arc<TableLayout> {
+    let column = |name: &str| LayoutColumn {
+        source: name.to_owned(),
+        target: name.to_owned(),
+        cast: "text".to_owned(),
+    };
+    Arc::new(TableLayout {
+        source: name(),
+        target: name(),
+        columns: vec![column("id"), column("v")],
+        key: vec![0],
+        shape: "0".to_owned(),
+    })
+}
+
+fn machine(rows: Wanted, state: CopyState) -> Copying {
+    let request = CopyRequest {
+        id: "r".to_owned(),
+        tables: vec![TableRequest {
+            table: name(),
+            rows,
+        }],
+    };
+    let progress = CopyProgress {
+        tables: BTreeMap::from([(name(), state)]),
+        ..CopyProgress::default()
+    };
+    let mut machine = Copying::new(request, LIMITS, HashSet::new(), progress);
+    machine.set_layout(layout());
+    machine
+}
+
+fn chunks(order: Option<BackfillOrder>) -> CopyState {
+    CopyState::Chunks(Chunks::begin(Position::new(1, Lsn(10), 0), order, 0))
+}
+
+fn all_chunks() -> Wanted {
+    Wanted::Chunks {
+        after: None,
+        filter: None,
+        rows_per_second: None,
+        paused: false,
+    }
+}
+
+fn mark(number: u64) -> CopyMark<'static> {
+    CopyMark {
+        request: "r",
+        attempt: 1,
+        number,
+    }
+}
+
+fn row(machine: &mut Copying, number: u64, id: u64, lsn: u64) -> Result<(), CopyError> {
+    let version = Version::new(1, Lsn(lsn), 0);
+    let line: Bytes = format!(
+        r#"{{"op":"r","before":null,"after":{{"id":{id},"v":"x"}},"key":{{"id":{id}}},"ts_ms":1,"source":{{"name":"s","db":"d","schema":"public","table":"t","table_version":"0","snapshot":"true","txId":1,"ts_us":1,"version":"{version}","lsn":1}}}}"#
+    )
+    .into();
+    let events: Vec<_> = decode(&line)
+        .collect::<Result<_, _>>()
+        .expect("well formed");
+    machine.handle(Input::Rows {
+        mark: mark(number),
+        payload: &line,
+        events: &events,
+    })
+}
+
+fn end(machine: &mut Copying, number: u64, part: Part) {
+    let copied = Copied {
+        table: name(),
+        epoch: 1,
+        lsn: Lsn(20),
+        rows: 1,
+        part,
+    };
+    machine
+        .handle(Input::Copied {
+            mark: mark(number),
+            copied: &copied,
+        })
+        .expect("is the next one");
+}
+
+fn ops(batch: &Batch) -> Vec<&RowOp> {
+    let rows = batch.steps.iter().filter_map(|step| match step {
+        Step::Rows(tables) => Some(tables.iter().flat_map(|table| &table.rows)),
+        _ => None,
+    });
+    rows.flatten().collect()
+}
+
+fn sweep(batch: &Batch) -> Option<Version> {
+    batch.steps.iter().find_map(|step| match step {
+        Step::Sweep { below, .. } => Some(*below),
+        _ => None,
+    })
+}
+
+#[test]
+fn a_load_ends_where_its_changes_begin() {
+    let claim = Claim {
+        stream_seq: 5,
+        position: Position::new(1, Lsn(10), 0),
+    };
+    let mut machine = machine(Wanted::Load, CopyState::Pending { claim });
+    row(&mut machine, 1, 1, 20).expect("comes first");
+    let at = Checkpoint::default();
+    assert!(machine.poll(at, false).is_none(), "more is waiting");
+    let batch = machine.poll(at, true).expect("nothing more is waiting");
+    let stored = batch.copy.as_ref().expect("goes with the rows");
+    let (lsn, rows) = (Lsn(20), 1);
+    let loading = CopyState::Loading { lsn, rows, claim };
+    assert_eq!(stored.tables[&name()], loading);
+    let reading = stored.reading.as_ref().expect("says where it is");
+    assert_eq!((reading.attempt, reading.number), (1, 1));
+    end(&mut machine, 2, Part::Load);
+    let batch = machine.poll(at, true).expect("the end");
+    let loaded = CopyState::Loaded { lsn, claim };
+    assert_eq!(
+        batch.copy.as_ref().expect("is stored").tables[&name()],
+        loaded
+    );
+    assert_eq!(sweep(&batch), Some(Version::new(1, Lsn(20), 0)));
+    assert!(machine.poll(at, true).is_none());
+}
+
+#[test]
+fn chunks_go_on_where_they_were_and_end_with_a_sweep_of_what_was_there_before() {
+    let mut machine = machine(all_chunks(), chunks(None));
+    let at = Checkpoint::default();
+    row(&mut machine, 1, 1, 20).expect("comes first");
+    let after = Some(vec!["1".to_owned()]);
+    end(
+        &mut machine,
+        2,
+        Part::Chunk {
+            after: after.clone(),
+            last: false,
+        },
+    );
+    let batch = machine.poll(at, true).expect("a chunk");
+    let stored = batch.copy.expect("goes with the rows");
+    let CopyState::Chunks(state) = &stored.tables[&name()] else {
+        panic!("{stored:?}")
+    };
+    assert_eq!((&state.after, state.rows), (&after, 1));
+
+    // Another request goes on behind it, and counts anew.
+    let mut machine = self::machine(all_chunks(), stored.tables[&name()].clone());
+    let lower = stored.uncovered_below(&name());
+    end(
+        &mut machine,
+        1,
+        Part::Chunk {
+            after: None,
+            last: true,
+        },
+    );
+    let batch = machine.poll(at, true).expect("the end");
+    assert_eq!(sweep(&batch), Some(lower));
+    let stored = batch.copy.expect("is stored");
+    assert!(matches!(stored.tables[&name()], CopyState::Copied { .. }));
+}
+
+#[test]
+fn chunks_of_a_part_of_a_table_sweep_nothing() {
+    let order = BackfillOrder {
+        filter: Some("id < 5".to_owned()),
+        ..BackfillOrder::new("o".to_owned(), name())
+    };
+    let mut machine = machine(all_chunks(), chunks(Some(order)));
+    end(
+        &mut machine,
+        1,
+        Part::Chunk {
+            after: None,
+            last: true,
+        },
+    );
+    let batch = machine.poll(Checkpoint::default(), true).expect("the end");
+    assert_eq!(sweep(&batch), None);
+    assert!(batch.copy.expect("is stored").finished.contains("o"));
+}
+
+#[test]
+fn a_key_without_a_row_is_gone() {
+    let keys = vec![vec!["1".to_owned()], vec!["2".to_owned()]];
+    let wanted = || Wanted::Keys { keys: keys.clone() };
+    let copied = || CopyState::Copied { lsn: Lsn(3) };
+    let mut heal = machine(wanted(), copied());
+    row(&mut heal, 1, 2, 25).expect("comes first");
+    end(&mut heal, 2, Part::Keys);
+    let batch = heal.poll(Checkpoint::default(), true).expect("the rows");
+    let mut ops = ops(&batch);
+    ops.sort_by(|a, b| a.key.cmp(&b.key));
+    assert_eq!(ops.len(), 2);
+    assert!(matches!(ops[0].action, Action::Delete { .. }));
+    assert_eq!(ops[0].version, Version::new(1, Lsn(20), 0));
+    assert!(matches!(ops[1].action, Action::Put(_)));
+    assert_eq!(
+        batch.copy.as_ref().expect("is stored").tables[&name()],
+        copied()
+    );
+
+    // Where rows outlive their delete at the source, nothing is known of one that is not there.
+    let mut heal = machine(wanted(), copied());
+    heal.keeps_deleted.insert(name());
+    end(&mut heal, 1, Part::Keys);
+    let batch = heal.poll(Checkpoint::default(), true).expect("the end");
+    assert!(self::ops(&batch).is_empty());
+}
+
+#[test]
+fn rows_that_were_asked_for_in_another_way_are_left_alone() {
+    let at = Checkpoint::default();
+    // The load was cut, and its last rows are still on the copy stream.
+    let mut machine = machine(Wanted::Load, chunks(None));
+    row(&mut machine, 1, 1, 20).expect("is ours");
+    end(&mut machine, 2, Part::Load);
+    let batch = machine.poll(at, true).expect("only says where it is");
+    assert!(batch.steps.is_empty());
+    assert!(matches!(
+        batch.copy.expect("is stored").tables[&name()],
+        CopyState::Chunks(_)
+    ));
+}
+
+#[test]
+fn a_missing_message_is_noticed_and_a_repeated_one_is_not_taken_twice() {
+    let mut machine = machine(all_chunks(), chunks(None));
+    row(&mut machine, 1, 1, 20).expect("comes first");
+    row(&mut machine, 1, 9, 20).expect("is a repetition");
+    let error = row(&mut machine, 3, 3, 20).expect_err("2 is missing");
+    assert!(matches!(
+        error,
+        CopyError::Gap {
+            expected: 2,
+            found: 3
+        }
+    ));
+    let batch = machine
+        .poll(Checkpoint::default(), true)
+        .expect("the first");
+    assert_eq!(ops(&batch).len(), 1);
+}
+
+#[test]
+fn a_full_batch_does_not_wait_for_more() {
+    let mut machine = machine(all_chunks(), chunks(None));
+    for number in 1..=3 {
+        assert!(machine.poll(Checkpoint::default(), false).is_none());
+        row(&mut machine, number, number, 20).expect("is the next");
+    }
+    assert!(machine.is_full());
+    let batch = machine.poll(Checkpoint::default(), false).expect("is full");
+    assert_eq!(ops(&batch).len(), 3);
+}

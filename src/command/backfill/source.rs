@@ -1,0 +1,259 @@
+//! What is asked of the source before a backfill starts, and while it is looked at.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use bytesize::ByteSize;
+use millrace_cdc::selection::Salt;
+use millrace_cdc::source;
+use millrace_config::{Code, Condition, Config, Table};
+use millrace_event::TableName;
+use tokio_postgres::{Client, Transaction};
+
+use super::super::status::{in_time, source_condition};
+use super::{NAME, Refusal};
+use crate::connection::{self, Side, chain};
+
+/// The longest condition that is taken: it travels with every request.
+const FILTER_BYTES_MAX: usize = 10_000;
+
+/// Checks that the source has these tables with their keys and takes the condition. Nothing is changed. Returns what
+/// is worth a warning.
+pub(super) async fn check(
+    config: &Config,
+    tables: &[Table],
+    filter: Option<&str>,
+) -> Result<Vec<Condition>, Refusal> {
+    let checked = in_time(Code::SourceUnreachable, async {
+        Ok(Box::pin(check_now(config, tables, filter)).await)
+    });
+    checked.await?
+}
+
+async fn check_now(
+    config: &Config,
+    tables: &[Table],
+    filter: Option<&str>,
+) -> Result<Vec<Condition>, Refusal> {
+    let mut client = connection::postgres(&config.source.url, Side::Source, NAME).await?;
+    let facts = source::inspect(&client).await;
+    let facts = facts.map_err(|error| source_condition(&error))?;
+    // Nothing is hashed here: any salt will do.
+    let salt = Salt::new(&[0; Salt::BYTES_MIN]);
+    let found = source::inspect_tables(&client, &facts, tables, Some(&salt)).await;
+    found.map_err(|error| source_condition(&error))?;
+    if let Some(filter) = filter {
+        check_form(filter).map_err(Refusal::Filter)?;
+        for table in tables {
+            let transaction = client.build_transaction().read_only(true).start().await;
+            let transaction = transaction.map_err(|error| unreachable(&error))?;
+            check_filter(&transaction, &table.name, filter).await?;
+        }
+    }
+    let warnings = room_for(&client, config, tables).await;
+    warnings.map_err(|error| unreachable(&error).into())
+}
+
+fn unreachable(error: &tokio_postgres::Error) -> Condition {
+    Condition::new(
+        Code::SourceUnreachable,
+        chain(error),
+        "check the network and the server's load",
+    )
+}
+
+fn wrong(message: impl Into<String>) -> Condition {
+    Condition::new(
+        Code::BackfillCondition,
+        message,
+        "correct what follows --where: one condition on the source's columns, quoted for the shell",
+    )
+}
+
+/// What the text alone shows.
+fn check_form(filter: &str) -> Result<(), Condition> {
+    if filter.trim().is_empty() {
+        return Err(wrong("--where is empty"));
+    }
+    if filter.len() > FILTER_BYTES_MAX {
+        let length = filter.len();
+        return Err(wrong(format!(
+            "--where has {length} bytes and may have {FILTER_BYTES_MAX}"
+        )));
+    }
+    // Of what follows a comment would hide the end.
+    if let Some(begin) = ["--", "/*"]
+        .into_iter()
+        .find(|begin| filter.contains(begin))
+    {
+        return Err(wrong(format!(
+            "--where holds {begin}, which begins a comment; in a string write '-' || '-'"
+        )));
+    }
+    Ok(())
+}
+
+/// Asks the source whether it is one condition on the table's rows. It is prepared and planned, and not executed.
+async fn check_filter(
+    transaction: &Transaction<'_>,
+    table: &TableName,
+    filter: &str,
+) -> Result<(), Refusal> {
+    let quoted = table.quoted();
+    let sql = format!("SELECT FROM {quoted} WHERE ({filter}\n)");
+    let refused = |error: tokio_postgres::Error| refused(table, &error);
+    let prepared = transaction.prepare(&sql).await.map_err(refused)?;
+    if !prepared.params().is_empty() {
+        let message =
+            format!("--where of table {table} has parameters, which nobody gives a value");
+        return Err(Refusal::Filter(wrong(message)));
+    }
+    // No text closes both kinds of brackets that it did not open: what passes here too stays between them.
+    let within = format!("SELECT ARRAY[{filter}\n] FROM {quoted}");
+    if transaction.prepare(&within).await.is_err() {
+        let message = format!("--where of table {table} is not one expression");
+        return Err(Refusal::Filter(wrong(message)));
+    }
+    let plan = format!("EXPLAIN {sql}");
+    transaction.query(&plan, &[]).await.map_err(refused)?;
+    Ok(())
+}
+
+/// The source's answer about a condition: it is wrong, or the source cannot tell for now.
+fn refused(table: &TableName, error: &tokio_postgres::Error) -> Refusal {
+    let Some(server) = error.as_db_error() else {
+        return unreachable(error).into();
+    };
+    let classes = ["08", "53", "55", "57", "58", "XX"];
+    if classes
+        .iter()
+        .any(|class| server.code().code().starts_with(class))
+    {
+        return unreachable(error).into();
+    }
+    let hint = server.hint().map(|hint| format!(" ({hint})"));
+    Refusal::Filter(wrong(format!(
+        "--where of table {table}: {}{}",
+        server.message(),
+        hint.unwrap_or_default()
+    )))
+}
+
+/// Warns where the source would lose the slot's WAL before a table could be written there as often as it is large.
+async fn room_for(
+    client: &Client,
+    config: &Config,
+    tables: &[Table],
+) -> Result<Vec<Condition>, tokio_postgres::Error> {
+    let slot = source::slot_name(&config.source.name);
+    let row = client
+        .query_opt(
+            "SELECT safe_wal_size, current_setting('max_slot_wal_keep_size') FROM pg_replication_slots \
+             WHERE slot_name = $1",
+            &[&slot],
+        )
+        .await?;
+    let Some((safe, limit)) = row.and_then(|row| {
+        let safe = row.get::<_, Option<i64>>(0)?;
+        Some((u64::try_from(safe).unwrap_or(0), row.get::<_, String>(1)))
+    }) else {
+        return Ok(Vec::new());
+    };
+    let mut warnings = Vec::new();
+    for table in tables {
+        let size = "SELECT coalesce(sum(pg_total_relation_size(part)), 0)::bigint FROM \
+            (SELECT to_regclass($1) UNION SELECT relid FROM pg_partition_tree(to_regclass($1))) p(part)";
+        let row = client.query_one(size, &[&table.name.quoted()]).await?;
+        let size = u64::try_from(row.get::<_, i64>(0)).unwrap_or(0);
+        if size > safe {
+            warnings.push(outgrown(&table.name, size, &slot, safe, &limit));
+        }
+    }
+    Ok(warnings)
+}
+
+fn outgrown(table: &TableName, size: u64, slot: &str, safe: u64, limit: &str) -> Condition {
+    Condition::new(
+        Code::BackfillWal,
+        format!(
+            "table {table} has {}, and slot {slot} is lost after {} more of WAL: max_slot_wal_keep_size is {limit}",
+            ByteSize::b(size),
+            ByteSize::b(safe)
+        ),
+        "ALTER SYSTEM SET max_slot_wal_keep_size to more than that, then SELECT pg_reload_conf(); \
+         or watch the slot in `millrace status`",
+    )
+}
+
+/// How many rows the source thinks that these tables have; without those of which it does not know.
+///
+/// # Errors
+/// The source cannot be reached.
+pub(super) async fn estimates(
+    config: &Config,
+    tables: &BTreeSet<&TableName>,
+) -> Result<BTreeMap<TableName, u64>, Condition> {
+    in_time(Code::SourceUnreachable, async {
+        let client = connection::postgres(&config.source.url, Side::Source, NAME).await?;
+        let schemas: Vec<&str> = tables.iter().map(|table| table.schema.as_str()).collect();
+        let names: Vec<&str> = tables.iter().map(|table| table.table.as_str()).collect();
+        let rows = client
+            .query(
+                "SELECT w.schema, w.name, coalesce((SELECT sum(greatest(l.reltuples, 0)) \
+                 FROM pg_partition_tree(c.oid) p JOIN pg_class l ON l.oid = p.relid WHERE p.isleaf), \
+                 greatest(c.reltuples, 0))::bigint FROM unnest($1::text[], $2::text[]) w(schema, name) \
+                 JOIN pg_namespace n ON n.nspname = w.schema \
+                 JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = w.name",
+                &[&schemas, &names],
+            )
+            .await
+            .map_err(|error| unreachable(&error))?;
+        let estimates = rows.iter().filter_map(|row| {
+            let table = TableName::new(row.get::<_, String>(0), row.get::<_, String>(1));
+            let rows = u64::try_from(row.get::<_, i64>(2)).ok()?;
+            (rows > 0).then_some((table, rows))
+        });
+        Ok(estimates.collect())
+    })
+    .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_condition_has_a_form_and_a_length() {
+        for right in ["id > 3", "note <> 'a - -b'", "a -\n-b > 0", "(a) OR (b)"] {
+            assert_eq!(check_form(right), Ok(()), "{right}");
+        }
+        let long = "x".repeat(FILTER_BYTES_MAX + 1);
+        for wrong in [
+            "",
+            " \n",
+            "true -- all",
+            "a /* b",
+            "'--' = a",
+            long.as_str(),
+        ] {
+            let refused = check_form(wrong).expect_err("refused");
+            assert_eq!(refused.code, Code::BackfillCondition, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_warning_has_the_numbers() {
+        let table = TableName::new("public", "t");
+        let warning = outgrown(&table, 3 << 30, "millrace_shop", 1 << 30, "1GB");
+        let text = warning.to_string();
+        for part in [
+            "E1141",
+            "public.t",
+            "3.0 GiB",
+            "1.0 GiB",
+            "millrace_shop",
+            "1GB",
+        ] {
+            assert!(text.contains(part), "{text}");
+        }
+    }
+}
