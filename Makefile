@@ -4,11 +4,12 @@ CARGO = cargo
 DEMO_ARGS =
 BENCH_ARGS =
 
-.PHONY: help setup setup-tests demo test bench bench-backfill lint
+.PHONY: help setup setup-tests demo test test-long bench bench-backfill lint
 
 help:
 	@echo 'make demo   throwaway servers, live traffic, a kill in the middle, a full comparison'
 	@echo 'make test   the whole test suite, on real servers'
+	@echo 'make test-long  what takes over a minute by nature: a replica joins under 2,000 transactions a second'
 	@echo 'make bench  the measurements of the README (release build)'
 	@echo 'make bench-backfill  the initial copy against native table synchronization (release build)'
 	@echo 'make lint   formatting and clippy, as CI runs them'
@@ -27,6 +28,9 @@ demo: setup
 
 test: setup-tests
 	$(CARGO) test --locked
+
+test-long: setup-tests
+	$(CARGO) test --locked --test line -- --ignored --nocapture
 
 bench: setup
 	$(CARGO) build --release --locked

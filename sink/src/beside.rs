@@ -20,10 +20,7 @@ pub(crate) struct Beside {
 
 impl Beside {
     /// Waits until there may be something to do: a turn, or only to collect. Safe to cancel.
-    ///
-    /// # Errors
-    /// The copy stream does not hold what comes next.
-    pub(crate) async fn next(&mut self, position: Position, may_turn: bool) -> Result<(), Error> {
+    pub(crate) async fn next(&mut self, position: Position, may_turn: bool) {
         if !may_turn {
             return self.copies.ready(position).await;
         }
@@ -37,9 +34,9 @@ impl Beside {
             }
         };
         tokio::select! {
-            ready = self.copies.ready(position) => ready,
-            () = behind => Ok(()),
-            () = tokio::time::sleep_until(due) => Ok(()),
+            () = self.copies.ready(position) => {}
+            () = behind => {}
+            () = tokio::time::sleep_until(due) => {}
         }
     }
 
@@ -54,7 +51,7 @@ impl Beside {
         checkpoint: Checkpoint,
         collected: Position,
     ) -> Result<Option<Batch>, Error> {
-        if self.copies.due().is_none_or(|due| due <= Instant::now()) {
+        if self.is_due() && self.copies.is_at_rest() {
             let looked = self.copies.look(life, collected).await?;
             if let Looked::Changed(progress) = looked {
                 return Ok(Some(rejoin::batch(life, progress, Vec::new())));
@@ -66,9 +63,14 @@ impl Beside {
         self.catch_up(life, collected).await
     }
 
-    /// Whether something can be collected while a batch of ours is in flight.
+    fn is_due(&self) -> bool {
+        self.copies.due().is_none_or(|due| due <= Instant::now())
+    }
+
+    /// Whether something may be collected while a batch of ours is in flight. Not where a look is due, which comes
+    /// before what is collected.
     pub(crate) fn has_room(&self) -> bool {
-        self.copies.has_room()
+        self.copies.has_room() && !self.is_due()
     }
 
     /// Collects what has come while a batch of ours is in flight.

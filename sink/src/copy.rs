@@ -6,7 +6,7 @@ use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use millrace_config::OnDelete;
-use millrace_consumer::{Body, Delivery, Ordering, Reader, ReaderOptions, Start};
+use millrace_consumer::{Body, Delivery, Ordering, ReadError, Reader, ReaderOptions, Start};
 use millrace_event::work::{
     BackfillOrder, Copied, CopyApplied, CopyRequest, CopyStatus, Wanted, orders_key,
 };
@@ -31,8 +31,10 @@ const BEGIN_INTERVAL: Duration = Duration::from_millis(20);
 /// So many incomplete rows are asked for at once.
 const DEBTS_MAX: usize = 500;
 
-/// A row that was asked for and is still incomplete is asked for again after this.
-const HEAL_INTERVAL: Duration = Duration::from_secs(60);
+/// A row that was asked for and is still incomplete, because it was changed again meanwhile, is asked for again after
+/// this. Each time it takes twice as long, since a row that is gone stays incomplete where deletes are ignored.
+const HEAL_FIRST: Duration = Duration::from_secs(1);
+const HEAL_MAX: Duration = Duration::from_secs(60);
 
 /// So many rows are remembered as asked for; beyond, all are forgotten, and asked for again.
 const HEALING_MAX: usize = 10_000;
@@ -47,8 +49,18 @@ pub(crate) struct Copies {
     withdrawn: bool,
     /// The incomplete rows that are being asked for.
     debts: Debts,
-    /// When rows were asked for.
-    healing: HashMap<(TableName, Vec<String>), Instant>,
+    /// The rows that were asked for.
+    healing: HashMap<(TableName, Vec<String>), Healing>,
+    /// Messages of the copy stream are missing: nothing is asked for before capture has cleared the stream away.
+    clearing: bool,
+}
+
+/// A row that was asked for.
+#[derive(Clone, Copy)]
+struct Healing {
+    asked: Instant,
+    /// How long its answer may take before it is asked for again.
+    wait: Duration,
 }
 
 /// The answer to one request.
@@ -59,6 +71,8 @@ struct Answer {
     status: Option<CopyStatus>,
     /// Read, and not taken yet: its rows wait for the stream.
     next: Option<Delivery>,
+    /// Whether the copy stream does not hold what comes next.
+    lost: bool,
     /// The sequence of the last message that was taken.
     taken_seq: u64,
     /// The same of what was handed out, of what is committed in the target, and of what capture was told.
@@ -89,20 +103,17 @@ impl Copies {
         self.looked_at.map(|at| at + interval)
     }
 
-    /// Waits until a message may be taken. Safe to cancel.
-    ///
-    /// # Errors
-    /// The copy stream does not hold what comes next.
-    pub(crate) async fn ready(&mut self, position: Position) -> Result<(), Error> {
+    /// Waits until a message may be taken, or is known to be lost. Safe to cancel.
+    pub(crate) async fn ready(&mut self, position: Position) {
         let Some(answer) = &mut self.answer else {
             return std::future::pending().await;
         };
         match (&answer.next, &mut answer.reader) {
-            (Some(next), _) if reach_of(next) <= position => Ok(()),
-            (None, Some(reader)) => {
-                answer.next = Some(reader.next().await?);
-                Ok(())
-            }
+            (Some(next), _) if reach_of(next) <= position => {}
+            (None, Some(reader)) if !answer.lost => match reader.next().await {
+                Ok(next) => answer.next = Some(next),
+                Err(gap) => answer.lose(&gap),
+            },
             _ => std::future::pending().await,
         }
     }
@@ -141,6 +152,7 @@ impl Copies {
             return Ok(Looked::Changed(progress));
         }
         strike(life, &orders).await?;
+        self.clearing &= status.is_some();
         self.take_status(life, status).await?;
         let cut = self.cut_loads(life).await?;
         if !cut.is_empty() {
@@ -168,6 +180,12 @@ impl Copies {
         Ok(())
     }
 
+    /// Gives up what was asked for, because the copy stream lost some of it.
+    async fn give_up(&mut self, life: &Life<'_>) -> Result<(), Error> {
+        self.clearing = true;
+        self.withdraw(life).await
+    }
+
     async fn take_status(
         &mut self,
         life: &mut Life<'_>,
@@ -188,7 +206,10 @@ impl Copies {
             // An end without a row before it brings no layout.
             let tables: Vec<_> = request.tables.iter().map(|t| t.table.clone()).collect();
             for table in tables {
-                if life.tables.contains_key(&table) {
+                // What the target refuses has been parked, and must not keep the others from their rows.
+                let state = life.progress.tables.get(&table);
+                let refused = state.is_some_and(CopyState::is_parked);
+                if life.tables.contains_key(&table) && !refused {
                     answer.machine.set_layout(life.layout(&table, None).await?);
                 }
             }
@@ -228,7 +249,8 @@ impl Copies {
             return Ok(());
         }
         let now = Instant::now();
-        self.healing.retain(|_, asked| now - *asked < HEAL_INTERVAL);
+        self.healing
+            .retain(|_, healing| now - healing.asked < HEAL_MAX * 2);
         if self.healing.len() > HEALING_MAX {
             self.healing.clear();
         }
@@ -238,12 +260,20 @@ impl Copies {
             .those(|state| matches!(state, CopyState::Copied { .. }));
         for (table, keys) in life.debts(&tables, DEBTS_MAX).await? {
             let fresh = keys.into_iter().filter(|key| {
-                let asked = self.healing.contains_key(&(table.clone(), key.clone()));
-                !asked
+                let asked = self.healing.get(&(table.clone(), key.clone()));
+                asked.is_none_or(|healing| now - healing.asked >= healing.wait)
             });
             let fresh: Vec<_> = fresh.collect();
             for key in &fresh {
-                self.healing.insert((table.clone(), key.clone()), now);
+                let healing = self.healing.entry((table.clone(), key.clone()));
+                let healing = healing.and_modify(|healing| {
+                    healing.asked = now;
+                    healing.wait = (healing.wait * 2).min(HEAL_MAX);
+                });
+                healing.or_insert(Healing {
+                    asked: now,
+                    wait: HEAL_FIRST,
+                });
             }
             if !fresh.is_empty() {
                 tracing::info!(
@@ -264,7 +294,11 @@ impl Copies {
         }
         if self.is_lost(life).await? {
             tracing::warn!(sink = %life.settings.name, "copied rows are missing; asking for them again");
-            self.withdraw(life).await?;
+            return self.give_up(life).await;
+        }
+        // A reader takes a hole of an earlier request for one of its own.
+        if self.clearing {
+            return Ok(());
         }
         if let Some(answer) = &self.answer {
             let asked = &answer.machine.request().tables;
@@ -304,6 +338,7 @@ impl Copies {
             reader: None,
             status: None,
             next: None,
+            lost: false,
             taken_seq: 0,
             handed_seq: 0,
             applied_seq: 0,
@@ -325,7 +360,7 @@ impl Copies {
         let told = asked
             .iter()
             .all(|asked| status.copied.contains(&asked.table));
-        if !told || answer.next.is_some() {
+        if !told || answer.next.is_some() || !answer.machine.is_at_rest() {
             return Ok(false);
         }
         // Rows that were healed are not awaited any more.
@@ -335,10 +370,8 @@ impl Copies {
         if !is_left {
             return Ok(false);
         }
-        let (taken, last) = (answer.taken_seq, status.last_seq);
         let stream = subject::copy_stream_name(life.source, &life.settings.name);
-        let end = life.stream_end(&stream).await?;
-        Ok(taken >= last.min(end))
+        Ok(!life.stream_holds(&stream, answer.taken_seq + 1).await?)
     }
 
     /// Tells capture what the copy stream need not keep any longer, and where chunks would go on.
@@ -384,6 +417,10 @@ impl Copies {
         let Some(answer) = &mut self.answer else {
             return Ok(None);
         };
+        if answer.lost && answer.machine.is_at_rest() {
+            self.give_up(life).await?;
+            return Ok(None);
+        }
         let batch = answer.machine.poll(checkpoint, drained);
         if batch.is_some() {
             answer.handed_seq = answer.taken_seq;
@@ -413,8 +450,14 @@ impl Copies {
             }
             let next = match (answer.next.take(), &mut answer.reader) {
                 (Some(next), _) => Some(next),
-                (None, Some(reader)) => reader.try_next()?,
-                (None, None) => None,
+                (None, Some(reader)) if !answer.lost => {
+                    let next = reader.try_next();
+                    next.unwrap_or_else(|gap| {
+                        answer.lose(&gap);
+                        None
+                    })
+                }
+                (None, _) => None,
             };
             let Some(next) = next else { return Ok(true) };
             if reach_of(&next) > checkpoint.position {
@@ -429,7 +472,7 @@ impl Copies {
                 }
                 Err(Taken::Lost(error)) => {
                     tracing::warn!(sink = %life.settings.name, %error, "asking for the rows again");
-                    self.withdraw(life).await?;
+                    self.give_up(life).await?;
                     return Ok(true);
                 }
                 Err(Taken::Failed(error)) => return Err(error),
@@ -437,10 +480,18 @@ impl Copies {
         }
     }
 
+    /// Whether everything that was taken was handed out: only then may be looked, and the tables stand differently.
+    pub(crate) fn is_at_rest(&self) -> bool {
+        let answer = self.answer.as_ref();
+        answer.is_none_or(|answer| answer.machine.is_at_rest())
+    }
+
     /// Whether there is room for what comes next while a batch is in flight.
     pub(crate) fn has_room(&self) -> bool {
         let answer = self.answer.as_ref();
-        answer.is_some_and(|answer| answer.next.is_none() && !answer.machine.is_full())
+        answer.is_some_and(|answer| {
+            answer.next.is_none() && !answer.lost && !answer.machine.is_full()
+        })
     }
 
     /// The batch that was handed out is applied.
@@ -448,6 +499,13 @@ impl Copies {
         if let Some(answer) = &mut self.answer {
             answer.applied_seq = answer.handed_seq;
         }
+    }
+}
+
+impl Answer {
+    fn lose(&mut self, gap: &ReadError) {
+        tracing::warn!(%gap, "copied rows are missing");
+        self.lost = true;
     }
 }
 

@@ -186,9 +186,23 @@ impl<'l> Life<'l> {
         ))
     }
 
-    /// The last sequence of a stream.
-    pub(crate) async fn stream_end(&self, name: &str) -> Result<u64, Error> {
-        Ok(self.stream_state(name).await?.last_sequence)
+    /// Whether a stream has a message with this sequence or a later one; not where there is no such stream.
+    pub(crate) async fn stream_holds(&self, name: &str, sequence: u64) -> Result<bool, Error> {
+        let stream = match self.jetstream.get_stream(name).await {
+            Ok(stream) => stream,
+            Err(error)
+                if error.kind()
+                    == jetstream::context::GetStreamErrorKind::JetStream(not_found()) =>
+            {
+                return Ok(false);
+            }
+            Err(error) => return Err(Error::retry("a stream cannot be read", error)),
+        };
+        match stream.get_first_raw_message_by_subject(">", sequence).await {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == stream::RawMessageErrorKind::NoMessageFound => Ok(false),
+            Err(error) => Err(Error::retry("a stream cannot be read", error)),
+        }
     }
 
     /// The oldest sequence that the source's stream holds.

@@ -249,10 +249,7 @@ async fn follow(life: Life<'_>, stop: &CancellationToken) -> Result<Ended, Error
             () = tokio::time::sleep_until((began + rest.unwrap_or_default()).into()), if rest.is_some() => {
                 Turn::Rested
             }
-            ready = line.beside.next(position, may_turn), if may_turn || collects => {
-                ready?;
-                Turn::Beside
-            }
+            () = line.beside.next(position, may_turn), if may_turn || collects => Turn::Beside,
             _ = ticks.tick() => Turn::Tick,
         };
         match turn {

@@ -92,7 +92,7 @@ pub(crate) async fn traffic(stage: &Stage) -> (Arc<AtomicBool>, JoinHandle<()>) 
             let (row, other) = (n * 7919 % ROWS, n * 104_729 % ROWS);
             client
                 .batch_execute(&format!(
-                    "INSERT INTO t VALUES ({}, 'new');
+                    "INSERT INTO t VALUES ({}, 'new') ON CONFLICT DO NOTHING;
                      UPDATE t SET v = 'changed {n}' WHERE id = {row};
                      DELETE FROM t WHERE id = {other};
                      UPDATE t SET id = id + 10000000 WHERE id = {}",

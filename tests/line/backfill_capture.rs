@@ -398,8 +398,7 @@ async fn keys_of_many_columns_and_any_text_are_followed() {
 }
 
 /// A transaction whose commit waits for a standby that is not there.
-async fn in_limbo(line: &Line, sql: &'static str) -> tokio::task::JoinHandle<()> {
-    let stage = &line.stage;
+pub(crate) async fn in_limbo(stage: &Stage, sql: &'static str) -> tokio::task::JoinHandle<()> {
     stage
         .postgres
         .set("synchronous_standby_names", "nobody")
@@ -417,9 +416,9 @@ async fn in_limbo(line: &Line, sql: &'static str) -> tokio::task::JoinHandle<()>
     task
 }
 
-async fn release(line: &Line) {
-    let postgres = &line.stage.postgres;
-    postgres
+pub(crate) async fn release(stage: &Stage) {
+    stage
+        .postgres
         .set("synchronous_standby_names", "")
         .await
         .expect("set");
@@ -431,7 +430,7 @@ async fn a_commit_that_is_not_visible_yet_wins_over_the_chunk_that_lacks_it() {
     line.ask("r1", &[("t", slowly(Some(1_000)))]).await;
     line.parts(1).await;
     let held = in_limbo(
-        &line,
+        &line.stage,
         "UPDATE t SET v = 'late' WHERE id > 2900; DELETE FROM t WHERE id = 2800",
     )
     .await;
@@ -442,7 +441,7 @@ async fn a_commit_that_is_not_visible_yet_wins_over_the_chunk_that_lacks_it() {
     // The stream told of it before: the chunks since then must not rise above it.
     let versions: Vec<Lsn> = old.iter().map(|row| version_of(row)).collect();
     assert_eq!(versions.iter().max(), versions.last());
-    release(&line).await;
+    release(&line.stage).await;
     held.await.expect("commits");
     let replica = line.replica().await;
     assert_eq!(replica.values().filter(|v| *v == "late").count(), 100);
@@ -452,7 +451,7 @@ async fn a_commit_that_is_not_visible_yet_wins_over_the_chunk_that_lacks_it() {
 #[tokio::test]
 async fn nothing_is_read_while_a_commit_from_before_is_not_visible_even_by_a_new_capture() {
     let mut line = filled(100).await;
-    let held = in_limbo(&line, "UPDATE t SET v = 'late' WHERE id = 7").await;
+    let held = in_limbo(&line.stage, "UPDATE t SET v = 'late' WHERE id = 7").await;
     line.capture.kill9();
     let line = Line::on(line.stage).await;
     line.ask("r1", &[("t", chunks())]).await;
@@ -467,7 +466,7 @@ async fn nothing_is_read_while_a_commit_from_before_is_not_visible_even_by_a_new
         line.capture.logs()
     );
     assert!(ids(&line.copy_stream().await).is_empty());
-    release(&line).await;
+    release(&line.stage).await;
     held.await.expect("commits");
     let status = line.copied("r1", 1).await;
     assert!(status.troubles.is_empty(), "{status:?}");

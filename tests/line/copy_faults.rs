@@ -16,6 +16,7 @@ const SINK: [&str; 3] = ["run", "--only", "sink:replica"];
 const LIFE_ENDED: &str = "trying again";
 
 /// How often a capture is killed in the middle of a copy.
+const KILLS: u32 = 6;
 /// The copy stream's limit where that matters: the first captures would fill it if each began to count anew.
 const SMALL: u64 = 4 * 1024 * 1024;
 
@@ -29,6 +30,8 @@ pub(crate) async fn small_copy_stream(stage: &Stage) -> jetstream::Context {
         discard: stream::DiscardPolicy::New,
         ..stream::Config::default()
     };
+    // That of an earlier copy may be there.
+    jetstream.delete_stream(&config.name).await.ok();
     jetstream.create_stream(config).await.expect("copy stream");
     jetstream
 }
@@ -92,6 +95,48 @@ async fn a_load_that_is_killed_before_a_sink_that_does_not_read_goes_on_in_chunk
         .await
         .expect("it is not loaded again");
     sink.resume().expect("signal");
+    assert_eq!(stage.equal(&capture).await.rows, 1500);
+    assert!(!capture.logs().contains("E1121"), "{}", capture.logs());
+}
+
+#[tokio::test]
+async fn chunks_that_are_killed_do_not_fill_the_copy_stream() {
+    let stage = Stage::set(Setting::default()).await;
+    stage
+        .sql(
+            "INSERT INTO t SELECT i, (SELECT string_agg(md5(i::text || j), '') FROM generate_series(1, 256) j)
+             FROM generate_series(1, 1500) i",
+        )
+        .await;
+    stage.once().await;
+    let jetstream = small_copy_stream(&stage).await;
+    let mut sink = stage.start_with(&SINK);
+    sink.wait_for_log("\"to\":\"streaming\"", PATIENCE)
+        .await
+        .expect("streams");
+    let start = stage.start_with(&["backfill", "start", "t"]);
+    stage.ends(start, 0, &["is queued"]).await;
+    // From here on nobody reads what capture writes.
+    sink.wait_for_log("copy requested", PATIENCE)
+        .await
+        .expect("a request");
+    sink.pause().expect("signal");
+    let mut capture = stage.start_with(&CAPTURE);
+    for number in 1..=KILLS {
+        attempt(&jetstream, number, &capture).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        capture.kill9();
+        let held = held(&jetstream).await;
+        assert!(held < SMALL / 2, "attempt {number} left {held} bytes");
+        capture = stage.start_with(&CAPTURE);
+    }
+    let held = held(&jetstream).await;
+    assert!(held > SMALL / 8, "no attempt left anything: {held} bytes");
+    sink.resume().expect("signal");
+    capture
+        .wait_for_log("table backfilled", PATIENCE)
+        .await
+        .expect("the rest comes");
     assert_eq!(stage.equal(&capture).await.rows, 1500);
     assert!(!capture.logs().contains("E1121"), "{}", capture.logs());
 }

@@ -2,6 +2,7 @@
 
 mod backup;
 mod binaries;
+mod next_xid;
 mod template;
 
 use std::fs::{self, File, OpenOptions};
