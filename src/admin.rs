@@ -5,5 +5,5 @@ mod http;
 mod metrics;
 
 pub(crate) use board::{Board, Live, LivePart, lag_seconds};
-pub(crate) use http::{bind, serve};
-pub(crate) use metrics::{install, now_us, upkeep};
+pub(crate) use http::{Asked, Reloaded, bind, serve};
+pub(crate) use metrics::{forget_lag, install, now_us, upkeep};

@@ -68,6 +68,11 @@ pub(crate) enum Command {
     Status(StatusArguments),
     /// Read rows of a table again for a sink, beside its changes: to repair a replica
     Backfill(BackfillArguments),
+    /// Let a running process take over what has changed in the configuration
+    ///
+    /// With mistakes, all of which are printed, the process goes on with the old one. SIGHUP does the same.
+    #[command(after_help = EXIT_CODES)]
+    Reload,
     /// Remove what `run` created at the source and on the stream
     Drop(DropArguments),
     /// Print the least-privilege roles and grants, and the NATS permissions

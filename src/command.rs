@@ -7,6 +7,7 @@ mod drop;
 mod explain;
 mod init_sql;
 mod once;
+mod reload;
 mod run;
 mod status;
 mod validate;
@@ -48,6 +49,7 @@ pub(crate) fn execute(arguments: Arguments) -> Exit {
         Command::Backfill(arguments) => {
             configured(&mut |config| block_on(backfill::backfill(&config, arguments.verb.clone())))
         }
+        Command::Reload => configured(&mut |config| block_on(reload::reload(&config))),
         Command::Drop(arguments) => {
             configured(&mut |config| block_on(drop::drop(&config, arguments)))
         }

@@ -111,7 +111,7 @@ pub(crate) async fn remember(
     store(&stream.state, ORIGIN_KEY, value).await
 }
 
-async fn read<T: serde::de::DeserializeOwned>(
+pub(crate) async fn read<T: serde::de::DeserializeOwned>(
     state: &kv::Store,
     key: &str,
 ) -> Result<Option<T>, Error> {
@@ -124,7 +124,7 @@ async fn read<T: serde::de::DeserializeOwned>(
         .map_err(|error| Error::retry("what was stored beside the stream is not understood", error))
 }
 
-async fn store(state: &kv::Store, key: &str, value: Vec<u8>) -> Result<(), Error> {
+pub(crate) async fn store(state: &kv::Store, key: &str, value: Vec<u8>) -> Result<(), Error> {
     state
         .put(key, value.into())
         .await

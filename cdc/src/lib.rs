@@ -16,6 +16,8 @@ mod orders;
 mod relation;
 mod retention;
 mod run;
+mod schemas;
+mod seen;
 mod status;
 mod tuple;
 
@@ -31,6 +33,7 @@ pub mod stream;
 
 pub use commits::Committed;
 pub use error::Error;
+pub use identity::published::unpublished;
 pub use relation::{RelationError, SubjectId};
 pub use run::run;
 pub use status::{CopyTrouble, Status};

@@ -11,9 +11,7 @@ use millrace_config::{
 use millrace_connect::nats::{self, Reconnect};
 use millrace_connect::postgres::{Dsn, Session, connect};
 use millrace_event::work;
-use millrace_event::{
-    Control, ControlKind, Lsn, Position, StreamOrigin, TableName, TableSchema, subject,
-};
+use millrace_event::{Control, ControlKind, Lsn, Position, StreamOrigin, TableName, subject};
 use tokio_postgres::Client;
 
 use crate::Error;
@@ -21,12 +19,15 @@ use crate::assemble::MessageLimits;
 use crate::birth::{self, Found, Plan, SlotFound, SlotPlan, StreamFound, TailFound};
 use crate::capture::{Capture, Resume, Settings};
 use crate::frontier::{Boundary, ConfirmPolicy};
-use crate::identity::{self, published::Earlier};
+use crate::identity;
+use crate::identity::published::{Drift, Earlier, Published};
 use crate::publish::{self, Acks, Sender};
 use crate::replication::{
     NEAR_RECEIVE_BUFFER_BYTES, NEAR_ROUND_TRIP_MAX, ReplicationConnection, SlotKind, Snapshot,
     StartOptions, SystemIdentity, WalReader,
 };
+use crate::schemas;
+use crate::seen::Watched;
 use crate::selection::Salt;
 use crate::source::{self, SourceFacts, SourceTable};
 use crate::stream::{self, StreamShape, StreamState, Tail};
@@ -51,6 +52,9 @@ pub(crate) struct Life {
     pub(crate) acks: Acks,
     pub(crate) source: Source,
     pub(crate) stream: Stream,
+    pub(crate) watched: Watched,
+    /// Tables that have left the publication.
+    pub(crate) lost: Vec<(TableName, Condition)>,
 }
 
 /// The source as a life uses it.
@@ -111,7 +115,8 @@ pub(crate) async fn open(config: &Config, now: Duration) -> Result<Life, Error> 
     let jetstream = jetstream::new(admin);
     stream::require_level(&jetstream).await?;
     let stream = open_buckets(config, jetstream).await?;
-    let earlier = Earlier::read(&stream).await?;
+    let watched = Watched::begin(config, &client, &stream.state).await?;
+    let mut earlier = Earlier::read(&stream).await?;
     earlier.carry_over(&mut tables)?;
     if facts.in_recovery {
         let publication = source::publication_name(&config.source.name);
@@ -138,10 +143,9 @@ pub(crate) async fn open(config: &Config, now: Duration) -> Result<Life, Error> 
         version: facts.version,
         tables: &tables,
         stream: &stream,
-        earlier: &earlier,
     };
-    prepare(&publishing, &mut replication, plan).await?;
-    describe_tables(&client, &stream.schemas, &tables).await?;
+    let lost = prepare(&publishing, &mut earlier, &mut replication, plan).await?;
+    schemas::describe_tables(&client, &stream.schemas, &tables).await?;
 
     let slot = source::slot_name(&config.source.name);
     let publication = source::publication_name(&config.source.name);
@@ -200,6 +204,8 @@ pub(crate) async fn open(config: &Config, now: Duration) -> Result<Life, Error> 
         acks,
         source,
         stream,
+        watched,
+        lost,
     })
 }
 
@@ -364,44 +370,77 @@ struct Publishing<'p> {
     version: i32,
     tables: &'p [SourceTable],
     stream: &'p Stream,
-    earlier: &'p Earlier,
 }
 
 impl Publishing<'_> {
-    /// Makes the publication what it should be, where it still is what it was.
-    async fn ensure(&self, plan: Plan) -> Result<(), Error> {
+    /// Makes the publication what it should be, where it still is what it was. A table that somebody took out of it
+    /// is not put back: it is returned, with what is to be done.
+    async fn ensure(
+        &self,
+        earlier: &mut Earlier,
+        plan: Plan,
+    ) -> Result<Vec<(TableName, Condition)>, Error> {
         let Self {
             config,
             client,
             version,
             tables,
             stream,
-            earlier,
         } = *self;
-        let names: Vec<TableName> = tables.iter().map(|table| table.name.clone()).collect();
         let name = source::publication_name(&config.source.name);
+        let mut drift = Drift::default();
         if plan == Plan::Resume {
-            let members = source::published_tables(client, version, &name).await?;
-            earlier.check(&name, &names, &members)?;
-        }
-        if let Some(change) = source::publication_change(client, version, &name, tables).await? {
-            if !change.altered.is_empty() && config.source.create == Create::Auto {
-                earlier.intend(stream, &change.altered, tables).await?;
+            let publication = source::find_publication(client, &name).await?;
+            if earlier
+                .publication()
+                .is_some_and(|known| publication != Some(known))
+            {
+                return Err(Error::halt(source::publication_gone(&name)));
             }
-            change.make(client, tables, config.source.create).await?;
+            let members = source::published_tables(client, version, &name).await?;
+            drift = earlier.check(&name, tables, &members)?;
+            earlier.lose(stream, &drift, now_us()).await?;
+            let removed: Vec<_> = earlier
+                .removed(tables)
+                .filter(|table| members.get(table).is_some_and(|member| member.oid != 0))
+                .collect();
+            if !removed.is_empty() {
+                source::withdraw(client, &name, &removed, config.source.create).await?;
+            }
         }
-        let members = source::published_tables(client, version, &name).await?;
-        earlier.remember(config, stream, members, tables).await?;
-        Ok(())
+        let due = tables.iter().filter(|table| !drift.has_lost(&table.name));
+        let due: Vec<_> = due.cloned().collect();
+        if let Some(change) = source::publication_change(client, version, &name, &due).await? {
+            if !change.altered.is_empty() && config.source.create == Create::Auto {
+                earlier.intend(stream, &change.altered, &due).await?;
+            }
+            change.make(client, &due, config.source.create).await?;
+        }
+        let published = Published {
+            publication: source::find_publication(client, &name).await?.unwrap_or(0),
+            members: source::published_tables(client, version, &name).await?,
+        };
+        earlier
+            .remember(config, stream, published, tables, &drift)
+            .await?;
+        Ok(drift.lost)
     }
+}
+
+/// This machine's clock, microseconds since 1970.
+pub(crate) fn now_us() -> i64 {
+    SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0, |age| i64::try_from(age.as_micros()).unwrap_or(i64::MAX))
 }
 
 /// Makes what is missing: stream, then publication, then slot.
 async fn prepare(
     publishing: &Publishing<'_>,
+    earlier: &mut Earlier,
     replication: &mut ReplicationConnection,
     plan: Plan,
-) -> Result<(), Error> {
+) -> Result<Vec<(TableName, Condition)>, Error> {
     let Publishing {
         config,
         client,
@@ -415,13 +454,13 @@ async fn prepare(
         partitions: config.stream.partitions,
     };
     stream::ensure_stream(&stream.jetstream, &shape).await?;
-    publishing.ensure(plan).await?;
+    let lost = publishing.ensure(earlier, plan).await?;
     let slot = source::slot_name(&config.source.name);
     let Plan::Begin { slot: slot_plan } = plan else {
-        return Ok(());
+        return Ok(lost);
     };
     match slot_plan {
-        SlotPlan::Take => return Ok(()),
+        SlotPlan::Take => return Ok(lost),
         SlotPlan::Recreate => {
             tracing::info!(%slot, "dropping a slot that a crash left before its stream began");
             source::drop_slot(client, &slot).await?;
@@ -438,7 +477,7 @@ async fn prepare(
         Ok(created) => {
             let consistent_point = created?.consistent_point;
             tracing::info!(%slot, %consistent_point, "slot created");
-            Ok(())
+            Ok(lost)
         }
         Err(_) => Err(Error::retry_because(slot_blocked(client).await.to_string())),
     }
@@ -477,9 +516,7 @@ async fn publish_start(
     epoch: u32,
     confirmed: Lsn,
 ) -> Result<(), Error> {
-    let ts_us = SystemTime::now()
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .map_or(0, |age| i64::try_from(age.as_micros()).unwrap_or(i64::MAX));
+    let ts_us = now_us();
     let control = Control {
         kind: ControlKind::Start,
         position: Position::new(epoch, confirmed, 0),
@@ -505,37 +542,6 @@ async fn publish_start(
         .await
         .map_err(failed)?;
     tracing::info!(position = %control.position, "stream begun");
-    Ok(())
-}
-
-/// Keeps every table's schema beside the stream: as the latest, and under its version.
-async fn describe_tables(
-    client: &Client,
-    schemas: &kv::Store,
-    tables: &[SourceTable],
-) -> Result<(), Error> {
-    for table in tables {
-        let schema = source::describe(client, &table.name, &table.shapes(), &table.key).await?;
-        store_schema(schemas, &schema).await?;
-    }
-    Ok(())
-}
-
-pub(crate) async fn store_schema(schemas: &kv::Store, schema: &TableSchema) -> Result<(), Error> {
-    let value: bytes::Bytes = serde_json::to_vec(schema).expect("plain JSON").into();
-    let failed = |error| Error::retry("a table's schema cannot be stored", error);
-    for key in [
-        work::schema_version_key(&schema.name, &schema.version),
-        work::schema_key(&schema.name),
-    ] {
-        let known = schemas
-            .get(&key)
-            .await
-            .map_err(|error| Error::retry("a table's schema cannot be read", error))?;
-        if known.as_ref() != Some(&value) {
-            schemas.put(&key, value.clone()).await.map_err(failed)?;
-        }
-    }
     Ok(())
 }
 

@@ -33,6 +33,23 @@ pub(crate) async fn order_backfill(
     Ok(())
 }
 
+/// Has every sink that still has a table read all its rows again, configured or not: one that does not have it
+/// strikes the order off its list.
+///
+/// # Errors
+/// The broker is away.
+pub(crate) async fn order_for_every_sink(
+    config: &Config,
+    copies: &kv::Store,
+    table: &TableName,
+    id: &str,
+) -> Result<(), Error> {
+    for sink in &config.sinks {
+        order(copies, &sink.name, table, id).await?;
+    }
+    Ok(())
+}
+
 async fn order(copies: &kv::Store, sink: &str, table: &TableName, id: &str) -> Result<(), Error> {
     let key = orders_key(sink);
     for _ in 0..ATTEMPTS {

@@ -121,6 +121,12 @@ impl Relations {
             self.by_oid.insert(announced.relid, None);
             return Ok(None);
         };
+        // The table had another primary key then, or has another one now: its rows are told apart by that.
+        let identity = primary_key(announced).filter(|identity| {
+            let covers = |name: &String| identity.contains(name);
+            !key_names.iter().all(covers)
+        });
+        let key_names = identity.as_ref().unwrap_or(key_names);
         let selection = self.selections.get(&name).map(Arc::as_ref);
         let published = |column: &pgoutput::RelationColumn<'_>| {
             let leaves_out = |selection: &Selection| selection.excludes(column.name);
@@ -223,6 +229,13 @@ impl Relations {
     }
 }
 
+/// The primary key as the WAL announces it; `None` where it announces none.
+fn primary_key(announced: &pgoutput::Relation<'_>) -> Option<Vec<String>> {
+    let columns = announced.columns.iter().filter(|column| column.key);
+    let names: Vec<_> = columns.map(|column| column.name.to_owned()).collect();
+    (announced.identity == ReplicaIdentity::Default && !names.is_empty()).then_some(names)
+}
+
 #[cfg(test)]
 mod tests {
     use millrace_event::Column;
@@ -271,8 +284,19 @@ mod tests {
     }
 
     #[test]
-    fn an_identity_that_does_not_log_the_key_is_refused() {
+    fn another_primary_key_tells_rows_apart() {
         let message = announced(ReplicaIdentity::Default, &[true, false]);
+        let mut relations = relations("name");
+        let relation = relations.announce(&message).unwrap().expect("new");
+        assert_eq!(relation.key(), [0]);
+        let both = announced(ReplicaIdentity::Default, &[true, true]);
+        let relation = relations.announce(&both).unwrap().expect("new");
+        assert_eq!(relation.key(), [1]);
+    }
+
+    #[test]
+    fn an_identity_that_does_not_log_the_key_is_refused() {
+        let message = announced(ReplicaIdentity::Index, &[true, false]);
         let error = relations("name").announce(&message).unwrap_err();
         assert!(
             matches!(error, RelationError::KeyNotInIdentity { .. }),

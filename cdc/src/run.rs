@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use async_nats::{HeaderMap, Subject};
 use millrace_config::{Backoff, Code, Condition, Config, State, limits};
-use millrace_event::{Control, ControlKind, Position, Relation, TableSchema, header};
+use millrace_event::{Control, ControlKind, Position, Relation, header};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
@@ -16,12 +16,14 @@ use crate::capture::{Capture, CaptureError, Input, Output};
 use crate::commits::Commits;
 use crate::copy::Copier;
 use crate::frontier::Boundary;
+use crate::identity::published::Earlier;
 use crate::life::{self, Life, Source, Stream};
 use crate::publish::{self, Acks, Sender};
 use crate::replication::{Frame, WalBatch, WalHandle, WalReader};
 use crate::retention::{Fullness, Retention};
+use crate::seen::Watched;
 use crate::status::Status;
-use crate::{Error, heartbeat, identity, source, stream};
+use crate::{Error, heartbeat, schemas, source, stream};
 
 /// How often what has aged is confirmed and the counters are shown.
 const TICK: Duration = Duration::from_millis(200);
@@ -93,7 +95,10 @@ async fn live(config: &Config, status: &Status, stop: &CancellationToken) -> Res
         acks,
         source,
         stream,
+        watched,
+        lost,
     } = life;
+    status.set_parked(lost);
     status.set_state(State::Streaming, None);
     status.set_confirmed(capture.confirmed());
     let commits = Commits::default();
@@ -122,43 +127,60 @@ async fn live(config: &Config, status: &Status, stop: &CancellationToken) -> Res
         ended = line.run(wal, acks, stop) => ended,
         // The line itself ends first at `stop`; these only end with a failure.
         Err(error) = heartbeat::beat(&source.dsn, config.source.heartbeat_interval) => Err(error),
-        Err(error) = watch(config, &source) => Err(error),
+        Err(error) = watch(config, &source, &stream, watched, status) => Err(error),
         Err(error) = copier.serve() => Err(error),
         Err(error) = retention.keep() => Err(error),
     }
 }
 
-/// Looks at the publication and the slot every few seconds. Returns only with an error.
-async fn watch(config: &Config, source: &Source) -> Result<std::convert::Infallible, Error> {
+/// Looks at the tables, the publication and the slot every few seconds. Returns only with an error.
+async fn watch(
+    config: &Config,
+    source: &Source,
+    stream: &Stream,
+    mut watched: Watched,
+    status: &Status,
+) -> Result<std::convert::Infallible, Error> {
     let version = source.facts.version;
-    let tables: Vec<_> = source
-        .tables
-        .iter()
-        .map(|table| table.name.clone())
-        .collect();
     let publication = source::publication_name(&config.source.name);
     let slot = source::slot_name(&config.source.name);
     let slot_lag = metrics::gauge!("millrace_slot_lag_bytes");
     let slot_retained = metrics::gauge!("millrace_slot_retained_bytes");
-    let mut before = None;
+    let mut earlier = Earlier::read(stream).await?;
     let mut ticks = tokio::time::interval(WATCH_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
-        let now = source::published_tables(&source.client, version, &publication).await?;
-        identity::published::check_members(
-            &publication,
-            &tables,
-            before.get_or_insert_with(|| now.clone()),
-            &now,
-        )?;
-        if let Some((table, column)) =
-            source::unlisted_column(&source.client, &source.tables).await?
+        // A table of another OID has left the publication, and is published anew by the next life.
+        let (state, copies) = (&stream.state, &stream.copies);
+        watched
+            .again(config, &source.client, state, copies, status.covered())
+            .await?;
+        let found = source::find_publication(&source.client, &publication).await?;
+        if earlier
+            .publication()
+            .is_some_and(|known| found != Some(known))
         {
+            return Err(Error::halt(source::publication_gone(&publication)));
+        }
+        let now = source::published_tables(&source.client, version, &publication).await?;
+        let drift = earlier.check(&publication, &source.tables, &now)?;
+        if let Some((table, _)) = drift.back.first() {
+            // The next life orders its backfill, which then begins behind its return.
+            let reason = format!("table {table} is back in the publication");
+            return Err(Error::retry_because(reason));
+        }
+        earlier.lose(stream, &drift, life::now_us()).await?;
+        let published = source.tables.iter();
+        let published: Vec<_> = published
+            .filter(|table| !drift.has_lost(&table.name))
+            .collect();
+        if let Some((table, column)) = source::unlisted_column(&source.client, &published).await? {
             // The next life puts it into the publication.
             let reason = format!("table {table} has a new column {column:?}");
             return Err(Error::retry_because(reason));
         }
+        status.set_parked(drift.lost);
         if let Some(slot) = source::find_slot(&source.client, &slot).await? {
             // Beyond 2^53 bytes precision does not matter.
             slot_lag.set(slot.lag_bytes as f64);
@@ -394,31 +416,28 @@ impl Line<'_> {
 
     /// Keeps the schema that events are about to name.
     async fn describe(&mut self, relation: &Arc<Relation>) -> Result<(), Error> {
+        let client = &self.source.client;
         let mut tables = self.source.tables.iter();
-        if let Some(table) = tables.find(|table| table.name == *relation.name()) {
-            let names = relation.columns().iter().map(|column| column.name());
-            let names: Vec<_> = names.collect();
-            source::check_names(&self.source.client, table, &names).await?;
-        }
-        let shapes: Vec<_> = relation
-            .columns()
-            .iter()
-            .map(|column| column.shape())
-            .collect();
+        let table = tables
+            .find(|table| table.name == *relation.name())
+            .expect("only configured tables are published");
         let columns = relation.columns();
+        let names: Vec<_> = columns.iter().map(|column| column.name()).collect();
+        source::check_names(client, table, &names).await?;
+        let shapes: Vec<_> = columns.iter().map(|column| column.shape()).collect();
         let key: Vec<String> = relation
             .key()
             .iter()
             .map(|index| columns[*index].name().to_owned())
             .collect();
-        let schema: TableSchema =
-            source::describe(&self.source.client, relation.name(), &shapes, &key).await?;
+        let schema = source::describe_selected(client, table, &shapes, &key).await?;
         assert_eq!(
             schema.version,
             relation.version(),
             "one shape has one fingerprint"
         );
-        life::store_schema(&self.stream.schemas, &schema).await
+        let now = source::describe_now(client, table).await?;
+        schemas::keep(&self.stream.schemas, &schema, now.as_ref()).await
     }
 
     /// Looks whether the stream still holds what is about to be forgotten by the slot.
@@ -523,8 +542,8 @@ fn capture_failed(error: CaptureError) -> Error {
     match &error {
         CaptureError::Relation(_) => halt(
             Code::NoReplicaIdentity,
-            "give the table its key and replica identity back; for another key run `millrace drop`, \
-             then `millrace run`, which copies the table again",
+            "give the table its key and replica identity back, then start again; another primary key is followed by \
+             itself, once it is the replica identity",
         ),
         CaptureError::Encode(_) => halt(
             Code::SourceEncoding,

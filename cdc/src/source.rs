@@ -12,10 +12,12 @@ use millrace_event::Lsn;
 use tokio_postgres::Client;
 
 pub use catalog::{SourceTable, describe, estimate_rows, inspect_tables};
+pub(crate) use catalog::{describe_now, describe_selected};
 pub use publication::{
-    Clause, Member, PublicationChange, adopt_filters, check_names, publication_change,
-    publication_name, published_tables, unlisted_column,
+    Clause, Member, PublicationChange, adopt_filters, check_names, find_publication,
+    publication_change, publication_name, published_tables, unlisted_column, withdraw,
 };
+pub(crate) use publication::{left_publication, publication_gone};
 pub(crate) use selection::{renamed_column, unknown_columns};
 pub use slot::{SlotState, drop_slot, find_slot, make_slot, slot_name, slot_precondition};
 

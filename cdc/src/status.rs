@@ -34,6 +34,7 @@ struct Inner {
     state: State,
     condition: Option<Condition>,
     copy_troubles: Vec<CopyTrouble>,
+    parked: Vec<(TableName, Condition)>,
     position: Position,
     source_ts_us: i64,
 }
@@ -44,6 +45,7 @@ impl Default for Status {
             state: State::Starting,
             condition: None,
             copy_troubles: Vec::new(),
+            parked: Vec::new(),
             position: Position::ZERO,
             source_ts_us: 0,
         };
@@ -70,6 +72,12 @@ impl Status {
     #[must_use]
     pub fn copy_troubles(&self) -> Vec<CopyTrouble> {
         self.lock().copy_troubles.clone()
+    }
+
+    /// The tables that are not captured, and why: the others are.
+    #[must_use]
+    pub fn parked(&self) -> Vec<(TableName, Condition)> {
+        self.lock().parked.clone()
     }
 
     /// Whether changes ever flowed in this process.
@@ -126,6 +134,17 @@ impl Status {
         let mut inner = self.lock();
         inner.copy_troubles.retain(|trouble| trouble.sink != sink);
         inner.copy_troubles.extend(troubles);
+    }
+
+    pub(crate) fn set_parked(&self, parked: Vec<(TableName, Condition)>) {
+        let mut inner = self.lock();
+        for (table, condition) in &parked {
+            if !inner.parked.iter().any(|(before, _)| before == table) {
+                let (code, remedy) = (condition.code.as_str(), &condition.remedy);
+                tracing::error!(%table, code, %remedy, "parked: {}", condition.message);
+            }
+        }
+        inner.parked = parked;
     }
 
     pub(crate) fn set_covered(&self, lsn: Lsn) {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::Place;
 use crate::error::ConfigError;
-use crate::settings::{Config, Confirm, Guard, Mode, OnDelete, OnSchemaChange, OnTruncate};
+use crate::settings::{Config, Confirm, Guard, Mode, OnDelete, OnTruncate};
 
 /// One error for each setting that this release cannot honour. A later release drops lines here.
 pub(crate) fn refusals(config: &Config, places: &BTreeMap<String, Place>) -> Vec<ConfigError> {
@@ -28,15 +28,9 @@ pub(crate) fn refusals(config: &Config, places: &BTreeMap<String, Place>) -> Vec
     for table in &config.tables {
         let key = |key: &str| format!("tables.{}.{key}", table.name);
         let soft = matches!(table.on_delete, OnDelete::Soft(_));
-        let schema_change = table.on_schema_change != OnSchemaChange::Evolve;
         let park = table.on_truncate == OnTruncate::Park;
         refused.push((soft, key("on_delete"), "\"soft:<column>\""));
         refused.push((park, key("on_truncate"), "\"park\""));
-        refused.push((
-            schema_change,
-            key("on_schema_change"),
-            "other than \"evolve\"",
-        ));
     }
     let refused = refused.into_iter().filter(|(refused, ..)| *refused);
     refused

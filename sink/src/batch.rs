@@ -49,6 +49,12 @@ pub struct CopyProgress {
     pub finished: BTreeSet<String>,
     /// Each table.
     pub tables: BTreeMap<TableName, CopyState>,
+    /// Tables that are not configured any more, and whose rows are still in the target: they are ours when the
+    /// table comes back. As many as were ever configured.
+    pub left: BTreeSet<TableName>,
+    /// The version of each table's schema that the target was last made to fit. It may be older than that, never
+    /// newer.
+    pub shapes: BTreeMap<TableName, String>,
 }
 
 /// A place on the copy stream.
@@ -293,6 +299,10 @@ struct Stored {
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     finished: BTreeSet<String>,
     tables: Vec<StoredTable>,
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    left: BTreeSet<TableName>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    shapes: Vec<(TableName, String)>,
 }
 
 #[derive(Clone, Serialize, Deserialize)]
@@ -312,6 +322,8 @@ impl From<Stored> for CopyProgress {
             reading: stored.reading,
             finished: stored.finished,
             tables: tables.map(|entry| (entry.table, entry.state)).collect(),
+            left: stored.left,
+            shapes: stored.shapes.into_iter().collect(),
         }
     }
 }
@@ -327,6 +339,8 @@ impl From<CopyProgress> for Stored {
             tables: tables
                 .map(|(table, state)| StoredTable { table, state })
                 .collect(),
+            left: progress.left,
+            shapes: progress.shapes.into_iter().collect(),
         }
     }
 }
@@ -505,6 +519,8 @@ mod tests {
             }),
             finished: BTreeSet::from(["done".to_owned()]),
             tables,
+            left: BTreeSet::from([TableName::new("a", "g")]),
+            shapes: BTreeMap::from([(TableName::new("a", "d"), "0f".to_owned())]),
         };
         let json = serde_json::to_string(&progress).expect("is well formed");
         assert!(

@@ -59,6 +59,9 @@ pub fn schema(table: &str) -> TableSchema {
         type_oid,
         typmod: -1,
         not_null,
+        number: 0,
+        missing: None,
+        former: Vec::new(),
     };
     TableSchema {
         name: TableName::new("millrace_suite", table),
@@ -70,6 +73,8 @@ pub fn schema(table: &str) -> TableSchema {
         ],
         key: vec!["id".to_owned()],
         types: Vec::new(),
+        oid: 0,
+        dropped: Vec::new(),
     }
 }
 
@@ -106,7 +111,7 @@ impl<S: Sink> Bench<S> {
         };
         let schema = schema(name);
         let ensured = sink
-            .ensure_table(&schema, &settings(&schema.name))
+            .ensure_table(&schema, None, &settings(&schema.name))
             .await
             .expect("ensures");
         assert!(ensured.created, "the table is new");
@@ -280,7 +285,7 @@ async fn floors_and_tombstones<T: Target>(target: &T) {
         .expect("stores the copy's progress");
     let ensured = bench
         .sink
-        .ensure_table(&schema, &settings(&schema.name))
+        .ensure_table(&schema, None, &settings(&schema.name))
         .await
         .expect("again");
     bench.layout = ensured.layout;
@@ -460,11 +465,11 @@ async fn occupied<T: Target>(target: &T) {
     let mut other = target.sink("occupied_other");
     assert!(matches!(other.open().await, Ok(Elected::Yes(_))));
     let mut settings = settings(&schema.name);
-    let refused = other.ensure_table(&schema, &settings).await;
+    let refused = other.ensure_table(&schema, None, &settings).await;
     assert!(matches!(refused, Err(SinkError::Table { .. })));
     // Rows above where the sink begins would not be overwritten.
     settings.adopt = true;
-    let refused = other.ensure_table(&schema, &settings).await;
+    let refused = other.ensure_table(&schema, None, &settings).await;
     assert!(matches!(refused, Err(SinkError::Table { .. })));
     let begins = Batch {
         to: Checkpoint {
@@ -476,7 +481,7 @@ async fn occupied<T: Target>(target: &T) {
     };
     other.apply(&begins).await.expect("begins above them");
     other
-        .ensure_table(&schema, &settings)
+        .ensure_table(&schema, None, &settings)
         .await
         .expect("adopts");
 }

@@ -9,6 +9,7 @@ mod beside;
 mod catching;
 mod copy;
 mod error;
+mod evolution;
 mod life;
 mod meters;
 mod registration;

@@ -1,12 +1,12 @@
 //! What a sink works with, and how it comes by it: the target, the stream, and the tables' layouts.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use async_nats::HeaderMap;
 use async_nats::jetstream::{self, kv, stream};
-use millrace_config::{Code, Config, OnDelete, OnTruncate, Sink as Settings, Table};
+use millrace_config::{Code, Condition, Config, OnDelete, OnTruncate, Sink as Settings, Table};
 use millrace_connect::nats::{self, Reconnect};
 use millrace_connect::postgres::Dsn;
 use millrace_event::work::{self, ParkedClaim, SinkReport};
@@ -16,6 +16,7 @@ use tokio::task::JoinHandle;
 use crate::asking::Debts;
 use crate::batch::{Batch, Checkpoint, CopyProgress, PositionRow};
 use crate::error::Error;
+use crate::evolution::{self, Unfit};
 use crate::postgres::{PostgresSink, connector};
 use crate::registration::{Registration, Standing, register};
 use crate::row::{Key, TableLayout};
@@ -56,6 +57,8 @@ pub(crate) struct Life<'l> {
     /// The same as it is committed: behind `checkpoint` while the target's transaction is open.
     committed: Checkpoint,
     pub(crate) progress: CopyProgress,
+    /// What the target was made to fit: of a transaction that is open too.
+    shapes: BTreeMap<TableName, String>,
     /// The newest layout of each table that was asked for.
     layouts: HashMap<TableName, Arc<TableLayout>>,
     meters: crate::meters::Meters,
@@ -106,6 +109,7 @@ impl<'l> Life<'l> {
             target: Some(Target::Idle(Box::new(sink))),
             checkpoint,
             committed: checkpoint,
+            shapes: copy.shapes.clone(),
             progress: copy,
             layouts: HashMap::new(),
             meters: crate::meters::Meters::new(&settings.name),
@@ -241,20 +245,63 @@ impl<'l> Life<'l> {
         table: &TableName,
         version: Option<&str>,
     ) -> Result<Arc<TableLayout>, Error> {
-        let schema = self.schema(table, version).await?;
+        // The target is made to fit the table as it is now: what an older version lacks, its rows lacked at the
+        // source too, and names are those of now.
+        let latest = self.schema(table, None).await?;
         let settings = self
             .tables
             .get(table)
             .copied()
             .expect("only this sink's tables are laid out");
-        let ensured = self.sink().ensure_table(&schema, settings).await?;
+        let before = match self.shapes.get(table).cloned() {
+            Some(shape) if shape == latest.version => Some(latest.clone()),
+            Some(shape) => self.known_schema(table, &shape).await?,
+            None => None,
+        };
+        let ensured = self
+            .sink()
+            .ensure_table(&latest, before.as_ref(), settings)
+            .await?;
+        self.shapes.insert(table.clone(), latest.version.clone());
         for warning in &ensured.warnings {
             tracing::warn!(sink = %self.settings.name, %table, "{warning}");
         }
         if ensured.created {
             tracing::info!(sink = %self.settings.name, %table, target = %ensured.layout.target, "table created");
         }
-        Ok(ensured.layout)
+        let Some(version) = version.filter(|version| *version != latest.version) else {
+            return Ok(ensured.layout);
+        };
+        let schema = self.schema(table, Some(version)).await?;
+        let fitted =
+            evolution::lay_out(&schema, &latest, &ensured.layout, &ensured.others, settings);
+        match fitted {
+            Ok(layout) => Ok(Arc::new(layout)),
+            Err(Unfit::TooNew) => Err(Error::Waiting(format!("describe table {table}"))),
+            Err(Unfit::OtherKey) => Err(Error::Table {
+                table: table.clone(),
+                condition: Condition::new(
+                    Code::KeyChanged,
+                    format!(
+                        "changes of table {table} from before its key was changed are left out"
+                    ),
+                    "nothing to do: the table is copied again by itself",
+                ),
+            }),
+        }
+    }
+
+    /// A version that may not be known any more.
+    async fn known_schema(
+        &self,
+        table: &TableName,
+        version: &str,
+    ) -> Result<Option<TableSchema>, Error> {
+        match self.schema(table, Some(version)).await {
+            Ok(schema) => Ok(Some(schema)),
+            Err(Error::Waiting(_)) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Applies a batch and waits for it.
@@ -264,7 +311,11 @@ impl<'l> Life<'l> {
     }
 
     /// Begins to apply a batch.
-    pub(crate) fn begin(&mut self, batch: Batch) {
+    pub(crate) fn begin(&mut self, mut batch: Batch) {
+        if batch.commit && (batch.copy.is_some() || self.progress.shapes != self.shapes) {
+            let copy = batch.copy.get_or_insert_with(|| self.progress.clone());
+            copy.shapes.clone_from(&self.shapes);
+        }
         let Some(Target::Idle(mut sink)) = self.target.take() else {
             unreachable!("one batch is applied at a time")
         };

@@ -168,6 +168,7 @@ impl Sink for MemorySink {
     async fn ensure_table(
         &mut self,
         schema: &TableSchema,
+        _: Option<&TableSchema>,
         settings: &Table,
     ) -> Result<Ensured, SinkError> {
         let mut shared = self.target.lock();
@@ -239,6 +240,7 @@ impl Sink for MemorySink {
             layout,
             warnings: Vec::new(),
             created,
+            others: Vec::new(),
         })
     }
 

@@ -77,6 +77,20 @@ impl PostgresSink {
         self
     }
 
+    /// Forgets what the bookkeeping knows of a table's keys: they are of an old kind, and every row comes again.
+    pub(crate) async fn forget_keys(&mut self, target: &TableName) -> Result<(), SinkError> {
+        let relation = target.to_string();
+        let client = &self.session()?.client;
+        for sql in [
+            "DELETE FROM millrace.tombstone WHERE relation = $1",
+            "UPDATE millrace.dead_letter SET resolved_at = now() WHERE relation = $1 AND resolved_at IS NULL",
+        ] {
+            let done = client.execute(sql, &[&relation]).await;
+            done.map_err(|error| fault::general("forgetting old keys", error))?;
+        }
+        Ok(())
+    }
+
     fn session(&mut self) -> Result<&mut Session, SinkError> {
         self.session.as_mut().ok_or_else(apply::broken)
     }
@@ -150,10 +164,12 @@ impl Sink for PostgresSink {
     async fn ensure_table(
         &mut self,
         schema: &TableSchema,
+        before: Option<&TableSchema>,
         settings: &Table,
     ) -> Result<Ensured, SinkError> {
         let session = self.session.as_mut().ok_or_else(apply::broken)?;
-        let ensured = tables::ensure(session, &self.name, schema, settings, self.create).await?;
+        let ensured =
+            tables::ensure(session, &self.name, schema, before, settings, self.create).await?;
         self.on_row_error
             .insert(schema.name.clone(), settings.on_row_error);
         self.relations.insert(ensured.layout.relation());

@@ -65,9 +65,15 @@ pub(crate) fn register<'t>(
     }
     let mut progress = stored.clone();
     progress.stream = stream;
-    progress
-        .tables
-        .retain(|table, _| configured.clone().any(|name| name == table));
+    let mut left = std::mem::take(&mut progress.left);
+    progress.tables.retain(|table, state| {
+        let stays = configured.clone().any(|name| name == table);
+        // Of one that was never begun nothing is here: its rows in the target are somebody else's.
+        if !stays && !matches!(state, CopyState::Pending { .. }) {
+            left.insert(table.clone());
+        }
+        stays
+    });
     if standing == Standing::Moved {
         for state in progress.tables.values_mut() {
             *state = on_another_stream(state, newest, now_us);
@@ -78,9 +84,14 @@ pub(crate) fn register<'t>(
         Standing::Same => applied,
     };
     for table in configured {
-        let state = progress.tables.entry(table.clone());
-        state.or_insert(CopyState::Pending { claim });
+        let new = match left.remove(table) {
+            // Nobody followed its changes meanwhile: every row is read again, and what is gone goes here too.
+            true => CopyState::Chunks(Chunks::begin(claim.position, None, now_us)),
+            false => CopyState::Pending { claim },
+        };
+        progress.tables.entry(table.clone()).or_insert(new);
     }
+    progress.left = left;
     Ok(Registration { standing, progress })
 }
 
@@ -136,6 +147,8 @@ mod tests {
             tables: states
                 .map(|(name, state)| (table(name), state.clone()))
                 .collect(),
+            left: std::collections::BTreeSet::new(),
+            shapes: BTreeMap::new(),
         }
     }
 
@@ -180,6 +193,41 @@ mod tests {
                 BTreeMap::from([(table("a"), copied(5)), (table("new"), pending(at(1, 10)))]);
             assert_eq!(registration.progress.tables, expected);
         }
+    }
+
+    #[test]
+    fn a_table_that_comes_back_is_read_again_over_its_old_rows() {
+        let begun = stored(
+            &[
+                ("a", copied(5)),
+                ("gone", copied(5)),
+                ("never", pending(at(1, 5))),
+            ],
+            50,
+        );
+        let without = registered(&begun, 10, &["a"], OLD, at(1, 90)).expect("registered");
+        let without = without.progress;
+        assert_eq!(
+            without.left,
+            std::collections::BTreeSet::from([table("gone")])
+        );
+
+        let again = registered(&without, 20, &["a", "gone", "never"], OLD, at(1, 90));
+        let again = again.expect("registered").progress;
+        let chunks = CopyState::Chunks(Chunks::begin(at(1, 20), None, 0));
+        let expected = BTreeMap::from([
+            (table("a"), copied(5)),
+            (table("gone"), chunks),
+            (table("never"), pending(at(1, 20))),
+        ]);
+        assert_eq!((again.tables, again.left.len()), (expected, 0));
+        // Behind everything of another stream, where the stream is another one.
+        let moved = registered(&without, 20, &["gone"], "other", at(1, 90)).expect("registered");
+        let chunks = CopyState::Chunks(Chunks::begin(at(1, 90), None, 0));
+        assert_eq!(
+            moved.progress.tables,
+            BTreeMap::from([(table("gone"), chunks)])
+        );
     }
 
     #[test]

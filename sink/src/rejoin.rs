@@ -30,7 +30,12 @@ pub(crate) async fn park(
     table: &TableName,
     condition: &Condition,
 ) -> Result<(), Error> {
+    let rekeyed = condition.code == Code::KeyChanged;
     let state = match life.progress.tables.get(table) {
+        // What the stream holds of the old key cannot be applied any more.
+        Some(CopyState::Copied { .. } | CopyState::Loaded { .. }) if rekeyed => {
+            CopyState::Lapsed { refused_at_us: 0 }
+        }
         Some(CopyState::Copied { lsn }) => CopyState::Parked {
             lsn: *lsn,
             claim: life.checkpoint.into(),
@@ -47,6 +52,9 @@ pub(crate) async fn park(
         // Nothing of it was ever there to be left behind.
         Some(CopyState::Pending { .. }) | None => return Err(Error::Halt(condition.clone())),
     };
+    if rekeyed && let Some(settings) = life.tables.get(table).copied() {
+        life.sink().forget_keys(&settings.target).await?;
+    }
     tracing::error!(
         sink = %life.settings.name, %table, code = condition.code.as_str(), remedy = %condition.remedy,
         "table parked: {}; the others go on", condition.message

@@ -358,6 +358,15 @@ impl Following<'_> {
         Ok(())
     }
 
+    /// Waits for what is in flight.
+    async fn settle(&mut self) -> Result<(), Error> {
+        if self.life.is_applying() {
+            let applied = self.life.applied().await;
+            self.applied(applied).await?;
+        }
+        Ok(())
+    }
+
     /// Whether tables stand differently than this life took them.
     fn has_turned(&self) -> bool {
         let may_end = self.may_turn() || self.in_flight == Whose::Nobodys && !self.worker.is_open();
@@ -406,9 +415,13 @@ async fn take(line: &mut Following<'_>, delivery: &Delivery) -> Result<(), Error
         })?;
         if let Some(table) = line.worker.missing_layout(&event) {
             // The target is asked about the table, so nothing else may be going on there.
-            if line.life.is_applying() {
-                let applied = line.life.applied().await;
-                line.applied(applied).await?;
+            line.settle().await?;
+            // Rows that are laid out for an older shape go before the target gets another.
+            if line.worker.has_layout(&table)
+                && let Some(batch) = line.worker.cut(line.began.elapsed())
+            {
+                line.begin(batch, Whose::Workers);
+                line.settle().await?;
             }
             let version = event.source.table_version.as_ref();
             let layout = line.life.layout(&table, Some(version)).await?;

@@ -8,7 +8,7 @@ use millrace_config::{Condition, Fault, Table};
 use millrace_event::{TableName, TableSchema, Version};
 
 use crate::batch::{Batch, PositionRow};
-use crate::row::TableLayout;
+use crate::row::{LayoutColumn, TableLayout};
 
 /// A target that changes are applied to. Implementations pass the suite in `conformance`.
 ///
@@ -18,10 +18,12 @@ pub trait Sink: Send {
     /// Connects, brings the bookkeeping up to date and tries to become the worker.
     fn open(&mut self) -> impl Future<Output = Result<Elected, SinkError>> + Send;
 
-    /// Makes sure that a table can take this schema's rows, and how they are laid out for it.
+    /// Makes sure that a table can take this schema's rows, and how they are laid out for it. `before` is what the
+    /// table was when this was last asked, where that is known.
     fn ensure_table(
         &mut self,
         schema: &TableSchema,
+        before: Option<&TableSchema>,
         settings: &Table,
     ) -> impl Future<Output = Result<Ensured, SinkError>> + Send;
 
@@ -45,6 +47,10 @@ pub trait Sink: Send {
 
 /// Whether this process is the sink's worker.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is one at a time, for the moment of an election"
+)]
 pub enum Elected {
     /// It is, and continues from here.
     Yes(PositionRow),
@@ -61,6 +67,8 @@ pub struct Ensured {
     pub warnings: Vec<String>,
     /// Whether the table was made just now.
     pub created: bool,
+    /// Columns of the target that the schema does not have, by their names there.
+    pub others: Vec<LayoutColumn>,
 }
 
 /// What became of a batch's rows.

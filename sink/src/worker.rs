@@ -193,6 +193,13 @@ impl Worker {
         (!known).then(|| table.name.clone())
     }
 
+    /// Whether rows of a table may have been collected in some layout.
+    #[must_use]
+    pub fn has_layout(&self, table: &TableName) -> bool {
+        let found = self.find(&table.schema, &table.table);
+        found.is_some_and(|index| self.tables[index].layout.is_some())
+    }
+
     /// Takes the layout for a table's events from here on.
     pub fn set_layout(&mut self, layout: Arc<TableLayout>) {
         if let Some(index) = self.find(&layout.source.schema, &layout.source.table) {
@@ -304,6 +311,18 @@ impl Worker {
         if !due && (!self.is_full() || self.urgency == Urgency::None) {
             return None;
         }
+        Some(self.next_batch(now))
+    }
+
+    /// Everything collected as a batch, before the shape of a table that has rows in it changes.
+    pub fn cut(&mut self, now: Duration) -> Option<Batch> {
+        let idle = self.flight == Flight::Idle;
+        (idle && self.fold.rows() > 0 && self.urgency != Urgency::None)
+            .then(|| self.next_batch(now))
+    }
+
+    fn next_batch(&mut self, now: Duration) -> Batch {
+        let boundary = self.within == Within::Boundary;
         let busy = self.fold.rows() >= BUSY_ROWS && !self.is_full();
         self.rest_until = if busy { now + BUSY_REST } else { now };
         self.stored_at = now;
@@ -327,7 +346,7 @@ impl Worker {
             "a checkpoint never goes back"
         );
         self.handed_out = self.collected;
-        Some(batch)
+        batch
     }
 
     /// Whether a batch is due although more is waiting.

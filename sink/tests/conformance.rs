@@ -138,7 +138,7 @@ async fn a_deposed_worker_cannot_bring_a_deleted_row_back() {
     };
     let schema = conformance::schema("race");
     let ensured = sink
-        .ensure_table(&schema, &conformance::settings(&schema.name))
+        .ensure_table(&schema, None, &conformance::settings(&schema.name))
         .await;
     let layout = ensured.expect("ensures").layout;
     let put = |n: &str| RowChange::Put {
@@ -188,7 +188,7 @@ async fn new_rows_that_the_target_has_already_meet_the_guard() {
     };
     let schema = conformance::schema("new_rows");
     let ensured = sink
-        .ensure_table(&schema, &conformance::settings(&schema.name))
+        .ensure_table(&schema, None, &conformance::settings(&schema.name))
         .await;
     let layout = ensured.expect("ensures").layout;
     let created = |lsn: u64, ids: std::ops::Range<u64>, from: Checkpoint| {
@@ -245,7 +245,7 @@ async fn new_rows_that_the_target_has_already_meet_the_guard() {
     };
     let mut adopt = conformance::settings(&schema.name);
     adopt.adopt = true;
-    let ensured = sink.ensure_table(&schema, &adopt).await;
+    let ensured = sink.ensure_table(&schema, None, &adopt).await;
     ensured.unwrap_or_else(|error| panic!("ensures: {error:?}"));
     let third = created(3, 600..900, second.to);
     sink.apply(&third).await.expect("applies");
@@ -272,7 +272,7 @@ async fn a_copy_from_before_forgotten_deletes_is_refused_aloud() {
     };
     let schema = conformance::schema("old_copy");
     let settings = conformance::settings(&schema.name);
-    let ensured = sink.ensure_table(&schema, &settings).await;
+    let ensured = sink.ensure_table(&schema, None, &settings).await;
     let layout = ensured.expect("ensures").layout;
     let put = || RowChange::Put {
         created: true,
@@ -407,12 +407,17 @@ async fn every_type_arrives_exactly() {
         type_oid: 0,
         typmod: -1,
         not_null: n == 0,
+        number: 0,
+        missing: None,
+        former: Vec::new(),
     };
     let schema = TableSchema {
         name: TableName::new("shop", "types"),
         version: "1".to_owned(),
         columns: values.iter().enumerate().map(column).collect(),
         key: vec!["c0".to_owned()],
+        oid: 0,
+        dropped: Vec::new(),
         types: vec![
             TypeSchema::Enum {
                 name: TableName::new("shop", "mood"),
@@ -431,7 +436,7 @@ async fn every_type_arrives_exactly() {
         panic!("is elected")
     };
     let ensured = sink
-        .ensure_table(&schema, &conformance::settings(&schema.name))
+        .ensure_table(&schema, None, &conformance::settings(&schema.name))
         .await;
     let ensured = ensured.unwrap_or_else(|error| panic!("ensures: {error:?}"));
     assert_eq!(ensured.warnings.len(), 1, "{:?}", ensured.warnings);
@@ -480,7 +485,7 @@ async fn every_type_arrives_exactly() {
     // The same table again, as after a restart.
     let mut adopt = conformance::settings(&schema.name);
     adopt.adopt = true;
-    sink.ensure_table(&schema, &adopt)
+    sink.ensure_table(&schema, None, &adopt)
         .await
         .unwrap_or_else(|error| panic!("again: {error:?}"));
     for (sql, code) in [
@@ -500,7 +505,7 @@ async fn every_type_arrives_exactly() {
             .await
             .expect("alters");
         let refused = sink
-            .ensure_table(&schema, &adopt)
+            .ensure_table(&schema, None, &adopt)
             .await
             .expect_err("refuses");
         let condition = refused.condition().expect("has a condition").clone();

@@ -26,6 +26,8 @@ pub(crate) struct Board {
 #[derive(Debug)]
 struct Parts {
     capture: Option<Part>,
+    /// Tables that the capture has parked, for every sink.
+    parked: BTreeMap<TableName, Part>,
     sinks: BTreeMap<String, SinkPart>,
     /// When any part was last written.
     written: Instant,
@@ -110,8 +112,8 @@ pub(crate) struct LivePart {
 pub(crate) struct LiveTable {
     /// The table at the source.
     pub(crate) name: String,
-    /// The sink.
-    pub(crate) sink: String,
+    /// The sink; none: every one, because capture has parked the table.
+    pub(crate) sink: Option<String>,
     /// Its state.
     #[serde(flatten)]
     pub(crate) part: LivePart,
@@ -186,6 +188,7 @@ impl Board {
         };
         let parts = Parts {
             capture: capture.then(starting),
+            parked: BTreeMap::new(),
             sinks: sinks.into_iter().map(sink).collect(),
             written: Instant::now(),
         };
@@ -235,6 +238,30 @@ impl Board {
             condition: Some(condition),
         };
         self.update_sink(sink, |sink| drop(sink.tables.insert(table.clone(), part)));
+    }
+
+    /// The tables that the capture cannot go on with; the others flow.
+    pub(crate) fn park_captured(&self, tables: Vec<(TableName, Condition)>) {
+        let part = |(table, condition): (TableName, Condition)| {
+            let part = Part {
+                state: State::Parked(table.clone()),
+                condition: Some(condition),
+            };
+            (table, part)
+        };
+        self.parts().parked = tables.into_iter().map(part).collect();
+    }
+
+    /// Only these sinks are left, with these tables each.
+    pub(crate) fn keep_only(&self, sinks: &[(String, Vec<TableName>)]) {
+        let mut parts = self.parts();
+        parts.sinks.retain(|name, sink| {
+            let kept = sinks.iter().find(|(kept, _)| kept == name);
+            if let Some((_, tables)) = kept {
+                sink.tables.retain(|table, _| tables.contains(table));
+            }
+            kept.is_some()
+        });
     }
 
     /// What one table of a sink needs fails for now, and is tried again.
@@ -306,9 +333,14 @@ impl Board {
         let tables = parts.sinks.iter().flat_map(|(sink, part)| {
             part.tables.iter().map(|(name, part)| LiveTable {
                 name: name.to_string(),
-                sink: sink.clone(),
+                sink: Some(sink.clone()),
                 part: part.live(),
             })
+        });
+        let parked = parts.parked.iter().map(|(name, part)| LiveTable {
+            name: name.to_string(),
+            sink: None,
+            part: part.live(),
         });
         let capture = parts.capture.as_ref().map(Part::live);
         Live {
@@ -319,7 +351,7 @@ impl Board {
                 capture,
             },
             sinks: sinks.collect(),
-            tables: tables.collect(),
+            tables: parked.chain(tables).collect(),
         }
     }
 
@@ -439,6 +471,28 @@ mod tests {
         assert_eq!(serde_json::from_str::<Live>(&text).expect("the same"), live);
         board.set_table("a", &table, None);
         assert!(board.live(0).tables.is_empty());
+    }
+
+    #[test]
+    fn what_is_not_configured_any_more_is_not_shown() {
+        let board = board();
+        let [orders, items] = ["orders", "items"].map(|name| TableName::new("public", name));
+        for table in [&orders, &items] {
+            board.set_table("a", table, Some(State::Snapshotting));
+        }
+        let parked = Condition::new(Code::PublicationDrift, "left", "ALTER ..");
+        board.park_captured(vec![(items.clone(), parked)]);
+        board.keep_only(&[("a".to_owned(), vec![orders.clone()])]);
+        let live = board.live(0);
+        assert_eq!(live.sinks.len(), 1);
+        let tables = live
+            .tables
+            .iter()
+            .map(|table| (table.name.as_str(), table.sink.as_deref()));
+        let expected = [("public.items", None), ("public.orders", Some("a"))];
+        assert_eq!(tables.collect::<Vec<_>>(), expected);
+        board.park_captured(Vec::new());
+        assert_eq!(board.live(0).tables.len(), 1);
     }
 
     #[test]

@@ -7,11 +7,13 @@ use std::sync::Arc;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
 use axum::{Json, Router};
 use metrics_exporter_prometheus::PrometheusHandle;
 use millrace_config::Code;
+use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::metrics::{now_us, refresh};
@@ -20,10 +22,37 @@ use super::{Board, Live};
 /// The media type of Prometheus' text format.
 const TEXT_FORMAT: &str = "text/plain; version=0.0.4; charset=utf-8";
 
+/// Somebody who wants the configuration to be read again, and waits for what came of it.
+pub(crate) type Asked = oneshot::Sender<Reloaded>;
+
+/// What came of reading the configuration again: what `POST /reload` answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "result", rename_all = "snake_case")]
+pub(crate) enum Reloaded {
+    /// The process works by it now.
+    Applied {
+        /// What has changed.
+        changed: String,
+        /// What only a restart changes.
+        needs_restart: Option<String>,
+    },
+    /// It is wrong; the process works by the old one.
+    Invalid {
+        /// Every mistake, a line each.
+        errors: String,
+    },
+    /// It is right, and this process cannot take it; it works by the old one.
+    Refused {
+        /// Why.
+        reason: String,
+    },
+}
+
 #[derive(Clone)]
 struct Shared {
     board: Arc<Board>,
     metrics: PrometheusHandle,
+    reloads: mpsc::Sender<Asked>,
 }
 
 /// Takes the address. Where another process has it this one goes on without an endpoint, and says so: a
@@ -55,9 +84,14 @@ pub(crate) async fn serve(
     listener: TcpListener,
     board: Arc<Board>,
     metrics: PrometheusHandle,
+    reloads: mpsc::Sender<Asked>,
     stop: CancellationToken,
 ) -> io::Result<()> {
-    let router = router(Shared { board, metrics });
+    let router = router(Shared {
+        board,
+        metrics,
+        reloads,
+    });
     // A scraper that holds its connection open must not hold up the end of the process.
     let serving = async { axum::serve(listener, router).await };
     stop.run_until_cancelled(serving).await.unwrap_or(Ok(()))
@@ -69,6 +103,7 @@ fn router(shared: Shared) -> Router {
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
         .route("/status", get(status))
+        .route("/reload", post(reload))
         .with_state(shared)
 }
 
@@ -103,6 +138,21 @@ async fn status(State(shared): State<Shared>) -> Json<Live> {
     Json(shared.board.live(now_us()))
 }
 
+async fn reload(State(shared): State<Shared>) -> Response {
+    let (asked, answer) = oneshot::channel();
+    if shared.reloads.send(asked).await.is_ok()
+        && let Ok(reloaded) = answer.await
+    {
+        let status = match reloaded {
+            Reloaded::Applied { .. } => StatusCode::OK,
+            Reloaded::Invalid { .. } => StatusCode::UNPROCESSABLE_ENTITY,
+            Reloaded::Refused { .. } => StatusCode::CONFLICT,
+        };
+        return (status, Json(reloaded)).into_response();
+    }
+    (StatusCode::SERVICE_UNAVAILABLE, "the process ends\n").into_response()
+}
+
 #[cfg(test)]
 mod tests {
     use metrics_exporter_prometheus::PrometheusBuilder;
@@ -131,7 +181,9 @@ mod tests {
         let board = Arc::new(Board::new("shop", true, Vec::new()));
         let metrics = PrometheusBuilder::new().build_recorder().handle();
         let stop = CancellationToken::new();
-        let serving = tokio::spawn(serve(listener, Arc::clone(&board), metrics, stop.clone()));
+        let (reloads, _asked) = mpsc::channel(1);
+        let serving = serve(listener, Arc::clone(&board), metrics, reloads, stop.clone());
+        let serving = tokio::spawn(serving);
 
         assert!(bind(address).await.expect("a warning only").is_none());
         assert!(ask(address, "/livez").await.starts_with("HTTP/1.0 200"));

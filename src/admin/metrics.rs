@@ -74,6 +74,11 @@ pub(super) fn refresh(board: &Board) {
     }
 }
 
+/// A sink is gone: its lag is no number any more, which no alert fires on.
+pub(crate) fn forget_lag(sink: &str) {
+    gauge!(LAG, "sink" => sink.to_owned()).set(f64::NAN);
+}
+
 /// The clock, microseconds since 1970.
 pub(crate) fn now_us() -> i64 {
     let since = SystemTime::now()

@@ -46,8 +46,12 @@ impl Goal {
     }
 }
 
-/// Whether a sink of this process left a table behind.
+/// Whether a part of this process left a table behind.
 pub(super) fn is_incomplete(parts: &Parts) -> bool {
+    let captured = parts.capture.as_ref();
+    if captured.is_some_and(|status| !status.parked().is_empty()) {
+        return true;
+    }
     let parked = |state: &State| matches!(state, State::Parked(_));
     parts.sinks.iter().any(|(_, status)| {
         status

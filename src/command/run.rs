@@ -1,19 +1,24 @@
 //! `millrace run`: capture and sinks, until a signal.
 
-use std::future::Future;
+mod change;
+mod parts;
+mod reload;
+
 use std::sync::Arc;
 use std::time::Duration;
 
-use millrace_config::{Condition, Config, Exit, State, limits};
-use millrace_event::Position;
+use millrace_config::{Condition, Config, Exit, limits};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::task::JoinSet;
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+pub(super) use self::parts::Parts;
+use self::parts::{Ended, Running};
+use self::reload::Reload;
 use super::once;
 use super::say;
-use crate::admin::{self, Board};
-use crate::arguments::{Part, RunArguments};
+use crate::admin::{self, Asked, Board};
+use crate::arguments::RunArguments;
 
 /// How often the parts' states are shown on the board, and a goal is looked at.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
@@ -21,23 +26,11 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 /// A signal this soon after the first is the same one, sent twice.
 const SAME_SIGNAL: Duration = Duration::from_millis(500);
 
+/// How many may ask for a reload at once; more wait.
+const RELOADS_MAX: usize = 4;
+
 /// The exit code of a process that a second signal ended: 128 and the signal's number.
 const SIGNALLED: i32 = 128;
-
-/// The parts of this process, and what they tell.
-pub(super) struct Parts {
-    pub(super) config: Arc<Config>,
-    pub(super) capture: Option<Arc<millrace_cdc::Status>>,
-    pub(super) sinks: Vec<(String, Arc<millrace_sink::Status>)>,
-}
-
-/// How a part ended.
-enum Ended {
-    /// It was told to.
-    Stopped,
-    /// An operator must act; it may have worked before.
-    Failed { condition: Condition, begun: bool },
-}
 
 /// Runs the parts that were asked for.
 pub(crate) async fn run(config: Config, arguments: RunArguments) -> Exit {
@@ -48,13 +41,12 @@ pub(crate) async fn run(config: Config, arguments: RunArguments) -> Exit {
             return Exit::Internal;
         }
     };
-    let parts = Parts::new(Arc::new(config), &arguments.only);
+    let mut parts = Parts::new(Arc::new(config), &arguments.only);
     let board = Arc::new(Board::new(
         parts.config.source.name.clone(),
         parts.capture.is_some(),
         parts.sinks.iter().map(|(name, _)| name.clone()),
     ));
-    let stop = CancellationToken::new();
     let listener = match admin::bind(parts.config.admin.listen).await {
         Ok(listener) => listener,
         Err(error) => {
@@ -67,22 +59,23 @@ pub(crate) async fn run(config: Config, arguments: RunArguments) -> Exit {
     };
     // The endpoint outlives the parts: it shows how they drain.
     let served = CancellationToken::new();
+    let (asks, mut asked) = mpsc::channel(RELOADS_MAX);
     if let Some(listener) = listener {
         let (board, metrics, served) = (Arc::clone(&board), metrics.clone(), served.clone());
-        tokio::spawn(admin::serve(listener, board, metrics, served));
+        tokio::spawn(admin::serve(listener, board, metrics, asks, served));
     }
     tokio::spawn(admin::upkeep(metrics, served.clone()));
-    let exit = supervise(&parts, &arguments, &board, &stop).await;
+    let exit = supervise(&mut parts, &arguments, &board, &mut asked).await;
     served.cancel();
     exit
 }
 
 /// Runs the parts until a signal, the goal of `--once`, or a failure that needs an operator.
 async fn supervise(
-    parts: &Parts,
+    parts: &mut Parts,
     arguments: &RunArguments,
     board: &Board,
-    stop: &CancellationToken,
+    asked: &mut mpsc::Receiver<Asked>,
 ) -> Exit {
     let mut signals = match Signals::new() {
         Ok(signals) => signals,
@@ -101,17 +94,36 @@ async fn supervise(
             Err(_) => return timed_out(),
         },
     };
-    let mut running = parts.spawn(stop);
+    let mut running = Running::new();
+    parts.spawn(&mut running, |_| true);
+    let mut reload: Option<Reload> = None;
+    let (mut wanted, mut reloaded) = (false, false);
     let mut looks = tokio::time::interval(LOOK_INTERVAL);
     looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let exit = loop {
+        if let Some(drained) = reload.take_if(|reload| reload.is_drained(&running)) {
+            drained.finish(parts, &mut running, arguments, board);
+            reloaded = true;
+        }
+        // However often it was wanted meanwhile, the folder is read once more.
+        if reload.is_none() && std::mem::take(&mut wanted) {
+            reload = Reload::begin(parts, &running, arguments, None);
+            continue;
+        }
+        let idle = reload.is_none();
+        let reload_until = reload.as_ref().map_or(deadline, Reload::deadline);
         tokio::select! {
             biased;
-            _ = signals.next() => break Exit::Ok,
-            Some(ended) = running.join_next() => match ended {
-                Ok(Ended::Stopped) => {}
-                Ok(Ended::Failed { condition, begun }) => {
+            asked = signals.next() => match asked {
+                Asks::End(_) => break Exit::Ok,
+                Asks::Reload => wanted = true,
+            },
+            Some(ended) = running.next() => match ended {
+                Ok((_, Ended::Stopped)) => {}
+                Ok((part, Ended::Failed { condition, begun })) => {
+                    parts.failed.push((part, condition.clone()));
                     // Once it has worked the process lives on to say why it does no more.
+                    let begun = begun || reloaded || reload.is_some();
                     if !begun || goal.is_some() || arguments.exit_on_halt {
                         fail(&condition);
                         break if begun { Exit::Halted } else { Exit::Environment };
@@ -127,6 +139,13 @@ async fn supervise(
                 }
             },
             () = tokio::time::sleep_until(deadline), if goal.is_some() => break timed_out(),
+            () = tokio::time::sleep_until(reload_until), if !idle => {
+                tracing::warn!("draining took too long; the parts that begin anew take over when it ends");
+                reload.iter_mut().for_each(Reload::wait_no_more);
+            }
+            Some(asked) = asked.recv(), if idle => {
+                reload = Reload::begin(parts, &running, arguments, Some(asked));
+            }
             _ = looks.tick() => {
                 parts.show(board);
                 if goal.as_ref().is_some_and(|goal| goal.is_reached(parts)) {
@@ -139,7 +158,7 @@ async fn supervise(
             }
         }
     };
-    stop.cancel();
+    running.stop(|_| true);
     let reached = goal.filter(|goal| exit == Exit::Ok && goal.is_reached(parts));
     let exit = drain(&mut running, &mut signals, exit).await;
     if let Some(goal) = reached.filter(|_| exit == Exit::Ok) {
@@ -152,10 +171,10 @@ async fn supervise(
 }
 
 /// Waits until every part has ended, for as long as a stop may take; a second signal cuts it short.
-async fn drain(running: &mut JoinSet<Ended>, signals: &mut Signals, exit: Exit) -> Exit {
+async fn drain(running: &mut Running, signals: &mut Signals, exit: Exit) -> Exit {
     let drained = async {
         let mut exit = exit;
-        while let Some(ended) = running.join_next().await {
+        while let Some(ended) = running.next().await {
             if let Err(error) = ended {
                 tracing::error!(%error, "a part of the process broke");
                 exit = Exit::Internal;
@@ -167,8 +186,9 @@ async fn drain(running: &mut JoinSet<Ended>, signals: &mut Signals, exit: Exit) 
         // Some senders signal the process and its group: one wish, two signals.
         let began = tokio::time::Instant::now();
         loop {
-            let number = signals.next().await;
-            if began.elapsed() >= SAME_SIGNAL {
+            if let Asks::End(number) = signals.next().await
+                && began.elapsed() >= SAME_SIGNAL
+            {
                 return number;
             }
         }
@@ -187,125 +207,6 @@ async fn drain(running: &mut JoinSet<Ended>, signals: &mut Signals, exit: Exit) 
     }
 }
 
-impl Parts {
-    fn new(config: Arc<Config>, only: &[Part]) -> Self {
-        let wanted = |part: &Part| only.is_empty() || only.contains(part);
-        let sinks = config
-            .sinks
-            .iter()
-            .filter(|sink| wanted(&Part::Sink(sink.name.clone())))
-            .map(|sink| (sink.name.clone(), Arc::default()))
-            .collect();
-        let capture = wanted(&Part::Capture).then(Arc::default);
-        Self {
-            config,
-            capture,
-            sinks,
-        }
-    }
-
-    fn spawn(&self, stop: &CancellationToken) -> JoinSet<Ended> {
-        let mut running = JoinSet::new();
-        if let Some(status) = &self.capture {
-            let (config, status, stop) =
-                (Arc::clone(&self.config), Arc::clone(status), stop.clone());
-            on_its_own_thread(&mut running, async move {
-                use millrace_cdc::Error;
-                match Box::pin(millrace_cdc::run(&config, &status, &stop)).await {
-                    Ok(()) => Ended::Stopped,
-                    Err(
-                        Error::Halt(condition)
-                        | Error::Refused(condition)
-                        | Error::Standby(condition),
-                    ) => Ended::Failed {
-                        condition,
-                        begun: status.begun(),
-                    },
-                    Err(Error::Retry { .. }) => {
-                        unreachable!("what passes is tried again, for ever")
-                    }
-                }
-            });
-        }
-        for (name, status) in &self.sinks {
-            let (config, status, stop) =
-                (Arc::clone(&self.config), Arc::clone(status), stop.clone());
-            let name = name.clone();
-            on_its_own_thread(&mut running, async move {
-                use millrace_sink::Error;
-                let settings = config
-                    .sink(&name)
-                    .expect("parts are made of configured sinks");
-                match millrace_sink::run(&config, settings, &status, &stop).await {
-                    Ok(()) => Ended::Stopped,
-                    Err(Error::Halt(condition) | Error::Refused(condition)) => {
-                        let begun = status.snapshot().begun;
-                        Ended::Failed { condition, begun }
-                    }
-                    Err(_) => {
-                        unreachable!("what passes is tried again, for ever")
-                    }
-                }
-            });
-        }
-        running
-    }
-
-    /// Brings the board up to date.
-    fn show(&self, board: &Board) {
-        let mut troubles = Vec::new();
-        if let Some(status) = &self.capture {
-            match status.state() {
-                (State::Halted(_), Some(condition)) => board.halt_capture(condition),
-                (State::Streaming, _) => {
-                    troubles = status.copy_troubles();
-                    match troubles.first() {
-                        Some(trouble) => {
-                            board.set_capture_with(State::Streaming, trouble.condition.clone());
-                        }
-                        None => board.set_capture(State::Streaming),
-                    }
-                }
-                (state, _) => board.set_capture(state),
-            }
-        }
-        for (name, status) in &self.sinks {
-            let snapshot = status.snapshot();
-            match (snapshot.state, snapshot.condition) {
-                (State::Halted(_), Some(condition)) => board.halt_sink(name, condition),
-                (state, _) => board.set_sink(name, state),
-            }
-            for (table, state, condition) in snapshot.tables {
-                let trouble = troubles.iter().find(|trouble| {
-                    trouble.sink == *name
-                        && trouble
-                            .table
-                            .as_ref()
-                            .is_none_or(|concerned| *concerned == table)
-                });
-                match (state, condition) {
-                    (State::Streaming, _) => board.set_table(name, &table, None),
-                    (State::Parked(_), Some(condition)) => {
-                        board.park_table(name, &table, condition)
-                    }
-                    (state, _) => match trouble {
-                        Some(trouble) => {
-                            board.retry_table(name, &table, trouble.condition.clone());
-                        }
-                        None => board.set_table(name, &table, Some(state)),
-                    },
-                }
-            }
-            if snapshot.checkpoint.position > Position::ZERO
-                && snapshot.checkpoint.source_ts_us != 0
-            {
-                let checkpoint = snapshot.checkpoint;
-                board.set_watermark(name, checkpoint.position, checkpoint.source_ts_us);
-            }
-        }
-    }
-}
-
 fn fail(condition: &Condition) -> Exit {
     say(&format!("error: {condition}\nremedy: {}", condition.remedy));
     Exit::Environment
@@ -316,24 +217,17 @@ fn timed_out() -> Exit {
     Exit::Environment
 }
 
-/// Runs a part on a thread of its own with all its connections, so that a row on its way through it wakes no
-/// other thread: under load that costs more than the work itself.
-fn on_its_own_thread(
-    running: &mut JoinSet<Ended>,
-    part: impl Future<Output = Ended> + Send + 'static,
-) {
-    running.spawn_blocking(|| {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build();
-        runtime
-            .expect("a thread and an epoll handle can be had")
-            .block_on(part)
-    });
+/// What a signal asks for.
+enum Asks {
+    /// The end of the process; the signal's number.
+    End(i32),
+    /// That the configuration is read again.
+    Reload,
 }
 
-/// The signals that end the process.
+/// The signals that the process takes.
 struct Signals {
+    hangup: tokio::signal::unix::Signal,
     terminate: tokio::signal::unix::Signal,
     interrupt: tokio::signal::unix::Signal,
 }
@@ -341,16 +235,18 @@ struct Signals {
 impl Signals {
     fn new() -> std::io::Result<Self> {
         Ok(Self {
+            hangup: signal(SignalKind::hangup())?,
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
         })
     }
 
-    /// Waits for one; returns its number.
-    async fn next(&mut self) -> i32 {
+    /// Waits for one.
+    async fn next(&mut self) -> Asks {
         tokio::select! {
-            _ = self.terminate.recv() => SignalKind::terminate().as_raw_value(),
-            _ = self.interrupt.recv() => SignalKind::interrupt().as_raw_value(),
+            _ = self.terminate.recv() => Asks::End(SignalKind::terminate().as_raw_value()),
+            _ = self.interrupt.recv() => Asks::End(SignalKind::interrupt().as_raw_value()),
+            _ = self.hangup.recv() => Asks::Reload,
         }
     }
 }

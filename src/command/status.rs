@@ -11,7 +11,7 @@ use millrace_config::{Config, Exit};
 
 use crate::admin::now_us;
 use crate::arguments::{Output, StatusArguments};
-pub(super) use probe::{in_time, source_condition, stream_condition, target};
+pub(super) use probe::{Method, ask, in_time, source_condition, stream_condition, target};
 pub(super) use report::trimmed;
 use report::{Report, SinkReport};
 
@@ -66,7 +66,7 @@ async fn look(config: &Config) -> Report {
         .map(|(name, seen)| SinkReport::new(name, seen, live.as_ref(), stream.last_seq, clock_us))
         .collect();
     let capture = judgement::capture(live.as_ref(), &source, &stream);
-    let tables = judgement::tables(config, live.as_ref(), &seen, &sinks, &capture);
+    let tables = judgement::tables(config, live.as_ref(), &seen, &sinks, &stream, &capture);
     let overall = judgement::overall(live.as_ref(), &capture, &stream.part, &sinks);
     Report {
         overall,

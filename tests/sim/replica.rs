@@ -272,7 +272,7 @@ impl World {
         };
         let sink = self.replica.sink.as_mut().ok_or("no sink")?;
         let ensured =
-            now(sink.ensure_table(schema, &settings)).map_err(|error| error.to_string())?;
+            now(sink.ensure_table(schema, None, &settings)).map_err(|error| error.to_string())?;
         Ok(ensured.layout)
     }
 

@@ -74,6 +74,9 @@ impl TableSpec {
             type_oid: *type_oid,
             typmod: -1,
             not_null: false,
+            number: 0,
+            missing: None,
+            former: Vec::new(),
         };
         TableSchema {
             name: self.name.clone(),
@@ -81,6 +84,8 @@ impl TableSpec {
             columns: self.columns.iter().map(column).collect(),
             key: self.key_names(),
             types: Vec::new(),
+            oid: 0,
+            dropped: Vec::new(),
         }
     }
 

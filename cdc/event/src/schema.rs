@@ -20,6 +20,13 @@ pub struct TableSchema {
     /// Enums and domains that the columns use, in the order in which they can be created.
     #[serde(default)]
     pub types: Vec<TypeSchema>,
+    /// The table's OID in the source: column numbers mean something only under the same one. 0 where it is not
+    /// known.
+    #[serde(default)]
+    pub oid: u32,
+    /// In a table's latest schema: names that columns of earlier versions had and that none has now.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub dropped: Vec<String>,
 }
 
 /// One column of a table.
@@ -35,6 +42,101 @@ pub struct ColumnSchema {
     pub typmod: i32,
     /// Whether the source forbids NULL.
     pub not_null: bool,
+    /// The column's number in the source's catalog, which a rename leaves alone; 0 where it is not known.
+    #[serde(default)]
+    pub number: i16,
+    /// What rows have in it that were there when the column was added with a default: the value's text. `None`:
+    /// NULL, or every row was written since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub missing: Option<String>,
+    /// In a table's latest schema: names that the column had before, the newest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub former: Vec<String>,
+}
+
+/// So many former names are kept of a column.
+const FORMER_MAX: usize = 32;
+
+/// So many names of dropped columns are kept of a table.
+const DROPPED_MAX: usize = 1600;
+
+impl TableSchema {
+    /// The column of this number, if numbers of that table mean anything here.
+    #[must_use]
+    pub fn column_of(&self, oid: u32, number: i16) -> Option<&ColumnSchema> {
+        let same = oid != 0 && oid == self.oid && number != 0;
+        let mut columns = self.columns.iter();
+        columns.find(|column| same && column.number == number)
+    }
+
+    /// Whether a column of this name is, was or may have been the table's.
+    #[must_use]
+    pub fn had(&self, name: &str) -> bool {
+        let had = |column: &ColumnSchema| {
+            column.name == name || column.former.iter().any(|former| former == name)
+        };
+        self.columns.iter().any(had)
+            || self.dropped.iter().any(|dropped| dropped == name)
+            || self.dropped.len() >= DROPPED_MAX
+    }
+
+    /// Takes over what an earlier description of the table knew and this one does not show any more: former names,
+    /// the values of rows that are older than a column, and names that are gone.
+    #[must_use]
+    pub fn following(mut self, earlier: &Self) -> Self {
+        for column in &mut self.columns {
+            let Some(before) = earlier.column_of(self.oid, column.number) else {
+                continue;
+            };
+            let mut names: Vec<String> = column.former.clone();
+            let known = std::iter::once(&before.name).chain(&before.former);
+            for name in known {
+                if *name != column.name && !names.contains(name) && names.len() < FORMER_MAX {
+                    names.push(name.clone());
+                }
+            }
+            column.former = names;
+            if column.missing.is_none() && column.type_oid == before.type_oid {
+                column.missing = before.missing.clone();
+            }
+        }
+        let gone = earlier.columns.iter().map(|column| &column.name);
+        for name in gone.chain(&earlier.dropped) {
+            let known =
+                |column: &ColumnSchema| column.name == *name || column.former.contains(name);
+            if !self.columns.iter().any(known)
+                && !self.dropped.contains(name)
+                && self.dropped.len() < DROPPED_MAX
+            {
+                self.dropped.push(name.clone());
+            }
+        }
+        let columns = &self.columns;
+        self.dropped
+            .retain(|name| !columns.iter().any(|column| column.name == *name));
+        self
+    }
+
+    /// Keeps the column numbers that an earlier description of the same version has: once a column was renamed,
+    /// its old name says nothing in the catalog.
+    #[must_use]
+    pub fn with_numbers_of(mut self, earlier: &Self) -> Self {
+        if earlier.oid == 0 || earlier.version != self.version {
+            return self;
+        }
+        self.oid = earlier.oid;
+        for column in &mut self.columns {
+            if let Some(before) = earlier
+                .columns
+                .iter()
+                .find(|before| before.name == column.name)
+            {
+                column.number = before.number;
+                column.missing.clone_from(&before.missing);
+            }
+        }
+        self
+    }
 }
 
 /// A type that a target may have to create.
@@ -99,6 +201,65 @@ pub fn fingerprint<'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn described(oid: u32, columns: &[(i16, &str, Option<&str>)]) -> TableSchema {
+        let column = |(number, name, missing): &(i16, &str, Option<&str>)| ColumnSchema {
+            name: (*name).to_owned(),
+            type_name: "integer".to_owned(),
+            type_oid: 23,
+            typmod: -1,
+            not_null: false,
+            number: *number,
+            missing: missing.map(str::to_owned),
+            former: Vec::new(),
+        };
+        TableSchema {
+            name: TableName::new("public", "t"),
+            version: format!("{columns:?}"),
+            columns: columns.iter().map(column).collect(),
+            key: vec!["id".to_owned()],
+            types: Vec::new(),
+            oid,
+            dropped: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn what_a_table_was_is_carried_on() {
+        let first = described(7, &[(1, "id", None), (2, "a", None), (3, "b", Some("5"))]);
+        let second =
+            described(7, &[(1, "id", None), (2, "c", None), (3, "b", None)]).following(&first);
+        assert_eq!(second.columns[1].former, ["a"]);
+        assert_eq!(second.columns[2].missing.as_deref(), Some("5"));
+        assert_eq!(second.dropped, [] as [&str; 0]);
+        let third = described(7, &[(1, "id", None), (2, "d", None)]).following(&second);
+        assert_eq!(third.columns[1].former, ["c", "a"]);
+        assert_eq!(third.dropped, ["b"]);
+        // Twice the same adds nothing.
+        assert_eq!(third.clone().following(&third), third);
+        // Numbers of another table of that name mean nothing.
+        let again = described(8, &[(1, "id", None), (2, "e", None)]).following(&third);
+        assert_eq!(again.columns[1].former, [] as [&str; 0]);
+        assert_eq!(again.dropped, ["d", "b"]);
+        // A name that is back is not gone.
+        let back =
+            described(8, &[(1, "id", None), (2, "e", None), (3, "b", None)]).following(&again);
+        assert_eq!(back.dropped, ["d"]);
+    }
+
+    #[test]
+    fn a_version_that_is_described_again_keeps_its_numbers() {
+        let first = described(7, &[(1, "id", None), (2, "a", Some("1"))]);
+        // The name means nothing in the catalog any more.
+        let again = described(7, &[(1, "id", None), (0, "a", None)]);
+        let again = TableSchema {
+            version: first.version.clone(),
+            ..again
+        };
+        assert_eq!(again.with_numbers_of(&first), first);
+        let other = described(7, &[(1, "id", None), (0, "a", None)]);
+        assert_eq!(other.clone().with_numbers_of(&first), other);
+    }
 
     #[test]
     fn a_fingerprint_tells_names_types_modifiers_and_key_apart() {

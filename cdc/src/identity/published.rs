@@ -1,16 +1,21 @@
 //! What the publication published of each table, and what was kept back: remembered for the next start, so that it
 //! tells a change of our configuration from one that somebody else made.
 
+mod drift;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use async_nats::jetstream::kv;
 use millrace_config::{Code, Condition, Config};
-use millrace_event::TableName;
+use millrace_event::{TableName, subject, work};
 use serde::{Deserialize, Serialize};
 
+pub(crate) use self::drift::Drift;
+use self::drift::Standing;
 use super::{read, store};
 use crate::life::Stream;
-use crate::orders::order_backfill;
+use crate::orders::{order_backfill, order_for_every_sink};
 use crate::selection::{Mask, Selection};
 use crate::source::{Clause, Member, SourceTable};
 use crate::{Error, source};
@@ -28,6 +33,12 @@ struct Remembered {
     table: TableName,
     /// The membership's OID.
     oid: u32,
+    /// The publication's OID; zero where it is not known.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    publication: u32,
+    /// How it stands to the publication.
+    #[serde(default, skip_serializing_if = "Standing::is_published")]
+    standing: Standing,
     /// The columns and rows that the publication had of it.
     #[serde(default)]
     clause: Clause,
@@ -37,6 +48,11 @@ struct Remembered {
     /// What did not travel as it is.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     withheld: Vec<Withheld>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+fn is_zero(oid: &u32) -> bool {
+    *oid == 0
 }
 
 /// A column that did not travel as it is.
@@ -84,29 +100,51 @@ impl Earlier {
         Ok(())
     }
 
-    /// Checks that every table that was published still is, and was all the time, with the columns and rows that it
-    /// had. One that left the publication has lost the changes made meanwhile, even if it is back.
+    /// The publication that was captured, where it is known.
+    pub(crate) fn publication(&self) -> Option<u32> {
+        let mut members = self.0.values();
+        members
+            .find(|member| member.standing != Standing::Beside && member.publication != 0)
+            .map(|member| member.publication)
+    }
+
+    /// Tables that were captured and are not configured any more.
+    pub(crate) fn removed<'e>(
+        &'e self,
+        tables: &'e [SourceTable],
+    ) -> impl Iterator<Item = &'e TableName> {
+        let removed = self.0.values().filter(|member| {
+            member.standing != Standing::Beside
+                && !tables.iter().any(|table| table.name == member.table)
+        });
+        removed.map(|member| &member.table)
+    }
+
+    /// Remembers that tables have left the publication.
     ///
     /// # Errors
-    /// A table was not, or not as it was.
-    pub(crate) fn check(
-        &self,
-        publication: &str,
-        tables: &[TableName],
-        now: &HashMap<TableName, Member>,
+    /// The broker is away.
+    pub(crate) async fn lose(
+        &mut self,
+        stream: &Stream,
+        drift: &Drift,
+        now_us: i64,
     ) -> Result<(), Error> {
-        let before = self.0.iter().map(|(table, member)| {
-            let now = now
-                .get(table)
-                .filter(|now| Some(&now.clause) == member.intended.as_ref());
-            // A crash came between our own change and its remembrance.
-            let known = now.cloned().unwrap_or_else(|| Member {
-                oid: member.oid,
-                clause: member.clause.clone(),
-            });
-            (table.clone(), known)
-        });
-        check_members(publication, tables, &before.collect(), now)
+        let mut news = false;
+        for (table, _) in &drift.lost {
+            let Some(member) = self.0.get_mut(table) else {
+                continue;
+            };
+            if member.standing.is_published() {
+                member.standing = Standing::Lost { since_us: now_us };
+                news = true;
+            }
+        }
+        if !news {
+            return Ok(());
+        }
+        let members: Vec<_> = self.0.values().cloned().collect();
+        write(stream, &members).await
     }
 
     /// Remembers what the publication is about to be changed to.
@@ -130,7 +168,7 @@ impl Earlier {
     }
 
     /// Remembers what is published from now on, and orders a backfill of the tables whose rows were captured under
-    /// another selection.
+    /// another selection, or not at all for a while.
     ///
     /// # Errors
     /// The broker is away.
@@ -138,11 +176,15 @@ impl Earlier {
         &self,
         config: &Config,
         stream: &Stream,
-        now: HashMap<TableName, Member>,
+        now: Published,
         tables: &[SourceTable],
+        drift: &Drift,
     ) -> Result<(), Error> {
         let mut changes = Vec::new();
-        let members = now.into_iter().map(|(name, member)| {
+        let publication = now.publication;
+        let lost = |table: &TableName| drift.has_lost(table);
+        let members = now.members.into_iter().filter(|(name, _)| !lost(name));
+        let members = members.map(|(name, member)| {
             let before = self.0.get(&name);
             let table = tables.iter().find(|table| table.name == name);
             let withheld = match (table, before) {
@@ -155,16 +197,24 @@ impl Earlier {
             let after = Remembered {
                 table: name,
                 oid: member.oid,
+                publication,
+                standing: match table {
+                    Some(_) => Standing::Published,
+                    None => Standing::Beside,
+                },
                 clause: member.clause,
                 intended: None,
                 withheld,
             };
-            if let (Some(table), Some(before)) = (table, before) {
+            if let (Some(table), Some(before)) = (table, before)
+                && before.standing.is_published()
+                && !drift.has_back(&after.table)
+            {
                 changes.extend(change(table, before, &after));
             }
             after
         });
-        let members: Vec<_> = members.collect();
+        let mut members: Vec<_> = members.collect();
         // Said and ordered first: a crash must not swallow it. The membership's OID is another after each change.
         for change in &changes {
             change.warn();
@@ -173,8 +223,77 @@ impl Earlier {
             let id = format!("selection-{oid}");
             order_backfill(config, &stream.copies, &change.table, &id).await?;
         }
+        for (table, id) in &drift.back {
+            tracing::warn!(
+                %table, code = Code::PublicationDrift.as_str(),
+                "table {table} was out of the publication for a while: its rows are read again"
+            );
+            order_backfill(config, &stream.copies, table, id).await?;
+        }
+        for table in self.removed(tables) {
+            // A sink that sees it configured without a break, because it did not run meanwhile, must read it again.
+            let id = format!(
+                "removed-{}",
+                self.0.get(table).map_or(0, |member| member.oid)
+            );
+            order_for_every_sink(config, &stream.copies, table, &id).await?;
+            tracing::info!(%table, "the table is not captured any more");
+        }
+        for before in self.0.values() {
+            let kept = match members.iter().any(|member| member.table == before.table) {
+                true => None,
+                false if lost(&before.table) => Some(before.standing),
+                // Older WAL may still have it, once it is configured again.
+                false if !before.withheld.is_empty() => Some(Standing::Beside),
+                false => None,
+            };
+            members.extend(kept.map(|standing| Remembered {
+                standing,
+                intended: None,
+                ..before.clone()
+            }));
+        }
         write(stream, &members).await
     }
+}
+
+/// A publication, as it was found.
+pub(crate) struct Published {
+    /// Its OID.
+    pub(crate) publication: u32,
+    /// The tables that it publishes.
+    pub(crate) members: HashMap<TableName, Member>,
+}
+
+/// The tables that somebody took out of the publication, as capture has noticed: their replicas lack changes.
+///
+/// # Errors
+/// The broker is away, or what it holds is not understood.
+pub async fn unpublished(
+    jetstream: &async_nats::jetstream::Context,
+    source: &str,
+) -> Result<Vec<TableName>, Error> {
+    let bucket = subject::bucket_name(source, work::STATE);
+    // Where there is no bucket yet nothing was ever published.
+    let Ok(state) = jetstream.get_key_value(bucket).await else {
+        return Ok(Vec::new());
+    };
+    let members: Option<Vec<Remembered>> = read(&state, PUBLISHED_KEY).await?;
+    let members = members.unwrap_or_default().into_iter();
+    let lost = members.filter(|member| matches!(member.standing, Standing::Lost { .. }));
+    Ok(lost.map(|member| member.table).collect())
+}
+
+/// Forgets that a table was published: another one has its name now, which is published as a new one is.
+///
+/// # Errors
+/// The broker is away.
+pub(crate) async fn forget(state: &kv::Store, table: &TableName) -> Result<(), Error> {
+    let members: Option<Vec<Remembered>> = read(state, PUBLISHED_KEY).await?;
+    let mut members = members.unwrap_or_default();
+    members.retain(|member| member.table != *table);
+    let value = serde_json::to_vec(&members).expect("plain JSON");
+    store(state, PUBLISHED_KEY, value).await
 }
 
 async fn write(stream: &Stream, members: &[Remembered]) -> Result<(), Error> {
@@ -314,45 +433,6 @@ fn names(table: &SourceTable, name: &str) -> bool {
     let columns = &table.settings.columns;
     columns.exclude.iter().any(|column| column == name)
         || columns.mask.iter().any(|(column, _)| column == name)
-}
-
-/// Compares two looks at a publication.
-pub(crate) fn check_members(
-    publication: &str,
-    tables: &[TableName],
-    before: &HashMap<TableName, Member>,
-    now: &HashMap<TableName, Member>,
-) -> Result<(), Error> {
-    let (mut left, mut changed) = (Vec::new(), Vec::new());
-    for table in tables {
-        let Some(before) = before.get(table) else {
-            continue;
-        };
-        match now.get(table) {
-            Some(now) if now.oid == before.oid => {}
-            Some(now) if now.clause != before.clause => changed.push(table.to_string()),
-            _ => left.push(table.to_string()),
-        }
-    }
-    let mut said = Vec::new();
-    if !left.is_empty() {
-        said.push(format!("was without {}", left.join(", ")));
-    }
-    if !changed.is_empty() {
-        said.push(format!(
-            "publishes other columns or rows of {} than before",
-            changed.join(", ")
-        ));
-    }
-    if said.is_empty() {
-        return Ok(());
-    }
-    Err(Error::halt(Condition::new(
-        Code::PublicationDrift,
-        format!("publication \"{publication}\" {}", said.join(", and ")),
-        "changes made meanwhile are lost: run `millrace drop`, then `millrace run`, \
-         which copies the tables again",
-    )))
 }
 
 #[cfg(test)]

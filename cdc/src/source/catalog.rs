@@ -318,10 +318,13 @@ pub async fn describe(
         .query(
             "SELECT format_type(u.oid, u.typmod), coalesce(a.attnotnull, false) \
              AND NOT EXISTS (SELECT FROM pg_constraint n WHERE n.conrelid = a.attrelid AND n.contype = 'n' \
-             AND NOT n.convalidated AND n.conkey = ARRAY[a.attnum]) \
+             AND NOT n.convalidated AND n.conkey = ARRAY[a.attnum]), \
+             coalesce(a.attnum, 0::int2), \
+             CASE WHEN a.atthasmissing AND t.typdelim = ',' THEN (a.attmissingval::text::text[])[1] END, \
+             coalesce(to_regclass($4)::oid, 0::oid) \
              FROM unnest($1::oid[], $2::int4[], $3::text[]) WITH ORDINALITY u(oid, typmod, name, place) \
              LEFT JOIN pg_attribute a ON a.attrelid = to_regclass($4) AND a.attname = u.name \
-             AND NOT a.attisdropped ORDER BY u.place",
+             AND NOT a.attisdropped LEFT JOIN pg_type t ON t.oid = a.atttypid ORDER BY u.place",
             &[&oids, &typmods, &names, &name.quoted()],
         )
         .await?;
@@ -334,6 +337,9 @@ pub async fn describe(
             type_oid: shape.type_oid,
             typmod: shape.typmod,
             not_null: row.get(1),
+            number: row.get(2),
+            missing: row.get(3),
+            former: Vec::new(),
         })
         .collect();
     Ok(TableSchema {
@@ -342,7 +348,59 @@ pub async fn describe(
         columns,
         key: key.to_vec(),
         types: types_of(client, oids).await?,
+        oid: rows.first().map_or(0, |row| row.get(4)),
+        dropped: Vec::new(),
     })
+}
+
+/// Describes a table as it is now, with what is done about its columns. `None`: it is gone.
+///
+/// # Errors
+/// The connection failed.
+pub(crate) async fn describe_now(
+    client: &Client,
+    table: &SourceTable,
+) -> Result<Option<TableSchema>, Error> {
+    let quoted = table.name.quoted();
+    let oid = client
+        .query_one("SELECT to_regclass($1)::oid", &[&quoted])
+        .await?;
+    let Some(oid) = oid.get::<_, Option<u32>>(0) else {
+        return Ok(None);
+    };
+    let columns = catalog_columns(client, oid).await?;
+    let shapes = columns.iter().filter(|column| !column.generated);
+    let shapes: Vec<_> = shapes
+        .filter_map(|column| {
+            table.selection.published(ColumnShape {
+                name: &column.name,
+                type_oid: column.type_oid,
+                typmod: column.typmod,
+            })
+        })
+        .collect();
+    describe_selected(client, table, &shapes, &table.key)
+        .await
+        .map(Some)
+}
+
+/// Describes a table's columns; of those that do not travel as they are, no value is told.
+///
+/// # Errors
+/// The connection failed.
+pub(crate) async fn describe_selected(
+    client: &Client,
+    table: &SourceTable,
+    shapes: &[ColumnShape<'_>],
+    key: &[String],
+) -> Result<TableSchema, Error> {
+    let mut schema = describe(client, &table.name, shapes, key).await?;
+    for column in &mut schema.columns {
+        if !table.selection.leaves(&column.name) {
+            column.missing = None;
+        }
+    }
+    Ok(schema)
 }
 
 const TYPE: &str = "SELECT n.nspname::text, t.typname::text, t.typtype::text, t.typelem, t.typbasetype, \

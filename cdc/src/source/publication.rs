@@ -331,6 +331,90 @@ pub async fn adopt_filters(
     Ok(())
 }
 
+/// The OID of a publication, if there is one of that name.
+///
+/// # Errors
+/// The connection failed.
+pub async fn find_publication(client: &Client, name: &str) -> Result<Option<u32>, Error> {
+    let sql = "SELECT oid FROM pg_publication WHERE pubname = $1";
+    let row = client.query_opt(sql, &[&name]).await?;
+    Ok(row.map(|row| row.get(0)))
+}
+
+/// Takes tables out of a publication. Where that is not allowed it says so: what is published of them is dropped by
+/// capture.
+///
+/// # Errors
+/// The connection failed.
+pub async fn withdraw(
+    client: &Client,
+    name: &str,
+    tables: &[&TableName],
+    create: Create,
+) -> Result<(), Error> {
+    let names: Vec<_> = tables.iter().map(|table| table.quoted()).collect();
+    let sql = format!(
+        "ALTER PUBLICATION {} DROP TABLE {}",
+        quote_identifier(name),
+        names.join(", ")
+    );
+    if create == Create::Never {
+        tracing::info!(publication = name, remedy = %sql, "tables that are not configured are still published");
+        return Ok(());
+    }
+    tracing::info!(publication = name, %sql, "changing the publication");
+    let Err(error) = client.batch_execute(&sql).await else {
+        return Ok(());
+    };
+    match error.as_db_error() {
+        Some(server) if server.code() == &SqlState::INSUFFICIENT_PRIVILEGE => {
+            tracing::warn!(
+                publication = name, code = Code::SourcePrivilege.as_str(), remedy = %sql,
+                "tables that are not configured cannot be taken out of the publication: {}", server.message()
+            );
+            Ok(())
+        }
+        _ => Err(error.into()),
+    }
+}
+
+/// Why a table is parked that a publication does not publish, or not as it must.
+pub(crate) fn left_publication(name: &str, table: &SourceTable, published: bool) -> Condition {
+    let (quoted, publication) = (table.name.quoted(), quote_identifier(name));
+    let add = format!(
+        "ALTER PUBLICATION {publication} ADD TABLE {}",
+        table.published_as()
+    );
+    let (said, sql) = match published {
+        false => (format!("does not have {} any more", table.name), add),
+        true => (
+            format!(
+                "has {} with other columns or rows than are configured",
+                table.name
+            ),
+            format!("BEGIN; ALTER PUBLICATION {publication} DROP TABLE {quoted}; {add}; COMMIT"),
+        ),
+    };
+    Condition::new(
+        Code::PublicationDrift,
+        format!(
+            "publication \"{name}\" {said}: its changes are lost, and its replicas are not verified"
+        ),
+        format!("{sql}; the table is read again by itself then"),
+    )
+}
+
+/// Why capture cannot go on when its publication was dropped: a slot decodes older WAL with the publication that
+/// was there then.
+pub(crate) fn publication_gone(name: &str) -> Condition {
+    Condition::new(
+        Code::PublicationDrift,
+        format!("publication \"{name}\" was dropped"),
+        "changes made meanwhile are lost: run `millrace drop`, then `millrace run`, \
+         which copies the tables again",
+    )
+}
+
 /// Of the tables with a column list, one that has a column since which neither the list nor the configuration
 /// names: the list keeps it from being published.
 ///
@@ -338,7 +422,7 @@ pub async fn adopt_filters(
 /// The connection failed.
 pub async fn unlisted_column(
     client: &Client,
-    tables: &[SourceTable],
+    tables: &[&SourceTable],
 ) -> Result<Option<(TableName, String)>, Error> {
     for table in tables {
         let Some(list) = &table.list else { continue };

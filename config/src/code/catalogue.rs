@@ -292,6 +292,17 @@ codes! {
         `retention.max_bytes` and let the table's oldest changes go. The others flow on. Nothing is lost at the \
         source: once the target takes the table, it is copied again by itself. Correct what the condition of \
         the parked table names.";
+    SchemaChanged = "E1315", "a table was changed at the source",
+        "The columns of a table were changed at the source, and `on_schema_change` of its file is `\"park\"`: the \
+        table waits for its operator, and the others flow on. Run the statements beside this code in the target: \
+        the table then goes on by itself, from where it stopped. Or set `on_schema_change = \"evolve\"`, which runs \
+        what is safe by itself, or `\"ignore\"`, which leaves new columns out.";
+    KeyChanged = "E1316", "the key of a table was changed",
+        "The table has another primary key at the source than before. Changes of the old key and of the new one \
+        cannot be applied to the same target, so the table is parked, and the others flow on. Run the statement \
+        beside this code in the target. The table is then copied again by itself, beside its changes; what was \
+        remembered of keys of the old kind is forgotten.";
+
     BackfillTwice = "E1320", "a backfill of the table is under way already",
         "One backfill of a table runs at a time for a sink, and nothing was changed. `millrace backfill status` \
         shows how far it is. Wait for its end, or cancel it with `millrace backfill cancel` and start the other \

@@ -283,8 +283,7 @@ millrace.toml:7:14: "partitions": more than 1 is not supported in this release
 millrace.toml:11:9: "guard": "sidecar" is not supported in this release
 millrace.toml:12:8: "mode": "parallel" is not supported in this release
 millrace.toml:14:13: "on_delete": "soft:<column>" is not supported in this release
-tables/public.a.toml:2:15: "on_truncate": "park" is not supported in this release
-tables/public.a.toml:3:20: "on_schema_change": other than "evolve" is not supported in this release"#;
+tables/public.a.toml:2:15: "on_truncate": "park" is not supported in this release"#;
     assert_eq!(text.expect_err("refused"), expected);
 }
 

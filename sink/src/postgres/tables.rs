@@ -1,6 +1,7 @@
 //! Makes sure that a target table can take the source's rows, and lays them out for it.
 
 mod checks;
+mod evolve;
 
 use std::sync::Arc;
 
@@ -13,6 +14,7 @@ use super::fault::{self, Cause};
 use super::session::{Session, Transaction};
 use super::{labels, types};
 use crate::batch::CopyState;
+use crate::evolution;
 use crate::row::{LayoutColumn, TableLayout};
 use crate::sink::{Ensured, SinkError};
 use crate::sql::{self, VERSION_COLUMN};
@@ -26,6 +28,10 @@ struct Wanted {
     /// Without.
     base: String,
     not_null: bool,
+    /// What rows have in it that are older than the column.
+    missing: Option<String>,
+    /// Its former names at the source.
+    former: Vec<String>,
 }
 
 /// A column that the target has.
@@ -57,6 +63,7 @@ pub(super) async fn ensure(
     session: &mut Session,
     sink: &str,
     schema: &TableSchema,
+    before: Option<&TableSchema>,
     settings: &Table,
     create: Create,
 ) -> Result<Ensured, SinkError> {
@@ -73,6 +80,7 @@ pub(super) async fn ensure(
         client: &session.client,
         sink,
         schema,
+        before,
         settings,
         create,
         begun,
@@ -103,6 +111,8 @@ struct Ensuring<'a> {
     client: &'a Client,
     sink: &'a str,
     schema: &'a TableSchema,
+    /// What it was when it was last laid out, where that is known.
+    before: Option<&'a TableSchema>,
     settings: &'a Table,
     create: Create,
     /// Whether this sink has written the table before.
@@ -132,14 +142,23 @@ impl Ensuring<'_> {
         if self.create == Create::Auto {
             self.create_types(&mut warnings).await?;
         }
-        let wanted = self.wanted(&mut warnings).await?;
-        let key = self.key(&wanted)?;
+        let mut wanted = self.wanted(&mut warnings).await?;
+        let mut key = self.key(&wanted)?;
         let mut found = self.found().await?;
         let created = found.is_empty();
         if created {
             self.create_table(&wanted, &key).await?;
+            self.set_defaults(&wanted).await?;
             found = self.found().await?;
         } else {
+            if self.begun {
+                let evolved = self.evolve(wanted, &found, &mut warnings).await?;
+                wanted = evolved.wanted;
+                key = self.key(&wanted)?;
+                if evolved.altered {
+                    found = self.found().await?;
+                }
+            }
             self.check(&wanted, &key, &found, &mut warnings).await?;
             self.ensure_version(&found).await?;
         }
@@ -154,6 +173,19 @@ impl Ensuring<'_> {
                 })
             })
             .collect();
+        let others = found.iter().filter(|found| {
+            let known = columns
+                .iter()
+                .any(|column: &LayoutColumn| column.target == found.name);
+            let takes_values = matches!(found.origin, Origin::Nothing | Origin::Default);
+            !known && takes_values && found.name != VERSION_COLUMN
+        });
+        let others = others.map(|found| LayoutColumn {
+            source: String::new(),
+            target: found.name.clone(),
+            cast: found.base.clone(),
+        });
+        let others = others.collect();
         let index = |name: &String| columns.iter().position(|column| column.target == *name);
         let key = key.iter().filter_map(index).collect();
         let layout = Arc::new(TableLayout {
@@ -167,6 +199,7 @@ impl Ensuring<'_> {
             layout,
             warnings,
             created,
+            others,
         })
     }
 
@@ -237,13 +270,7 @@ impl Ensuring<'_> {
             if self.settings.columns.exclude.contains(&column.name) {
                 continue;
             }
-            let rename = self
-                .settings
-                .columns
-                .rename
-                .iter()
-                .find(|(from, _)| *from == column.name);
-            let target = rename.map_or_else(|| column.name.clone(), |(_, to)| to.clone());
+            let target = evolution::renamed(self.settings, &column.name, &column.former);
             if let Some(other) = wanted.iter().find(|other: &&Wanted| other.target == target) {
                 return Err(self.refuse(
                     Code::ColumnSelection,
@@ -276,6 +303,8 @@ impl Ensuring<'_> {
                 type_name,
                 base,
                 not_null: column.not_null,
+                missing: column.missing.clone(),
+                former: column.former.clone(),
             });
         }
         Ok(wanted)

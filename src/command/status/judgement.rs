@@ -86,6 +86,7 @@ pub(super) fn tables(
     live: Option<&Live>,
     seen: &BTreeMap<&str, &SinkSeen>,
     sinks: &[SinkReport],
+    stream: &StreamReport,
     capture: &LivePart,
 ) -> Vec<TableReport> {
     let table = |table: &Table| {
@@ -110,18 +111,44 @@ pub(super) fn tables(
                 )
             });
             let part = table_part(&report.name, sink, live, copied, letters);
-            report.complete &= copied && letters == 0 && part.state != "parked";
+            // An order that nobody has begun: rows are known to be missing or wrong, or may be.
+            let orders = stream.ordered.get(&sink.name).into_iter().flatten();
+            let due = orders.into_iter().any(|order| {
+                let finished = row.is_some_and(|row| row.copy.finished.contains(&order.id));
+                order.table == table.name && !order.cancelled && !finished
+            });
+            report.complete &= copied && !due && letters == 0 && part.state != "parked";
             report.dead_letters += letters;
             if report.part.state.is_empty() || severity(&part) > severity(&report.part) {
                 report.part = part;
             }
         }
+        if stream.unpublished.contains(&table.name) {
+            report.complete = false;
+            if report.part.state != "parked" {
+                let message = "it is not in the publication: its changes are lost";
+                let remedy =
+                    "put it back as the log of capture says; it is then read again by itself";
+                let condition = Condition::new(Code::PublicationDrift, message, remedy);
+                report.part = LivePart::because("parked", &condition);
+            }
+            return report;
+        }
         if table.sinks.is_empty() {
-            report.part = capture.clone();
+            let parked = captured(&report.name, live);
+            report.complete = parked.is_none();
+            report.part = parked.unwrap_or(capture).clone();
         }
         report
     };
     config.tables.iter().map(table).collect()
+}
+
+/// What the capture says of a table that it has parked.
+fn captured<'l>(name: &str, live: Option<&'l Live>) -> Option<&'l LivePart> {
+    let mut tables = live.into_iter().flat_map(|live| &live.tables);
+    let found = tables.find(|table| table.name == name && table.sink.is_none());
+    found.map(|table| &table.part)
 }
 
 fn table_part(
@@ -131,8 +158,13 @@ fn table_part(
     copied: bool,
     dead_letters: u64,
 ) -> LivePart {
+    if let Some(part) = captured(name, live) {
+        return part.clone();
+    }
     let mut tables = live.iter().flat_map(|live| &live.tables);
-    if let Some(table) = tables.find(|table| table.name == name && table.sink == sink.name) {
+    if let Some(table) =
+        tables.find(|table| table.name == name && table.sink.as_ref() == Some(&sink.name))
+    {
         return table.part.clone();
     }
     let runs = matches!(sink.part.state.as_str(), "streaming" | "snapshotting");

@@ -7,9 +7,11 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use async_nats::jetstream::Context;
 use millrace_cdc::{source, stream};
 use millrace_config::{Code, Condition, Config, Sink};
 use millrace_event::subject;
+use millrace_event::work::{self, BackfillOrder};
 use millrace_sink::batch::PositionRow;
 use millrace_sink::postgres::Connect;
 use millrace_sink::sink::SinkError;
@@ -34,16 +36,9 @@ const LATE_REMEDY: &str = "check the network and the server's load";
 
 /// What the process at the admin address says, if one of this source answers there.
 pub(super) async fn live(config: &Config) -> Option<Live> {
-    let text = timeout(LIVE_MAX, get_status(local(config.admin.listen)))
-        .await
-        .ok()?
-        .ok()?;
-    let (head, body) = text.split_once("\r\n\r\n")?;
-    let live: Live = head
-        .split(' ')
-        .nth(1)
-        .filter(|code| *code == "200")
-        .and_then(|_| serde_json::from_str(body).ok())?;
+    let asked = ask(config.admin.listen, Method::Get, "/status");
+    let text = timeout(LIVE_MAX, asked).await.ok()?.ok()?;
+    let live: Live = serde_json::from_str(&text).ok()?;
     (live.source.name == config.source.name).then_some(live)
 }
 
@@ -57,17 +52,38 @@ fn local(listen: SocketAddr) -> SocketAddr {
     SocketAddr::new(ip, listen.port())
 }
 
-/// By HTTP/1.0 the answer ends with the connection, in one piece.
-async fn get_status(address: SocketAddr) -> std::io::Result<String> {
+/// How the running process is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::command) enum Method {
+    Get,
+    Post,
+}
+
+/// Asks what listens at an address; returns the body of its answer.
+pub(in crate::command) async fn ask(
+    listen: SocketAddr,
+    method: Method,
+    path: &str,
+) -> std::io::Result<String> {
+    let address = local(listen);
     let mut socket = TcpStream::connect(address).await?;
-    let request = format!("GET /status HTTP/1.0\r\nHost: {address}\r\n\r\n");
+    let method = match method {
+        Method::Get => "GET",
+        Method::Post => "POST",
+    };
+    // By HTTP/1.0 the answer ends with the connection, in one piece.
+    let request =
+        format!("{method} {path} HTTP/1.0\r\nHost: {address}\r\nContent-Length: 0\r\n\r\n");
     socket.write_all(request.as_bytes()).await?;
     let mut text = String::new();
     socket
         .take(LIVE_BYTES_MAX)
         .read_to_string(&mut text)
         .await?;
-    Ok(text)
+    match text.split_once("\r\n\r\n") {
+        Some((_, body)) => Ok(body.to_owned()),
+        None => Err(std::io::ErrorKind::UnexpectedEof.into()),
+    }
 }
 
 /// The source, and its clock in microseconds since 1970.
@@ -179,7 +195,11 @@ async fn read_stream(config: &Config, name: &str) -> Result<StreamReport, Condit
     let tail = stream::tail(&jetstream, name)
         .await
         .map_err(|error| stream_condition(&error))?;
+    let unpublished = millrace_cdc::unpublished(&jetstream, &config.source.name).await;
+    let unpublished = unpublished.map_err(|error| source_condition(&error))?;
     Ok(StreamReport {
+        unpublished,
+        ordered: ordered(config, &jetstream).await,
         name: String::new(),
         part: LivePart::of("available"),
         reachable: true,
@@ -193,6 +213,22 @@ async fn read_stream(config: &Config, name: &str) -> Result<StreamReport, Condit
             .and_then(|tail| tail.end_lsn)
             .map(|lsn| lsn.to_string()),
     })
+}
+
+/// The backfills that are ordered of each sink. What cannot be read is told by whoever needs it.
+async fn ordered(config: &Config, jetstream: &Context) -> BTreeMap<String, Vec<BackfillOrder>> {
+    let bucket = subject::bucket_name(&config.source.name, work::COPIES);
+    let mut ordered = BTreeMap::new();
+    let Ok(copies) = jetstream.get_key_value(bucket).await else {
+        return ordered;
+    };
+    for sink in &config.sinks {
+        let list = copies.get(work::orders_key(&sink.name)).await;
+        let list = list.ok().flatten();
+        let orders = list.and_then(|list| serde_json::from_slice(&list).ok());
+        ordered.insert(sink.name.clone(), orders.unwrap_or_default());
+    }
+    ordered
 }
 
 /// An error of the stream as a condition.

@@ -1,10 +1,13 @@
 //! What `status` answers, for people and for machines.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::time::Duration;
 
 use bytesize::ByteSize;
 use comfy_table::{Table, presets};
+use millrace_event::TableName;
+use millrace_event::work::BackfillOrder;
 use serde::Serialize;
 
 use super::probe::SinkSeen;
@@ -86,6 +89,12 @@ pub(super) struct StreamReport {
     /// The newest message's position.
     pub(super) position: Option<String>,
     pub(super) end_lsn: Option<String>,
+    /// Tables that left the publication, as it is stored beside the stream.
+    #[serde(skip)]
+    pub(super) unpublished: Vec<TableName>,
+    /// Backfills that are ordered, by sink, as they are stored beside the stream.
+    #[serde(skip)]
+    pub(super) ordered: BTreeMap<String, Vec<BackfillOrder>>,
 }
 
 /// One sink.

@@ -81,6 +81,17 @@ impl Pipeline {
             .map_err(LabError::io("terminate the pipeline"))
     }
 
+    /// SIGHUP: asks it to read its configuration again.
+    ///
+    /// # Errors
+    ///
+    /// Fails when the signal cannot be sent.
+    pub fn hang_up(&mut self) -> Result<(), LabError> {
+        self.process
+            .signal(Signal::SIGHUP)
+            .map_err(LabError::io("send the pipeline SIGHUP"))
+    }
+
     /// SIGSTOP: holds the process where it is.
     ///
     /// # Errors

@@ -60,6 +60,8 @@ fn remembered(oid: u32, table: &SourceTable, before: Option<&Remembered>) -> Rem
     Remembered {
         table: named(),
         oid,
+        publication: 0,
+        standing: Standing::Published,
         clause: table.clause(),
         intended: None,
         withheld: withheld(table, before),
@@ -165,43 +167,76 @@ fn a_dropped_column_stays_back_in_older_wal_and_a_misspelt_one_is_refused() {
     );
 }
 
+fn published(oid: u32, table: &SourceTable) -> HashMap<TableName, Member> {
+    let clause = table.clause();
+    HashMap::from([(named(), Member { oid, clause })])
+}
+
+/// What has become of a table that was published as `before`: what is said of it where it is parked, and the id of
+/// its backfill where it is back.
+fn drift(
+    before: &Remembered,
+    now: &HashMap<TableName, Member>,
+    table: &SourceTable,
+) -> Result<(Option<String>, Option<String>), String> {
+    let earlier = Earlier(HashMap::from([(named(), before.clone())]));
+    let checked = earlier.check("p", std::slice::from_ref(table), now);
+    let mut drift = checked.map_err(|error| error.to_string())?;
+    let lost = drift.lost.pop().map(|(_, condition)| condition.remedy);
+    Ok((lost, drift.back.pop().map(|(_, id)| id)))
+}
+
 #[test]
 fn our_own_change_is_told_from_anothers() {
     let (plain, part) = (table(COLUMNS, &[], &[]), table(COLUMNS, &["email"], &[]));
     let mut earlier = remembered(1, &plain, None);
-    let now = |oid, table: &SourceTable| {
-        HashMap::from([(
-            named(),
-            Member {
-                oid,
-                clause: table.clause(),
-            },
-        )])
-    };
-    let check = |earlier: &Remembered, now: &HashMap<TableName, Member>| {
-        let earlier = Earlier(HashMap::from([(named(), earlier.clone())]));
-        earlier
-            .check("p", &[named()], now)
-            .map_err(|error| error.to_string())
-    };
-    assert!(check(&earlier, &now(1, &plain)).is_ok());
-    let error = check(&earlier, &now(2, &part)).expect_err("somebody else's");
+    let same = Ok((None, None));
+    let back = Ok((None, Some("published-2".to_owned())));
+    assert_eq!(drift(&earlier, &published(1, &plain), &plain), same);
+    let error = drift(&earlier, &published(2, &part), &plain).expect_err("somebody else's");
     assert_eq!(
         error,
         "E1106: publication \"p\" publishes other columns or rows of public.t than before"
     );
-    let error = check(&earlier, &now(2, &plain)).expect_err("left and came back");
-    assert_eq!(error, "E1106: publication \"p\" was without public.t");
-    assert!(check(&earlier, &HashMap::new()).is_err());
+    assert_eq!(drift(&earlier, &published(2, &plain), &plain), back);
 
     // A crash between our change and its remembrance.
     earlier.intended = Some(part.clause());
-    assert!(check(&earlier, &now(2, &part)).is_ok());
+    assert_eq!(drift(&earlier, &published(2, &part), &part), same);
+    let made = drift(&earlier, &published(1, &plain), &part);
+    assert_eq!(made, same, "the change was not made");
+    assert_eq!(drift(&earlier, &published(2, &plain), &part), back);
+}
+
+#[test]
+fn a_table_that_left_is_parked_until_it_is_back_as_it_must_be() {
+    let (plain, part) = (table(COLUMNS, &[], &[]), table(COLUMNS, &["email"], &[]));
+    let mut earlier = remembered(1, &part, None);
+    let gone = HashMap::new();
+    let add = "ALTER PUBLICATION \"p\" ADD TABLE \"public\".\"t\" (\"id\", \"note\")";
+    for standing in [Standing::Published, Standing::Lost { since_us: 7 }] {
+        earlier.standing = standing;
+        let (remedy, back) = drift(&earlier, &gone, &part).expect("parked");
+        let remedy = remedy.expect("parked");
+        assert!(remedy.starts_with(add) && back.is_none(), "{remedy}");
+    }
+    // Back with other columns than it must have, it stays parked.
+    let (remedy, back) = drift(&earlier, &published(2, &plain), &part).expect("parked");
+    let remedy = remedy.expect("parked");
     assert!(
-        check(&earlier, &now(1, &plain)).is_ok(),
-        "the change was not made"
+        remedy.contains("DROP TABLE \"public\".\"t\"; ALTER") && back.is_none(),
+        "{remedy}"
     );
-    assert!(check(&earlier, &now(2, &plain)).is_err());
+    let back = |oid| {
+        drift(&earlier, &published(oid, &part), &part)
+            .expect("back")
+            .1
+    };
+    assert_eq!(back(2).as_deref(), Some("published-2"));
+    // In a publication of a schema it has no membership of its own.
+    assert_eq!(back(0).as_deref(), Some("published-7"));
+    earlier.standing = Standing::Beside;
+    assert_eq!(drift(&earlier, &gone, &part), Ok((None, None)), "it is new");
 }
 
 #[test]

@@ -165,14 +165,15 @@ impl Ensuring<'_> {
             .query(
                 "SELECT ARRAY(SELECT a.attname::text FROM pg_catalog.pg_attribute a \
                  WHERE a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey[0:i.indnkeyatts - 1]::int2[])), \
-                 i.indimmediate, i.indexrelid::regclass::text FROM pg_catalog.pg_index i \
+                 i.indimmediate, i.indexrelid::regclass::text, (SELECT c.conname::text FROM pg_catalog.pg_constraint c \
+                 WHERE c.conindid = i.indexrelid AND c.contype = 'p') FROM pg_catalog.pg_index i \
                  WHERE i.indrelid = to_regclass($1) AND i.indisunique AND i.indisvalid \
                  AND i.indpred IS NULL AND i.indexprs IS NULL",
                 &[&target.quoted()],
             )
             .await
             .map_err(|error| self.failed(error))?;
-        let mut matches = false;
+        let (mut matches, mut primary) = (false, None);
         for row in &rows {
             let read = || Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?));
             let (mut columns, immediate, index): (Vec<String>, bool, String) =
@@ -180,8 +181,11 @@ impl Ensuring<'_> {
             let mut sorted = key.to_vec();
             sorted.sort();
             columns.sort();
+            let constraint: Option<String> = row.try_get(3).map_err(|error| self.failed(error))?;
             if columns == sorted && immediate {
                 matches = true;
+            } else if let (Some(constraint), true) = (constraint, self.begun) {
+                primary = Some(constraint);
             } else if immediate {
                 warnings.push(format!(
                     "unique index {index} of target table {target} is checked at once: rows that swap \
@@ -193,6 +197,23 @@ impl Ensuring<'_> {
             return Ok(());
         }
         let columns: Vec<_> = key.iter().map(|column| quote_identifier(column)).collect();
+        if let Some(primary) = primary {
+            return Err(self.refuse(
+                Code::KeyChanged,
+                format!(
+                    "the key of table {} is ({}) now, and target table {target} has another",
+                    self.schema.name,
+                    columns.join(", ")
+                ),
+                format!(
+                    "ALTER TABLE {} DROP CONSTRAINT {}, ADD PRIMARY KEY ({}); where its rows stand in the way, TRUNCATE it \
+                     first: the table is copied again in any case",
+                    target.quoted(),
+                    quote_identifier(&primary),
+                    columns.join(", ")
+                ),
+            ));
+        }
         Err(self.refuse(
             Code::TargetKey,
             format!(
@@ -270,7 +291,7 @@ impl Ensuring<'_> {
 
 /// Whether a column takes every value of a type exactly: the same type, the same without a modifier, a wider
 /// integer, a longer or unbounded text, or text itself.
-fn takes(has: &Found, full: &str, base: &str) -> bool {
+pub(super) fn takes(has: &Found, full: &str, base: &str) -> bool {
     const INTEGERS: [&str; 3] = ["smallint", "integer", "bigint"];
     let rank = |name: &str| INTEGERS.iter().position(|integer| *integer == name);
     let length = |name: &str| {

@@ -1,0 +1,132 @@
+//! How the publication stands to what was published before: which tables left it, and which are back. Pure.
+
+use std::collections::HashMap;
+
+use millrace_config::{Code, Condition};
+use millrace_event::TableName;
+use serde::{Deserialize, Serialize};
+
+use super::{Earlier, Remembered};
+use crate::Error;
+use crate::source::{self, Member, SourceTable};
+
+/// How a table stands to the publication.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Standing {
+    /// Configured and published: entered when capture begins with it. Left to `Lost` or `Beside`.
+    #[default]
+    Published,
+    /// Configured, and somebody took it out of the publication: entered when that is noticed. Left to `Published`
+    /// once it is back and a backfill is ordered, or to `Beside`. It outlasts every crash.
+    Lost {
+        /// When it was noticed: this machine's clock, microseconds since 1970.
+        since_us: i64,
+    },
+    /// Not configured: entered when capture begins without it. Left to `Published`.
+    Beside,
+}
+
+impl Standing {
+    pub(super) fn is_published(&self) -> bool {
+        *self == Self::Published
+    }
+}
+
+/// What has become of the tables that were published.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Drift {
+    /// Tables that the publication does not have, or not as they must be, and why that parks them.
+    pub(crate) lost: Vec<(TableName, Condition)>,
+    /// Tables that left it and are back: the ids of the backfills that they need.
+    pub(crate) back: Vec<(TableName, String)>,
+}
+
+impl Drift {
+    /// Whether a table is parked.
+    pub(crate) fn has_lost(&self, table: &TableName) -> bool {
+        self.lost.iter().any(|(lost, _)| lost == table)
+    }
+
+    /// Whether a table is back.
+    pub(super) fn has_back(&self, table: &TableName) -> bool {
+        self.back.iter().any(|(back, _)| back == table)
+    }
+}
+
+impl Earlier {
+    /// Finds out whether every table that was published still is, and was all the time. One that left the
+    /// publication has lost the changes made meanwhile, even if it is back.
+    ///
+    /// # Errors
+    /// A table is published with other columns or rows than before, and the change was not ours.
+    pub(crate) fn check(
+        &self,
+        publication: &str,
+        tables: &[SourceTable],
+        now: &HashMap<TableName, Member>,
+    ) -> Result<Drift, Error> {
+        let (mut drift, mut changed) = (Drift::default(), Vec::new());
+        for table in tables {
+            let Some(before) = self.0.get(&table.name) else {
+                continue;
+            };
+            let member = now.get(&table.name);
+            match judge(before, member, table) {
+                Verdict::Same => {}
+                Verdict::Lost => {
+                    let condition = source::left_publication(publication, table, member.is_some());
+                    drift.lost.push((table.name.clone(), condition));
+                }
+                Verdict::Back { id } => drift.back.push((table.name.clone(), id)),
+                Verdict::Changed => changed.push(table.name.to_string()),
+            }
+        }
+        if changed.is_empty() {
+            return Ok(drift);
+        }
+        Err(Error::halt(Condition::new(
+            Code::PublicationDrift,
+            format!(
+                "publication \"{publication}\" publishes other columns or rows of {} than before",
+                changed.join(", ")
+            ),
+            "changes made meanwhile are lost: run `millrace drop`, then `millrace run`, \
+             which copies the tables again",
+        )))
+    }
+}
+
+/// What has become of one table.
+enum Verdict {
+    Same,
+    Lost,
+    Back { id: String },
+    Changed,
+}
+
+fn judge(before: &Remembered, now: Option<&Member>, table: &SourceTable) -> Verdict {
+    let back = |member: &Member, since_us: i64| Verdict::Back {
+        // A publication of a schema has no memberships.
+        id: match member.oid {
+            0 => format!("published-{since_us}"),
+            oid => format!("published-{oid}"),
+        },
+    };
+    match (before.standing, now) {
+        // Not configured until now: it is new.
+        (Standing::Beside, _) => Verdict::Same,
+        (Standing::Published | Standing::Lost { .. }, None) => Verdict::Lost,
+        (Standing::Lost { since_us }, Some(now)) if now.clause == table.clause() => {
+            back(now, since_us)
+        }
+        (Standing::Lost { .. }, Some(_)) => Verdict::Lost,
+        (Standing::Published, Some(now)) if now.oid == before.oid => Verdict::Same,
+        // A crash came between our own change and its remembrance.
+        (Standing::Published, Some(now)) if Some(&now.clause) == before.intended.as_ref() => {
+            Verdict::Same
+        }
+        (Standing::Published, Some(now)) if now.clause == before.clause => back(now, 0),
+        (Standing::Published, Some(_)) => Verdict::Changed,
+    }
+}
