@@ -17,7 +17,7 @@ use crate::assemble::{Assembler, MessageLimits, Outgoing, RowTooLarge};
 use crate::commits::{self, CommitLog, Committed};
 use crate::frontier::{Boundary, ConfirmPolicy, Frontier};
 use crate::pgoutput::{self, Message, OldTuple, PgoutputError, Tuple};
-use crate::relation::{Published, RelationError, Relations};
+use crate::relation::{Announced, RelationError, Relations};
 use crate::selection::Selection;
 use crate::tuple::{MaskedTexts, RowChange, Writer};
 
@@ -96,6 +96,9 @@ pub enum Input<'a> {
 pub enum Output {
     /// Keep the table's schema before anything after this is published.
     Describe(Arc<Relation>),
+    /// Remember, before anything after this is published, that a change with this commit LSN was left out: the
+    /// table's rows must be read again.
+    LeftOut(RelationError, Lsn),
     /// Publish this.
     Publish(Outgoing),
     /// Look whether the stream still holds this, and answer with [`Input::Verified`].
@@ -110,9 +113,6 @@ pub enum CaptureError {
     /// Bytes that are not pgoutput.
     #[error("replication message cannot be read")]
     Pgoutput(#[from] PgoutputError),
-    /// A table that cannot be published as configured.
-    #[error(transparent)]
-    Relation(#[from] RelationError),
     /// A value that cannot be written.
     #[error("row cannot be published")]
     Encode(#[from] EncodeError),
@@ -328,7 +328,7 @@ impl Capture {
             Message::Begin(begin) => self.on_begin(&begin),
             Message::Commit(commit) => self.on_commit(&commit),
             Message::Relation(relation) => {
-                if let Some(new) = self.relations.announce(&relation)? {
+                if let Some(new) = self.relations.announce(&relation) {
                     self.outputs.push_back(Output::Describe(new));
                 }
                 Ok(())
@@ -460,13 +460,24 @@ impl Capture {
         // on the configured key, and the numbers must not: it takes two in any case.
         let first = open.seq + 1;
         open.seq += if old.is_some() && new.is_some() { 2 } else { 1 };
-        let Some(published) = published(&self.relations, relid)? else {
-            return Ok(());
-        };
+        let announced = announced(&self.relations, relid)?;
         if Position::from(open.transaction.version(open.seq)) <= self.skip_to {
             return Ok(());
         }
-        let row = RowChange::new(published, old, new, &mut self.masked)?;
+        let published = match announced {
+            Announced::Published(published) => published,
+            Announced::NotConfigured => return Ok(()),
+            Announced::LeftOut(error) => {
+                leave_out(&mut self.outputs, error.clone(), open.commit_lsn);
+                return Ok(());
+            }
+        };
+        let Some(row) = RowChange::new(published, old, new, &mut self.masked)? else {
+            let table = published.relation.name().clone();
+            let error = RelationError::KeyNull { table };
+            leave_out(&mut self.outputs, error, open.commit_lsn);
+            return Ok(());
+        };
         let mut writer = Writer {
             assembler: &mut self.assembler,
             published,
@@ -494,8 +505,15 @@ impl Capture {
         for relid in truncate.relids.iter() {
             self.changes += 1;
             open.seq += 1;
-            let Some(published) = published(&self.relations, relid)? else {
-                continue;
+            let published = match announced(&self.relations, relid)? {
+                Announced::Published(published) => published,
+                Announced::NotConfigured => continue,
+                Announced::LeftOut(error) => {
+                    if Position::from(open.transaction.version(open.seq)) > self.skip_to {
+                        leave_out(&mut self.outputs, error.clone(), open.commit_lsn);
+                    }
+                    continue;
+                }
             };
             let mut writer = Writer {
                 assembler: &mut self.assembler,
@@ -512,7 +530,17 @@ impl Capture {
     }
 }
 
-fn published(relations: &Relations, relid: u32) -> Result<Option<&Published>, CaptureError> {
+/// Says it once where it is said of many changes in a row.
+fn leave_out(outputs: &mut VecDeque<Output>, error: RelationError, commit_lsn: Lsn) {
+    let said = outputs.back().is_some_and(|last| {
+        matches!(last, Output::LeftOut(last, lsn) if *lsn == commit_lsn && last.table() == error.table())
+    });
+    if !said {
+        outputs.push_back(Output::LeftOut(error, commit_lsn));
+    }
+}
+
+fn announced(relations: &Relations, relid: u32) -> Result<&Announced, CaptureError> {
     relations.get(relid).ok_or(CaptureError::Protocol(
         "a change of a relation that was not announced",
     ))

@@ -23,6 +23,7 @@ mod pack;
 mod ranges;
 mod reading;
 mod rule;
+mod session;
 mod setbacks;
 mod text;
 mod throttle;

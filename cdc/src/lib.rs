@@ -11,6 +11,7 @@ mod copy;
 mod error;
 mod heartbeat;
 mod identity;
+mod left_out;
 mod life;
 mod orders;
 mod relation;

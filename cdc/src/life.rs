@@ -21,6 +21,7 @@ use crate::capture::{Capture, Resume, Settings};
 use crate::frontier::{Boundary, ConfirmPolicy};
 use crate::identity;
 use crate::identity::published::{Drift, Earlier, Published};
+use crate::left_out::LeftOut;
 use crate::publish::{self, Acks, Sender};
 use crate::replication::{
     NEAR_RECEIVE_BUFFER_BYTES, NEAR_ROUND_TRIP_MAX, ReplicationConnection, SlotKind, Snapshot,
@@ -53,6 +54,7 @@ pub(crate) struct Life {
     pub(crate) source: Source,
     pub(crate) stream: Stream,
     pub(crate) watched: Watched,
+    pub(crate) left_out: LeftOut,
     /// Tables that have left the publication.
     pub(crate) lost: Vec<(TableName, Condition)>,
 }
@@ -116,6 +118,7 @@ pub(crate) async fn open(config: &Config, now: Duration) -> Result<Life, Error> 
     stream::require_level(&jetstream).await?;
     let stream = open_buckets(config, jetstream).await?;
     let watched = Watched::begin(config, &client, &stream.state).await?;
+    let left_out = LeftOut::read(&stream.state, &client).await?;
     let mut earlier = Earlier::read(&stream).await?;
     earlier.carry_over(&mut tables)?;
     if facts.in_recovery {
@@ -205,6 +208,7 @@ pub(crate) async fn open(config: &Config, now: Duration) -> Result<Life, Error> 
         source,
         stream,
         watched,
+        left_out,
         lost,
     })
 }

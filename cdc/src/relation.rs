@@ -35,25 +35,56 @@ impl Published {
     }
 }
 
-/// A relation that cannot be published as configured.
+/// What is done with the changes of a relation.
+#[derive(Debug)]
+pub(crate) enum Announced {
+    /// They are published.
+    Published(Published),
+    /// Nobody wants them: the table is not configured.
+    NotConfigured,
+    /// They cannot be told apart by the table's key, so they are left out, and its rows are read again.
+    LeftOut(RelationError),
+}
+
+/// Why the changes of a table cannot be told apart by its key. It has another one now than when they were made.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RelationError {
     /// A key column is not among the published columns any more.
-    #[error("table {table} no longer publishes its key column {column:?}")]
+    #[error("changes of table {table} do not have its key column {column:?}")]
     KeyMissing {
         /// The table.
         table: TableName,
         /// The column.
         column: String,
     },
+    /// A key column is NULL: it was in no key then.
+    #[error("changes of table {table} have NULL in a key column")]
+    KeyNull {
+        /// The table.
+        table: TableName,
+    },
     /// Old rows would not carry the key: updates and deletes could not be told apart.
-    #[error("replica identity of table {table} does not cover its key column {column:?}")]
+    #[error(
+        "replica identity of changes of table {table} does not cover its key column {column:?}"
+    )]
     KeyNotInIdentity {
         /// The table.
         table: TableName,
         /// The column.
         column: String,
     },
+}
+
+impl RelationError {
+    /// The table.
+    #[must_use]
+    pub fn table(&self) -> &TableName {
+        match self {
+            Self::KeyMissing { table, .. }
+            | Self::KeyNotInIdentity { table, .. }
+            | Self::KeyNull { table } => table,
+        }
+    }
 }
 
 /// The relations that the WAL has announced.
@@ -65,8 +96,7 @@ pub(crate) struct Relations {
     keys: HashMap<TableName, Vec<String>>,
     /// What is done about columns of some of them.
     selections: HashMap<TableName, Arc<Selection>>,
-    /// `None` for a relation that is not configured.
-    by_oid: HashMap<u32, Option<Published>>,
+    by_oid: HashMap<u32, Announced>,
     subjects: Vec<String>,
     subject_ids: HashMap<String, SubjectId>,
 }
@@ -108,17 +138,25 @@ impl Relations {
     }
 
     /// Takes an announcement. Returns the table's shape where the table is published and the shape is new.
-    ///
-    /// # Errors
-    /// The announced shape does not have the configured key, or does not log it for old rows.
-    pub(crate) fn announce(
-        &mut self,
-        announced: &pgoutput::Relation<'_>,
-    ) -> Result<Option<Arc<Relation>>, RelationError> {
+    pub(crate) fn announce(&mut self, announced: &pgoutput::Relation<'_>) -> Option<Arc<Relation>> {
         // An empty schema stands for pg_catalog, which no publication can contain.
         let name = TableName::new(announced.schema, announced.table);
-        let Some(key_names) = self.keys.get(&name) else {
-            self.by_oid.insert(announced.relid, None);
+        let left_out = match self.key_of(&name, announced) {
+            Ok(Some(key)) => return self.publish(name, key, announced),
+            Ok(None) => Announced::NotConfigured,
+            Err(error) => Announced::LeftOut(error),
+        };
+        self.by_oid.insert(announced.relid, left_out);
+        None
+    }
+
+    /// The places of a table's key columns among those that are published; `None` where it is not configured.
+    fn key_of(
+        &self,
+        name: &TableName,
+        announced: &pgoutput::Relation<'_>,
+    ) -> Result<Option<Vec<usize>>, RelationError> {
+        let Some(key_names) = self.keys.get(name) else {
             return Ok(None);
         };
         // The table had another primary key then, or has another one now: its rows are told apart by that.
@@ -127,7 +165,7 @@ impl Relations {
             !key_names.iter().all(covers)
         });
         let key_names = identity.as_ref().unwrap_or(key_names);
-        let selection = self.selections.get(&name).map(Arc::as_ref);
+        let selection = self.selections.get(name).map(Arc::as_ref);
         let published = |column: &pgoutput::RelationColumn<'_>| {
             let leaves_out = |selection: &Selection| selection.excludes(column.name);
             !selection.is_some_and(leaves_out)
@@ -142,18 +180,28 @@ impl Relations {
                 .find(|(_, known)| known.name == column);
             let Some((index, known)) = found else {
                 return Err(RelationError::KeyMissing {
-                    table: name,
+                    table: name.clone(),
                     column: column.clone(),
                 });
             };
             if announced.identity != ReplicaIdentity::Full && !known.key {
                 return Err(RelationError::KeyNotInIdentity {
-                    table: name,
+                    table: name.clone(),
                     column: column.clone(),
                 });
             }
             key.push(index);
         }
+        Ok(Some(key))
+    }
+
+    fn publish(
+        &mut self,
+        name: TableName,
+        key: Vec<usize>,
+        announced: &pgoutput::Relation<'_>,
+    ) -> Option<Arc<Relation>> {
+        let selection = self.selections.get(&name).map(Arc::as_ref);
         let columns: Vec<_> = announced
             .columns
             .iter()
@@ -172,22 +220,19 @@ impl Relations {
         let wal_columns = announced.columns.len();
         let relation = Arc::new(Relation::new(&self.source, &self.db, name, &columns, key));
         let known = self.by_oid.get_mut(&announced.relid);
-        if let Some(Some(known)) = known
-            && known.relation == relation
-        {
-            // What is left out may have changed all the same.
-            (known.wal_columns, known.binding) = (wal_columns, binding);
-            return Ok(None);
+        let mut counts = None;
+        if let Some(Announced::Published(known)) = known {
+            if known.relation == relation {
+                // What is left out may have changed all the same.
+                (known.wal_columns, known.binding) = (wal_columns, binding);
+                return None;
+            }
+            counts = Some(known.counts);
         }
         let subjects = Op::ALL.map(|op| {
             let name = subject::change(&self.source, relation.name(), op);
             self.subject(name)
         });
-        let counts = self
-            .by_oid
-            .get(&announced.relid)
-            .and_then(Option::as_ref)
-            .map(|known| known.counts);
         let published = Published {
             relation: Arc::clone(&relation),
             wal_columns,
@@ -195,20 +240,27 @@ impl Relations {
             subjects,
             counts: counts.unwrap_or_default(),
         };
-        self.by_oid.insert(announced.relid, Some(published));
-        Ok(Some(relation))
+        self.by_oid
+            .insert(announced.relid, Announced::Published(published));
+        Some(relation)
     }
 
     /// Counts a change that was published.
     pub(crate) fn count(&mut self, relid: u32, op: Op) {
-        if let Some(Some(published)) = self.by_oid.get_mut(&relid) {
+        if let Some(Announced::Published(published)) = self.by_oid.get_mut(&relid) {
             published.counts[op as usize] += 1;
         }
     }
 
     /// Takes the changes published since the last time, by table and operation; zeros are left out.
     pub(crate) fn take_counts(&mut self) -> Vec<(TableName, Op, u64)> {
-        let published = self.by_oid.values_mut().flatten();
+        let published = self
+            .by_oid
+            .values_mut()
+            .filter_map(|announced| match announced {
+                Announced::Published(published) => Some(published),
+                Announced::NotConfigured | Announced::LeftOut(_) => None,
+            });
         published
             .flat_map(|published| {
                 let name = published.relation.name().clone();
@@ -222,10 +274,10 @@ impl Relations {
             .collect()
     }
 
-    /// A relation that was announced: `Some(None)` if it is not configured, `None` if it was not announced.
+    /// A relation, where it was announced.
     #[must_use]
-    pub(crate) fn get(&self, relid: u32) -> Option<Option<&Published>> {
-        self.by_oid.get(&relid).map(Option::as_ref)
+    pub(crate) fn get(&self, relid: u32) -> Option<&Announced> {
+        self.by_oid.get(&relid)
     }
 }
 
@@ -273,13 +325,28 @@ mod tests {
         Relations::new("shop".to_owned(), "db".to_owned(), keys, selections)
     }
 
+    fn published(relations: &Relations) -> &Published {
+        let Some(Announced::Published(published)) = relations.get(7) else {
+            panic!("it is published");
+        };
+        published
+    }
+
+    fn left_out(mut relations: Relations, message: &pgoutput::Relation<'_>) -> RelationError {
+        assert!(relations.announce(message).is_none());
+        let Some(Announced::LeftOut(error)) = relations.get(7) else {
+            panic!("it is left out");
+        };
+        error.clone()
+    }
+
     #[test]
     fn a_shape_is_new_once() {
         let mut relations = relations("id");
         let message = announced(ReplicaIdentity::Default, &[true, false]);
-        assert!(relations.announce(&message).unwrap().is_some());
-        assert!(relations.announce(&message).unwrap().is_none());
-        assert!(relations.get(7).unwrap().is_some());
+        assert!(relations.announce(&message).is_some());
+        assert!(relations.announce(&message).is_none());
+        published(&relations);
         assert!(relations.get(8).is_none());
     }
 
@@ -287,25 +354,26 @@ mod tests {
     fn another_primary_key_tells_rows_apart() {
         let message = announced(ReplicaIdentity::Default, &[true, false]);
         let mut relations = relations("name");
-        let relation = relations.announce(&message).unwrap().expect("new");
+        let relation = relations.announce(&message).expect("new");
         assert_eq!(relation.key(), [0]);
         let both = announced(ReplicaIdentity::Default, &[true, true]);
-        let relation = relations.announce(&both).unwrap().expect("new");
+        let relation = relations.announce(&both).expect("new");
         assert_eq!(relation.key(), [1]);
     }
 
     #[test]
-    fn an_identity_that_does_not_log_the_key_is_refused() {
+    fn changes_that_the_key_does_not_tell_apart_are_left_out() {
         let message = announced(ReplicaIdentity::Index, &[true, false]);
-        let error = relations("name").announce(&message).unwrap_err();
+        let error = left_out(relations("name"), &message);
         assert!(
             matches!(error, RelationError::KeyNotInIdentity { .. }),
             "{error}"
         );
-        let error = relations("gone").announce(&message).unwrap_err();
+        let error = left_out(relations("gone"), &message);
         assert!(matches!(error, RelationError::KeyMissing { .. }), "{error}");
+        assert_eq!(error.table(), &TableName::new("public", "t"));
         let message = announced(ReplicaIdentity::Full, &[true, true]);
-        assert!(relations("name").announce(&message).unwrap().is_some());
+        assert!(relations("name").announce(&message).is_some());
     }
 
     #[test]
@@ -314,25 +382,25 @@ mod tests {
         selection.exclude("id");
         let mut relations = selected("name", selection);
         let full = announced(ReplicaIdentity::Full, &[true, true]);
-        let shape = relations.announce(&full).unwrap().expect("new");
+        let shape = relations.announce(&full).expect("new");
         let columns: Vec<_> = shape.columns().iter().map(Column::name).collect();
         assert_eq!((columns, shape.key()), (vec!["name"], &[0][..]));
-        let published = relations.get(7).unwrap().unwrap();
-        assert_eq!(published.wal_columns, 2);
-        assert!(!published.binding.as_ref().unwrap().keeps(0));
+        let found = published(&relations);
+        assert_eq!(found.wal_columns, 2);
+        assert!(!found.binding.as_ref().unwrap().keeps(0));
 
         // The column is gone: the shape is the same, the rows are not.
         let mut narrow = full.clone();
         narrow.columns.remove(0);
-        assert!(relations.announce(&narrow).unwrap().is_none());
-        let published = relations.get(7).unwrap().unwrap();
-        assert_eq!((published.wal_columns, &published.binding), (1, &None));
+        assert!(relations.announce(&narrow).is_none());
+        let found = published(&relations);
+        assert_eq!((found.wal_columns, &found.binding), (1, &None));
 
         let mut relations = selected("id", Selection::default());
-        relations.announce(&full).unwrap();
+        relations.announce(&full);
         let mut selection = Selection::default();
         selection.exclude("id");
-        let error = selected("id", selection).announce(&full).unwrap_err();
+        let error = left_out(selected("id", selection), &full);
         assert!(matches!(error, RelationError::KeyMissing { .. }), "{error}");
     }
 
@@ -341,7 +409,7 @@ mod tests {
         let (shop, db) = ("shop".to_owned(), "db".to_owned());
         let mut relations = Relations::new(shop, db, HashMap::new(), HashMap::new());
         let message = announced(ReplicaIdentity::Nothing, &[false, false]);
-        assert!(relations.announce(&message).unwrap().is_none());
-        assert!(relations.get(7).unwrap().is_none());
+        assert!(relations.announce(&message).is_none());
+        assert!(matches!(relations.get(7), Some(Announced::NotConfigured)));
     }
 }

@@ -17,6 +17,7 @@ use crate::commits::Commits;
 use crate::copy::Copier;
 use crate::frontier::Boundary;
 use crate::identity::published::Earlier;
+use crate::left_out::LeftOut;
 use crate::life::{self, Life, Source, Stream};
 use crate::publish::{self, Acks, Sender};
 use crate::replication::{Frame, WalBatch, WalHandle, WalReader};
@@ -96,6 +97,7 @@ async fn live(config: &Config, status: &Status, stop: &CancellationToken) -> Res
         source,
         stream,
         watched,
+        left_out,
         lost,
     } = life;
     status.set_parked(lost);
@@ -111,6 +113,7 @@ async fn live(config: &Config, status: &Status, stop: &CancellationToken) -> Res
         sender: Some(sender),
         source: &source,
         stream: &stream,
+        left_out: &left_out,
         status,
         fullness: &fullness,
         commits: &commits,
@@ -127,7 +130,7 @@ async fn live(config: &Config, status: &Status, stop: &CancellationToken) -> Res
         ended = line.run(wal, acks, stop) => ended,
         // The line itself ends first at `stop`; these only end with a failure.
         Err(error) = heartbeat::beat(&source.dsn, config.source.heartbeat_interval) => Err(error),
-        Err(error) = watch(config, &source, &stream, watched, status) => Err(error),
+        Err(error) = watch(config, &source, &stream, watched, &left_out, status) => Err(error),
         Err(error) = copier.serve() => Err(error),
         Err(error) = retention.keep() => Err(error),
     }
@@ -139,6 +142,7 @@ async fn watch(
     source: &Source,
     stream: &Stream,
     mut watched: Watched,
+    left_out: &LeftOut,
     status: &Status,
 ) -> Result<std::convert::Infallible, Error> {
     let version = source.facts.version;
@@ -155,6 +159,9 @@ async fn watch(
         let (state, copies) = (&stream.state, &stream.copies);
         watched
             .again(config, &source.client, state, copies, status.covered())
+            .await?;
+        left_out
+            .order(config, state, copies, status.covered())
             .await?;
         let found = source::find_publication(&source.client, &publication).await?;
         if earlier
@@ -201,6 +208,7 @@ struct Line<'l> {
     sender: Option<Sender>,
     source: &'l Source,
     stream: &'l Stream,
+    left_out: &'l LeftOut,
     status: &'l Status,
     fullness: &'l Fullness,
     commits: &'l Commits,
@@ -336,6 +344,9 @@ impl Line<'_> {
                     return Ok(());
                 }
                 Output::Describe(relation) => self.describe(&relation).await?,
+                Output::LeftOut(error, lsn) => {
+                    self.left_out.note(&self.stream.state, &error, lsn).await?;
+                }
                 Output::Confirm(lsn) => {
                     self.handle.confirm(lsn);
                     self.status.set_confirmed(lsn);
@@ -540,11 +551,6 @@ fn capture_failed(error: CaptureError) -> Error {
         Error::halt(Condition::new(code, message, remedy))
     };
     match &error {
-        CaptureError::Relation(_) => halt(
-            Code::NoReplicaIdentity,
-            "give the table its key and replica identity back, then start again; another primary key is followed by \
-             itself, once it is the replica identity",
-        ),
         CaptureError::Encode(_) => halt(
             Code::SourceEncoding,
             "correct the value at the source's client encoding",

@@ -4,6 +4,7 @@ mod catalog;
 mod generated;
 mod key;
 mod publication;
+mod room;
 mod selection;
 mod slot;
 
@@ -18,6 +19,7 @@ pub use publication::{
     publication_change, publication_name, published_tables, unlisted_column, withdraw,
 };
 pub(crate) use publication::{left_publication, publication_gone};
+pub use room::room_for;
 pub(crate) use selection::{renamed_column, unknown_columns};
 pub use slot::{SlotState, drop_slot, find_slot, make_slot, slot_name, slot_precondition};
 

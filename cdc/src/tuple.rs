@@ -64,12 +64,13 @@ pub(crate) struct RowChange<'a> {
 }
 
 impl<'a> RowChange<'a> {
+    /// `None` where a key column is NULL: when the change was made, it was in no key.
     pub(crate) fn new(
         published: &Published,
         old: Option<OldTuple<'a>>,
         new: Option<Tuple<'a>>,
         masked: &'a mut MaskedTexts,
-    ) -> Result<Self, CaptureError> {
+    ) -> Result<Option<Self>, CaptureError> {
         let relation = &published.relation;
         let mut old = match old {
             Some(OldTuple { kind, tuple }) => Some((kind, row(published, tuple)?)),
@@ -90,12 +91,14 @@ impl<'a> RowChange<'a> {
                 .iter()
                 .any(|index| old.get(*index) != new.get(*index));
         }
-        let keyed = |row: &Vec<Datum<'_>>| {
-            let value = |index: &usize| matches!(row.get(*index), Some(Datum::Text(_)));
-            relation.key().iter().all(value)
-        };
+        let rows = || new.iter().chain(old.iter().map(|(_, row)| row));
+        let mut keys = rows().flat_map(|row| relation.key().iter().map(|index| row.get(*index)));
+        if keys.any(|value| matches!(value, Some(Datum::Null))) {
+            return Ok(None);
+        }
+        let is_text = |value: Option<&Datum<'_>>| matches!(value, Some(Datum::Text(_)));
         let complete =
-            new.as_ref().is_none_or(keyed) && old.as_ref().is_none_or(|(_, row)| keyed(row));
+            rows().all(|row| relation.key().iter().all(|index| is_text(row.get(*index))));
         if !complete {
             return Err(CaptureError::Protocol("a key column has no value"));
         }
@@ -107,11 +110,11 @@ impl<'a> RowChange<'a> {
                 binding.mask(new, &mut masked.new);
             }
         }
-        Ok(Self {
+        Ok(Some(Self {
             old,
             new,
             key_changed,
-        })
+        }))
     }
 
     pub(crate) fn write(

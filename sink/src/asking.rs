@@ -3,7 +3,7 @@
 use millrace_event::TableName;
 use millrace_event::work::{BackfillOrder, TableRequest, Wanted};
 
-use crate::batch::{Chunks, CopyProgress, CopyState};
+use crate::progress::{Chunks, CopyProgress, CopyState};
 use millrace_event::Position;
 
 /// Rows of which the target knows some columns only: their table, and the texts of their keys.

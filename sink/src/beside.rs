@@ -5,10 +5,11 @@ use millrace_consumer::ReadError;
 use millrace_event::Position;
 use tokio::time::Instant;
 
-use crate::batch::{Batch, Checkpoint, CopyState};
+use crate::batch::{Batch, Checkpoint};
 use crate::copy::{Copies, Looked};
 use crate::error::Error;
 use crate::life::Life;
+use crate::progress::CopyState;
 use crate::rejoin::{self, CatchUp};
 
 #[derive(Default)]

@@ -13,8 +13,9 @@ use bytes::Bytes;
 use millrace_config::{Columns, OnDelete, OnRowError, OnSchemaChange, OnTruncate, Table};
 use millrace_event::{ColumnSchema, Lsn, Position, TableName, TableSchema, Version};
 
-use crate::batch::{Batch, Checkpoint, CopyProgress, CopyState};
+use crate::batch::{Batch, Checkpoint};
 use crate::fold::{Fold, RowChange};
+use crate::progress::{CopyProgress, CopyState};
 use crate::row::{Cell, Row, TableLayout};
 use crate::sink::{Applied, Elected, Sink, SinkError};
 
@@ -136,6 +137,11 @@ impl<S: Sink> Bench<S> {
         self.fold
             .change(&self.layout, version, change)
             .expect("has its key");
+    }
+
+    async fn incomplete(&mut self, after: &str, max: usize) -> Vec<String> {
+        let found = self.sink.incomplete(&self.layout.target, after, max).await;
+        found.expect("finds")
     }
 
     fn batch(&mut self, commit: bool) -> Batch {
@@ -377,10 +383,19 @@ async fn incomplete_rows<T: Target>(target: &T) {
     );
     assert_eq!(bench.apply(true).await.dead(), 2);
     assert_eq!(target.rows(&bench.layout).await, Rows::new());
+    let first = bench.incomplete("", 1).await;
+    let [first] = first.as_slice() else {
+        panic!("not one key: {first:?}")
+    };
+    let others = bench.incomplete(first, 9).await;
+    let both = bench.incomplete("", 9).await;
+    assert_eq!(both, [vec![first.clone()], others].concat());
+    assert_eq!(both.len(), 2);
     bench.push(2, 1, put(1, 1, text("a")));
     bench.push(2, 2, put(3, 3, text("b")));
     bench.apply(true).await;
     assert_eq!(target.open_letters(&bench.layout).await, 0);
+    assert!(bench.incomplete("", 9).await.is_empty());
     // Old ones that come again are stale, not incomplete.
     bench.push(1, 1, put(1, 1, Cell::Missing));
     assert_eq!(

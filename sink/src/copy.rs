@@ -1,26 +1,30 @@
 //! A sink's copies: asks capture for rows, and reads what comes on the copy stream.
 
+mod bucket;
+mod healing;
+mod taking;
 mod told;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::time::Duration;
 
 use millrace_config::OnDelete;
-use millrace_consumer::{Body, Delivery, Ordering, ReadError, Reader, ReaderOptions, Start};
-use millrace_event::work::{
-    BackfillOrder, Copied, CopyApplied, CopyRequest, CopyStatus, Wanted, orders_key,
-};
-use millrace_event::{
-    ChangeEvent, LoadHead, Lsn, Position, TableName, decode_line, header, subject,
-};
+use millrace_consumer::{Delivery, Ordering, ReadError, Reader, ReaderOptions, Start};
+use millrace_event::work::{CopyApplied, CopyRequest, CopyStatus, Wanted};
+use millrace_event::{Position, TableName, subject};
 use tokio::time::Instant;
 
+pub(crate) use self::bucket::withdraw;
+use self::bucket::{put, read, request_key, strike};
+use self::healing::Healing;
+use self::taking::{Taken, reach_of, take};
 use self::told::{Telling, Told};
 use crate::asking::{self, Debts};
-use crate::batch::{Batch, Checkpoint, CopyProgress, CopyState};
-use crate::copying::{CopyError, CopyMark, Copying, Input};
+use crate::batch::{Batch, Checkpoint};
+use crate::copying::Copying;
 use crate::error::Error;
 use crate::life::{LOOK_INTERVAL, Life, now_us};
+use crate::progress::{CopyProgress, CopyState};
 
 /// How often orders, debts and capture's progress are looked at while nothing is awaited.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
@@ -28,39 +32,21 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// The same before anything was read.
 const BEGIN_INTERVAL: Duration = Duration::from_millis(20);
 
-/// So many incomplete rows are asked for at once.
-const DEBTS_MAX: usize = 500;
-
-/// A row that was asked for and is still incomplete, because it was changed again meanwhile, is asked for again after
-/// this. Each time it takes twice as long, since a row that is gone stays incomplete where deletes are ignored.
-const HEAL_FIRST: Duration = Duration::from_secs(1);
-const HEAL_MAX: Duration = Duration::from_secs(60);
-
-/// So many rows are remembered as asked for; beyond, all are forgotten, and asked for again.
-const HEALING_MAX: usize = 10_000;
-
 /// What a sink asks for, and the answer.
 #[derive(Default)]
 pub(crate) struct Copies {
     telling: Option<Telling>,
     answer: Option<Answer>,
     looked_at: Option<Instant>,
+    /// Whether a look has had anything to look at yet.
+    knows: bool,
     /// Whether the bucket has no request of ours.
     withdrawn: bool,
     /// The incomplete rows that are being asked for.
     debts: Debts,
-    /// The rows that were asked for.
-    healing: HashMap<(TableName, Vec<String>), Healing>,
+    healing: Healing,
     /// Messages of the copy stream are missing: nothing is asked for before capture has cleared the stream away.
     clearing: bool,
-}
-
-/// A row that was asked for.
-#[derive(Clone, Copy)]
-struct Healing {
-    asked: Instant,
-    /// How long its answer may take before it is asked for again.
-    wait: Duration,
 }
 
 /// The answer to one request.
@@ -92,10 +78,9 @@ pub(crate) enum Looked {
 impl Copies {
     /// When to look again.
     pub(crate) fn due(&self) -> Option<Instant> {
-        let knows = self.telling.as_ref().is_some_and(Telling::has_told);
         let answer = self.answer.as_ref();
         let waits = answer.is_some_and(|answer| answer.reader.is_none());
-        let interval = match (knows, waits) {
+        let interval = match (self.knows, waits) {
             (false, _) => BEGIN_INTERVAL,
             (true, true) => LOOK_INTERVAL,
             (true, false) => CHECK_INTERVAL,
@@ -142,6 +127,7 @@ impl Copies {
         let Some(Told { orders, status }) = telling.latest() else {
             return Ok(Looked::Nothing);
         };
+        self.knows = true;
         let ordered = asking::follow_orders(&life.progress, &orders, collected, now_us());
         if let Some(progress) = ordered {
             // A request that an order has changed the sense of must not be gone on with.
@@ -249,32 +235,17 @@ impl Copies {
             return Ok(());
         }
         let now = Instant::now();
-        self.healing
-            .retain(|_, healing| now - healing.asked < HEAL_MAX * 2);
-        if self.healing.len() > HEALING_MAX {
-            self.healing.clear();
-        }
+        self.healing.forget_old(now);
         self.debts.clear();
-        let tables: Vec<_> = life
+        let tables = life
             .progress
             .those(|state| matches!(state, CopyState::Copied { .. }));
-        for (table, keys) in life.debts(&tables, DEBTS_MAX).await? {
-            let fresh = keys.into_iter().filter(|key| {
-                let asked = self.healing.get(&(table.clone(), key.clone()));
-                asked.is_none_or(|healing| now - healing.asked >= healing.wait)
-            });
-            let fresh: Vec<_> = fresh.collect();
-            for key in &fresh {
-                let healing = self.healing.entry((table.clone(), key.clone()));
-                let healing = healing.and_modify(|healing| {
-                    healing.asked = now;
-                    healing.wait = (healing.wait * 2).min(HEAL_MAX);
-                });
-                healing.or_insert(Healing {
-                    asked: now,
-                    wait: HEAL_FIRST,
-                });
-            }
+        for table in tables {
+            let after = self.healing.place(&table);
+            let found = life.incomplete(&table, after, healing::ROWS_MAX).await?;
+            self.healing.found(&table, &found);
+            let keys = life.key_texts(&table, &found).await?;
+            let fresh = self.healing.ask(&table, keys, now);
             if !fresh.is_empty() {
                 tracing::info!(
                     sink = %life.settings.name, %table, rows = fresh.len(),
@@ -512,182 +483,4 @@ impl Answer {
 fn is_awaited(life: &Life<'_>, table: &TableName) -> bool {
     let state = life.progress.tables.get(table);
     state.is_some_and(|state| !state.is_copied())
-}
-
-fn request_key(life: &Life<'_>) -> String {
-    format!("request.{}", life.settings.name)
-}
-
-/// Withdraws the request that is being answered, if there is one: capture then clears the copy stream away.
-pub(crate) async fn withdraw(life: &Life<'_>) -> Result<(), Error> {
-    let key = request_key(life);
-    let failed = |error| Error::retry("copy requests cannot be read", error);
-    if life.copies.get(&key).await.map_err(failed)?.is_none() {
-        return Ok(());
-    }
-    life.copies
-        .delete(&key)
-        .await
-        .map_err(|error| Error::retry("a copy request cannot be withdrawn", error))
-}
-
-/// Takes orders that were carried out off the list, unless somebody changed it meanwhile: then next time.
-async fn strike(life: &Life<'_>, orders: &[BackfillOrder]) -> Result<(), Error> {
-    let finished = &life.progress.finished;
-    if finished.is_empty() {
-        return Ok(());
-    }
-    let key = orders_key(&life.settings.name);
-    let failed = |error| Error::retry("orders cannot be read", error);
-    let Some(entry) = life.copies.entry(&key).await.map_err(failed)? else {
-        return Ok(());
-    };
-    let stored: Vec<BackfillOrder> = serde_json::from_slice(&entry.value).unwrap_or_default();
-    if stored != orders {
-        return Ok(());
-    }
-    let left: Vec<_> = orders
-        .iter()
-        .filter(|order| !finished.contains(&order.id))
-        .collect();
-    let value = serde_json::to_vec(&left).expect("plain JSON");
-    let updated = life.copies.update(&key, value.into(), entry.revision).await;
-    if let Err(error) = updated {
-        tracing::debug!(%error, "the list of orders has changed");
-    }
-    Ok(())
-}
-
-async fn read<T: serde::de::DeserializeOwned>(
-    life: &Life<'_>,
-    key: &str,
-) -> Result<Option<T>, Error> {
-    let entry = life
-        .copies
-        .get(key)
-        .await
-        .map_err(|error| Error::retry("copy requests cannot be read", error))?;
-    Ok(entry.and_then(|entry| serde_json::from_slice(&entry).ok()))
-}
-
-async fn put<T: serde::Serialize>(life: &Life<'_>, key: &str, value: &T) -> Result<(), Error> {
-    let value = serde_json::to_vec(value).expect("plain JSON");
-    life.copies
-        .put(key, value.into())
-        .await
-        .map(|_| ())
-        .map_err(|error| Error::retry("a copy request cannot be stored", error))
-}
-
-enum Taken {
-    /// The target must be asked first, and is busy.
-    Later,
-    Lost(CopyError),
-    Failed(Error),
-}
-
-impl From<Error> for Taken {
-    fn from(error: Error) -> Self {
-        Self::Failed(error)
-    }
-}
-
-async fn take(
-    life: &mut Life<'_>,
-    machine: &mut Copying,
-    delivery: &Delivery,
-) -> Result<(), Taken> {
-    let Body::Changes(payload) = &delivery.body else {
-        return Ok(());
-    };
-    let Some((request, attempt, number)) = mark_of(delivery) else {
-        return Ok(());
-    };
-    let mark = CopyMark {
-        request: &request,
-        attempt,
-        number,
-    };
-    let copied_subject = subject::copied(life.source, &life.settings.name);
-    if delivery.subject.as_str() == copied_subject {
-        let copied: Copied = serde_json::from_slice(payload)
-            .map_err(|error| Error::retry("a copy's end cannot be understood", error))?;
-        if machine.layout(&copied.table).is_none() {
-            return Ok(());
-        }
-        return machine
-            .handle(Input::Copied {
-                mark,
-                copied: &copied,
-            })
-            .map_err(Taken::Lost);
-    }
-    let head = LoadHead::of(payload)
-        .map_err(|error| Error::retry("copied rows cannot be understood", error))?;
-    if let Some((head, at)) = head {
-        if machine.misses(&head.load, &head.table_version) {
-            if !life.tables.contains_key(&head.load) {
-                return Ok(());
-            }
-            if life.is_applying() {
-                return Err(Taken::Later);
-            }
-            machine.set_layout(life.layout(&head.load, Some(&head.table_version)).await?);
-        }
-        let (head, rows) = (&head, &payload.slice(at..));
-        return machine
-            .handle(Input::Load { mark, head, rows })
-            .map_err(Taken::Lost);
-    }
-    let events: Vec<ChangeEvent<'_>> = millrace_event::decode(payload)
-        .collect::<Result<_, _>>()
-        .map_err(|error| Error::retry("copied rows cannot be understood", error))?;
-    if let Some(table) = events
-        .first()
-        .and_then(|event| machine.missing_layout(event))
-    {
-        if !life.tables.contains_key(&table) {
-            return Ok(());
-        }
-        if life.is_applying() {
-            return Err(Taken::Later);
-        }
-        let version = events
-            .first()
-            .map(|event| event.source.table_version.to_string());
-        machine.set_layout(life.layout(&table, version.as_deref()).await?);
-    }
-    machine
-        .handle(Input::Rows {
-            mark,
-            payload,
-            events: &events,
-        })
-        .map_err(Taken::Lost)
-}
-
-fn mark_of(delivery: &Delivery) -> Option<(String, u32, u64)> {
-    let headers = delivery.headers.as_ref()?;
-    let (request, attempt) = headers.get(header::COPY)?.as_str().rsplit_once('/')?;
-    let number = headers.get(header::COPY_NUMBER)?.as_str().parse().ok()?;
-    Some((request.to_owned(), attempt.parse().ok()?, number))
-}
-
-/// Up to where the stream must have been applied before these rows are; zero where they need nothing of it.
-fn reach_of(delivery: &Delivery) -> Position {
-    let zero = Position::new(0, Lsn::ZERO, 0);
-    let header = delivery.headers.as_ref();
-    let reach = header.and_then(|headers| headers.get(header::COPY_REACH));
-    let Some(lsn) = reach.and_then(|reach| reach.as_str().parse::<Lsn>().ok()) else {
-        return zero;
-    };
-    let Body::Changes(payload) = &delivery.body else {
-        return zero;
-    };
-    let first = payload.split(|byte| *byte == b'\n').next();
-    let first = first.and_then(|line| decode_line(line).ok());
-    // An end of a chunk comes behind its rows.
-    first.map_or(zero, |event| {
-        Position::new(event.source.version.epoch, lsn, 0)
-    })
 }

@@ -8,9 +8,10 @@ use bytes::Bytes;
 use millrace_event::work::{Copied, CopyRequest, Part, Wanted};
 use millrace_event::{ChangeEvent, LoadHead, TableName, Version, count_load_rows};
 
-use crate::batch::{Batch, Checkpoint, CopyProgress, CopyState, Reading, Step};
+use crate::batch::{Batch, Checkpoint, Step};
 use crate::fold::{Fold, RowChange};
 use crate::load::Load;
+use crate::progress::{CopyProgress, CopyState, Reading};
 use crate::row::{Cell, RowError, TableLayout};
 use crate::worker::BatchLimits;
 

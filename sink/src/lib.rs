@@ -26,6 +26,7 @@ pub mod guard;
 pub mod load;
 pub mod memory;
 pub mod postgres;
+pub mod progress;
 pub mod row;
 pub mod sink;
 pub mod sql;

@@ -13,11 +13,11 @@ use millrace_event::work::{self, ParkedClaim, SinkReport};
 use millrace_event::{Position, TableName, TableSchema, decode_line, header, subject};
 use tokio::task::JoinHandle;
 
-use crate::asking::Debts;
-use crate::batch::{Batch, Checkpoint, CopyProgress, PositionRow};
+use crate::batch::{Batch, Checkpoint, PositionRow};
 use crate::error::Error;
 use crate::evolution::{self, Unfit};
 use crate::postgres::{PostgresSink, connector};
+use crate::progress::CopyProgress;
 use crate::registration::{Registration, Standing, register};
 use crate::row::{Key, TableLayout};
 use crate::sink::{Applied, Elected, Sink, SinkError};
@@ -389,25 +389,32 @@ impl<'l> Life<'l> {
         })
     }
 
-    /// The keys of these tables' rows of which columns are missing, at most so many of each.
-    pub(crate) async fn debts(&mut self, tables: &[TableName], max: usize) -> Result<Debts, Error> {
-        let mut debts = Vec::new();
-        for table in tables {
-            let Some(settings) = self.tables.get(table).copied() else {
-                continue;
-            };
-            let keys = self.sink().incomplete(&settings.target, max).await?;
-            if keys.is_empty() {
-                continue;
-            }
-            let columns = self.layout(table, None).await?.key.len();
-            let keys: Vec<_> = keys
-                .iter()
-                .filter_map(|key| Key::texts(key, columns))
-                .collect();
-            debts.push((table.clone(), keys));
+    /// The keys of a table's rows of which columns are missing: at most so many, behind `after`.
+    pub(crate) async fn incomplete(
+        &mut self,
+        table: &TableName,
+        after: &str,
+        max: usize,
+    ) -> Result<Vec<String>, Error> {
+        let Some(settings) = self.tables.get(table).copied() else {
+            return Ok(Vec::new());
+        };
+        let keys = self.sink().incomplete(&settings.target, after, max).await?;
+        Ok(keys)
+    }
+
+    /// The texts of these keys' columns.
+    pub(crate) async fn key_texts(
+        &mut self,
+        table: &TableName,
+        keys: &[String],
+    ) -> Result<Vec<Vec<String>>, Error> {
+        if keys.is_empty() {
+            return Ok(Vec::new());
         }
-        Ok(debts)
+        let columns = self.layout(table, None).await?.key.len();
+        let texts = keys.iter().filter_map(|key| Key::texts(key, columns));
+        Ok(texts.collect())
     }
 
     /// The layout of a version of a table, asked for once.

@@ -6,8 +6,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use millrace_config::{Code, Condition, OnRowError, Table};
 use millrace_event::{TableName, TableSchema, Version};
 
-use crate::batch::{Action, Batch, CopyProgress, MoveRow, PositionRow, RowOp, Step};
+use crate::batch::{Action, Batch, MoveRow, PositionRow, RowOp, Step};
 use crate::guard::applies;
+use crate::progress::CopyProgress;
 use crate::row::{Cell, Key, LayoutColumn, Row, TableLayout, fill, is_full};
 use crate::sink::{Applied, Elected, Ensured, Sink, SinkError};
 use crate::sql::INCOMPLETE;
@@ -176,7 +177,10 @@ impl Sink for MemorySink {
         let position = committed.positions.get(&self.name);
         let begun = position.is_some_and(|row| {
             let state = row.copy.tables.get(&schema.name);
-            !matches!(state, None | Some(crate::batch::CopyState::Pending { .. }))
+            !matches!(
+                state,
+                None | Some(crate::progress::CopyState::Pending { .. })
+            )
         });
         let begins = position.map(|row| row.checkpoint.position.0);
         let created = !committed.tables.contains_key(&settings.target);
@@ -283,6 +287,7 @@ impl Sink for MemorySink {
     async fn incomplete(
         &mut self,
         target: &TableName,
+        after: &str,
         max: usize,
     ) -> Result<Vec<String>, SinkError> {
         let shared = self.target.lock();
@@ -290,7 +295,7 @@ impl Sink for MemorySink {
         let keys = letters
             .filter(|letter| letter.table == *target && letter.open && letter.reason == INCOMPLETE)
             .map(|letter| letter.key.text().into_owned());
-        let keys: BTreeSet<_> = keys.collect();
+        let keys: BTreeSet<_> = keys.filter(|key| key.as_str() > after).collect();
         Ok(keys.into_iter().take(max).collect())
     }
 

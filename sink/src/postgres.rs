@@ -206,6 +206,7 @@ impl Sink for PostgresSink {
     async fn incomplete(
         &mut self,
         target: &TableName,
+        after: &str,
         max: usize,
     ) -> Result<Vec<String>, SinkError> {
         let session = self.session()?;
@@ -217,7 +218,10 @@ impl Sink for PostgresSink {
         let max = i64::try_from(max).unwrap_or(i64::MAX);
         let rows = session
             .client
-            .query(sql::INCOMPLETE_KEYS, &[&relation, &sql::INCOMPLETE, &max])
+            .query(
+                sql::INCOMPLETE_KEYS,
+                &[&relation, &sql::INCOMPLETE, &after, &max],
+            )
             .await
             .map_err(failed)?;
         rows.iter()

@@ -3,7 +3,7 @@
 use millrace_config::{Code, Condition};
 use millrace_event::TableName;
 
-use crate::batch::{Chunks, Claim, CopyProgress, CopyState};
+use crate::progress::{Chunks, Claim, CopyProgress, CopyState};
 
 /// How a sink stands to the stream that it finds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,7 +69,7 @@ pub(crate) fn register<'t>(
     progress.tables.retain(|table, state| {
         let stays = configured.clone().any(|name| name == table);
         // Of one that was never begun nothing is here: its rows in the target are somebody else's.
-        if !stays && !matches!(state, CopyState::Pending { .. }) {
+        if !stays && state.is_begun() {
             left.insert(table.clone());
         }
         stays
@@ -103,7 +103,7 @@ fn on_another_stream(state: &CopyState, claim: Claim, now_us: i64) -> CopyState 
         | CopyState::Copied { .. }
         | CopyState::Chunks(_) => CopyState::Chunks(Chunks::begin(claim.position, None, now_us)),
         CopyState::Parked { .. } => CopyState::Lapsed { refused_at_us: 0 },
-        CopyState::Lapsed { .. } => state.clone(),
+        CopyState::Lapsed { .. } | CopyState::Refused { .. } => state.clone(),
     }
 }
 

@@ -16,10 +16,11 @@ use millrace_event::{Lsn, Op, Position, TableName};
 use tokio_util::sync::CancellationToken;
 
 use crate::asking;
-use crate::batch::{Batch, Claim, CopyProgress, CopyState, Step};
+use crate::batch::{Batch, Step};
 use crate::catching::{Catching, Part};
 use crate::error::Error;
 use crate::life::{Life, now_us};
+use crate::progress::{Claim, CopyProgress, CopyState};
 
 /// A table that is so many messages behind its sink, or fewer, rejoins while the sink waits.
 const NEAR_MESSAGES: u64 = 5_000;
@@ -31,11 +32,10 @@ pub(crate) async fn park(
     condition: &Condition,
 ) -> Result<(), Error> {
     let rekeyed = condition.code == Code::KeyChanged;
+    // What the stream holds of the old key cannot be applied any more, and what the target lost it does not hold.
+    let again = rekeyed || has_lost(condition);
     let state = match life.progress.tables.get(table) {
-        // What the stream holds of the old key cannot be applied any more.
-        Some(CopyState::Copied { .. } | CopyState::Loaded { .. }) if rekeyed => {
-            CopyState::Lapsed { refused_at_us: 0 }
-        }
+        Some(state) if again && state.holds_rows() => CopyState::Lapsed { refused_at_us: 0 },
         Some(CopyState::Copied { lsn }) => CopyState::Parked {
             lsn: *lsn,
             claim: life.checkpoint.into(),
@@ -48,9 +48,13 @@ pub(crate) async fn park(
         Some(CopyState::Loading { .. } | CopyState::Chunks(_)) => CopyState::Lapsed {
             refused_at_us: now_us(),
         },
-        Some(CopyState::Parked { .. } | CopyState::Lapsed { .. }) => return Ok(()),
-        // Nothing of it was ever there to be left behind.
-        Some(CopyState::Pending { .. }) | None => return Err(Error::Halt(condition.clone())),
+        Some(CopyState::Parked { .. } | CopyState::Lapsed { .. } | CopyState::Refused { .. }) => {
+            return Ok(());
+        }
+        Some(CopyState::Pending { .. }) => CopyState::Refused {
+            refused_at_us: now_us(),
+        },
+        None => return Err(Error::Halt(condition.clone())),
     };
     if rekeyed && let Some(settings) = life.tables.get(table).copied() {
         life.sink().forget_keys(&settings.target).await?;
@@ -69,7 +73,14 @@ pub(crate) async fn park(
 /// Unparks every table that the target takes again, and has those rejoin that are near.
 pub(crate) async fn rejoin(life: &mut Life<'_>, stop: &CancellationToken) -> Result<(), Error> {
     for table in life.progress.parked() {
-        match life.layout(&table, None).await {
+        let mut laid_out = life.layout(&table, None).await;
+        if let Err(Error::Table { condition, .. }) = &laid_out
+            && has_lost(condition)
+        {
+            park(life, &table, condition).await?;
+            laid_out = life.layout(&table, None).await;
+        }
+        match laid_out {
             Ok(_) => take_back(life, &table).await?,
             Err(Error::Table { condition, .. }) => {
                 if has_lapsed(life, &table).await? {
@@ -92,6 +103,11 @@ pub(crate) async fn rejoin(life: &mut Life<'_>, stop: &CancellationToken) -> Res
     }
 }
 
+/// Whether the target has lost what this sink had put there.
+fn has_lost(condition: &Condition) -> bool {
+    condition.code == Code::TargetLost
+}
+
 /// Says why a table stays parked.
 fn refused(life: &Life<'_>, table: &TableName, condition: Condition) {
     tracing::warn!(
@@ -106,8 +122,10 @@ fn refused(life: &Life<'_>, table: &TableName, condition: Condition) {
 pub(crate) async fn is_wanted(life: &mut Life<'_>) -> Result<bool, Error> {
     for table in life.progress.parked() {
         let state = life.progress.tables.get(&table);
-        let rests = matches!(state, Some(CopyState::Lapsed { .. }))
-            && !state.is_some_and(|state| state.may_copy_again(now_us()));
+        let rests = state.is_some_and(|state| {
+            let claims = state.claim().is_some();
+            !claims && !state.may_copy_again(now_us())
+        });
         if rests {
             continue;
         }
@@ -116,6 +134,7 @@ pub(crate) async fn is_wanted(life: &mut Life<'_>) -> Result<bool, Error> {
         }
         match life.layout(&table, None).await {
             Ok(_) => return Ok(true),
+            Err(Error::Table { condition, .. }) if has_lost(&condition) => return Ok(true),
             Err(Error::Table { .. }) => {}
             Err(error) => return Err(error),
         }
@@ -151,7 +170,12 @@ async fn take_back(life: &mut Life<'_>, table: &TableName) -> Result<(), Error> 
             let loaded = CopyState::Loaded { lsn, claim };
             progress.tables.insert(table.clone(), loaded);
         }
-        Some(state) if state.may_copy_again(now_us()) => {
+        Some(state @ CopyState::Refused { .. }) if state.may_copy_again(now_us()) => {
+            let claim = life.checkpoint.into();
+            let pending = CopyState::Pending { claim };
+            progress.tables.insert(table.clone(), pending);
+        }
+        Some(state @ CopyState::Lapsed { .. }) if state.may_copy_again(now_us()) => {
             tracing::info!(sink = %life.settings.name, %table, "table is copied again");
             let position = life.checkpoint.position;
             let tables = std::slice::from_ref(table);

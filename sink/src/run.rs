@@ -10,11 +10,12 @@ use millrace_event::{TableName, Version};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
-use crate::batch::{Batch, CopyProgress, CopyState};
+use crate::batch::Batch;
 use crate::beside::Beside;
 use crate::copy::withdraw;
 use crate::error::Error;
 use crate::life::{LOOK_INTERVAL, Life, now_us};
+use crate::progress::{CopyProgress, CopyState};
 use crate::rejoin;
 use crate::sink::{CopyTooOld, Sink};
 use crate::status::Status;

@@ -34,10 +34,12 @@ pub trait Sink: Send {
     fn roll_back(&mut self) -> impl Future<Output = Result<(), SinkError>> + Send;
 
     /// The keys of rows of which columns are missing, because a change did not bring them and the target did not
-    /// have them: those whose dead letter says so and is open. At most `max`, as [`crate::row::Key`] writes them.
+    /// have them: those whose dead letter says so and is open. In byte order, as [`crate::row::Key`] writes them: the
+    /// first `max` behind `after`, the empty text for all.
     fn incomplete(
         &mut self,
         target: &TableName,
+        after: &str,
         max: usize,
     ) -> impl Future<Output = Result<Vec<String>, SinkError>> + Send;
 

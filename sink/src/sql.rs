@@ -22,9 +22,11 @@ pub const VERSION_COLUMN: &str = "_millrace_version";
 /// The reason that a row whose unchanged columns nobody knows is set aside with.
 pub const INCOMPLETE: &str = "incomplete: unchanged columns unknown";
 
-/// The keys of a relation's rows that are set aside for that. Parameters: relation, [`INCOMPLETE`], how many.
+/// The keys of a relation's rows that are set aside for that. Parameters: relation, [`INCOMPLETE`], the key that they
+/// are behind, how many.
 pub const INCOMPLETE_KEYS: &str = "SELECT DISTINCT key FROM millrace.dead_letter \
-    WHERE relation = $1::text AND reason = $2::text AND resolved_at IS NULL LIMIT $3::bigint";
+    WHERE relation = $1::text AND reason = $2::text AND resolved_at IS NULL AND key > $3::text \
+    ORDER BY key LIMIT $4::bigint";
 
 /// Forgets a relation's tombstones below a version. Parameters: relation, version.
 pub const TOMBSTONES_BELOW: &str =
@@ -149,6 +151,12 @@ fn insert_into(layout: &TableLayout) -> String {
 
 /// Lifts the statement timeout until the transaction ends.
 pub const UNBOUNDED: &str = "SELECT set_config('statement_timeout', '0', true)";
+
+/// Bounds how long a statement waits for a lock, until [`LOCK_AS_BEFORE`].
+pub const LOCK_BOUNDED: &str = "SET LOCAL lock_timeout = '2s'";
+
+/// Lets statements wait for locks as they did.
+pub const LOCK_AS_BEFORE: &str = "SET LOCAL lock_timeout TO DEFAULT";
 
 /// Writes full rows. Parameters: an array of its form for each column, versions, key texts.
 #[must_use]

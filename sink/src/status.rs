@@ -6,7 +6,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use millrace_config::{Condition, State};
 use millrace_event::TableName;
 
-use crate::batch::{Checkpoint, CopyProgress, CopyState};
+use crate::batch::Checkpoint;
+use crate::progress::{CopyProgress, CopyState};
 
 /// The state of a sink, shared with those who show it.
 #[derive(Debug)]
@@ -126,7 +127,9 @@ impl Status {
 
     pub(crate) fn set_tables(&self, copies: &CopyProgress) {
         let state = |table: &TableName, copy: &CopyState| match copy {
-            CopyState::Parked { .. } | CopyState::Lapsed { .. } => State::Parked(table.clone()),
+            CopyState::Parked { .. } | CopyState::Lapsed { .. } | CopyState::Refused { .. } => {
+                State::Parked(table.clone())
+            }
             CopyState::Copied { .. } => State::Streaming,
             CopyState::Pending { .. }
             | CopyState::Loading { .. }

@@ -8,8 +8,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use millrace_event::{ChangeEvent, Control, Lsn, Position, TableName};
 
-use crate::batch::{Batch, Checkpoint, CopyProgress};
+use crate::batch::{Batch, Checkpoint};
 use crate::fold::Fold;
+use crate::progress::CopyProgress;
 use crate::row::{RowError, TableLayout};
 
 /// How often a position is stored while only changes of other sinks' tables arrive.

@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use futures_util::future::join_all;
 use millrace_config::{Code, Condition, Config, Exit, Sink, Table};
 use millrace_event::work::BackfillOrder;
-use millrace_sink::batch::CopyProgress;
+use millrace_sink::progress::CopyProgress;
 
 use crate::admin::now_us;
 use crate::arguments::{

@@ -12,6 +12,7 @@ mod turn;
 mod usage;
 mod wal;
 
+use std::fmt;
 use std::path::Path;
 
 use millrace_config::{Exit, chain};
@@ -53,22 +54,30 @@ pub(crate) async fn run(arguments: BenchArguments) -> Exit {
     if cfg!(debug_assertions) {
         say("warning: this is a debug build; its numbers mean nothing");
     }
-    let report = match Box::pin(perform(&arguments)).await {
-        Ok(report) => report,
+    let report = Box::pin(perform(&arguments)).await;
+    conclude(report, &arguments.output, |report| {
+        !report.missed.is_empty()
+    })
+}
+
+/// Prints and writes what was measured; `has_missed` tells whether a floor was missed.
+fn conclude<R: Serialize + fmt::Display>(
+    report: Result<R, LabError>,
+    output: &Path,
+    has_missed: impl Fn(&R) -> bool,
+) -> Exit {
+    let written = report.and_then(|report| {
+        answer(&report.to_string());
+        write(&report, output)?;
+        Ok(has_missed(&report))
+    });
+    match written {
+        Ok(false) => Exit::Ok,
+        Ok(true) => Exit::Finding,
         Err(error) => {
             say(&format!("error: {}", chain(&error)));
-            return Exit::Environment;
+            Exit::Environment
         }
-    };
-    answer(&report.to_string());
-    if let Err(error) = write(&report, &arguments.output) {
-        say(&format!("error: {}", chain(&error)));
-        return Exit::Environment;
-    }
-    if report.missed.is_empty() {
-        Exit::Ok
-    } else {
-        Exit::Finding
     }
 }
 

@@ -82,29 +82,18 @@ pub(crate) fn rows(line: &Value) -> u64 {
 
 /// Changes rows all over the table until told to stop.
 pub(crate) async fn traffic(stage: &Stage) -> (Arc<AtomicBool>, JoinHandle<()>) {
-    let client = stage.postgres.connect("source").await.expect("connects");
-    let stop = Arc::new(AtomicBool::new(false));
-    let stopped = Arc::clone(&stop);
-    let task = tokio::spawn(async move {
-        let mut n = 0_u64;
-        while !stopped.load(Ordering::Relaxed) {
-            n += 1;
-            let (row, other) = (n * 7919 % ROWS, n * 104_729 % ROWS);
-            client
-                .batch_execute(&format!(
-                    "INSERT INTO t VALUES ({}, 'new') ON CONFLICT DO NOTHING;
+    let statement = |n| {
+        let (row, other) = (n * 7919 % ROWS, n * 104_729 % ROWS);
+        format!(
+            "INSERT INTO t VALUES ({}, 'new') ON CONFLICT DO NOTHING;
                      UPDATE t SET v = 'changed {n}' WHERE id = {row};
                      DELETE FROM t WHERE id = {other};
                      UPDATE t SET id = id + 10000000 WHERE id = {}",
-                    ROWS + n,
-                    row + 1
-                ))
-                .await
-                .expect("traffic");
-            tokio::time::sleep(Duration::from_millis(2)).await;
-        }
-    });
-    (stop, task)
+            ROWS + n,
+            row + 1
+        )
+    };
+    stage.traffic(Duration::from_millis(2), statement).await
 }
 
 #[tokio::test]

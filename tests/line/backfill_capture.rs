@@ -397,6 +397,26 @@ async fn keys_of_many_columns_and_any_text_are_followed() {
     assert_eq!((keys.len(), rows(&messages, "k").len()), (3_000, 3_000));
 }
 
+/// Waits until the server has taken the setting over: its checkpointer reads it, whenever it gets to it.
+async fn until_commits_wait(stage: &Stage) {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let client = stage.postgres.connect("source").await.expect("connects");
+        let probe = tokio::spawn(async move {
+            let probe = "SELECT pg_logical_emit_message(true, 'probe', '')";
+            client.batch_execute(probe).await.expect("commits");
+        });
+        while !probe.is_finished() {
+            // A commit that waits no more is a commit all the same.
+            let cancel = "SELECT count(pg_cancel_backend(pid))::text FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
+            if stage.source_text(cancel).await != "0" {
+                return probe.await.expect("commits");
+            }
+        }
+        assert!(Instant::now() < deadline, "no commit waits for a standby");
+    }
+}
+
 /// A transaction whose commit waits for a standby that is not there.
 pub(crate) async fn in_limbo(stage: &Stage, sql: &'static str) -> tokio::task::JoinHandle<()> {
     stage
@@ -405,6 +425,7 @@ pub(crate) async fn in_limbo(stage: &Stage, sql: &'static str) -> tokio::task::J
         .await
         .expect("set");
     let client = stage.postgres.connect("source").await.expect("connects");
+    until_commits_wait(stage).await;
     let task = tokio::spawn(async move {
         client.batch_execute(sql).await.expect("commits at last");
     });

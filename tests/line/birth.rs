@@ -3,21 +3,15 @@
 use std::time::Duration;
 
 use async_nats::jetstream::{self, stream::Config};
-use millrace_lab::{Pipeline, PostgresOptions};
+use millrace_lab::PostgresOptions;
 
 use crate::kill::{random_moment, seeded};
-use crate::stage::{PATIENCE, Setting, Stage};
+use crate::stage::{Setting, Stage};
 
 const SLOT: &str = "millrace_shop";
 
 async fn jetstream(stage: &Stage) -> jetstream::Context {
     jetstream::new(stage.nats.client().await.expect("client"))
-}
-
-async fn stopped(mut pipeline: Pipeline) {
-    pipeline.terminate().expect("signal");
-    let code = pipeline.wait(PATIENCE).await.expect("ends in time");
-    assert_eq!(code, 0, "{}", pipeline.logs());
 }
 
 /// A stage that has worked and is stopped.
@@ -30,7 +24,7 @@ async fn worked(postgres: PostgresOptions) -> Stage {
     stage.sql("INSERT INTO t VALUES (1, 'one')").await;
     let pipeline = stage.start();
     stage.equal(&pipeline).await;
-    stopped(pipeline).await;
+    Stage::stopped(pipeline).await;
     stage
 }
 
@@ -40,7 +34,7 @@ async fn crashed_after_the_stream() -> Stage {
     stage.sql("INSERT INTO t VALUES (1, 'one')").await;
     let mut capture = stage.start_with(&["run", "--only", "capture"]);
     Stage::readyz(&mut capture, 200, "streaming").await;
-    stopped(capture).await;
+    Stage::stopped(capture).await;
     let jetstream = jetstream(&stage).await;
     let mut stream = jetstream.get_stream("CDC_shop").await.expect("stream");
     let config: Config = stream.info().await.expect("info").config.clone();
@@ -121,7 +115,7 @@ async fn a_slot_that_is_dropped_while_it_is_read_halts_and_says_so() {
     );
     let (livez, _) = pipeline.get("/livez").await.expect("livez");
     assert_eq!(livez, 200);
-    stopped(pipeline).await;
+    Stage::stopped(pipeline).await;
 }
 
 #[tokio::test]

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use async_nats::Subscriber;
 use futures_util::StreamExt as _;
-use millrace_lab::{ConfigDir, Pipeline, PostgresOptions};
+use millrace_lab::PostgresOptions;
 
 use crate::stage::{PATIENCE, Setting, Stage};
 
@@ -36,23 +36,6 @@ impl Wire {
         }
         heard
     }
-}
-
-async fn stopped(mut pipeline: Pipeline) {
-    pipeline.terminate().expect("signal");
-    let code = pipeline.wait(PATIENCE).await.expect("ends");
-    assert_eq!(code, 0, "{}", pipeline.logs());
-}
-
-/// Starts over with another text in the file of table `t`.
-fn rewrite(stage: &Stage, source: &str, table: &str) {
-    let (url, nats) = (stage.postgres.url("source"), stage.nats.url());
-    let config = ConfigDir::new("shop", &url, &nats)
-        .source(source)
-        .stream("confirm = \"acked\"")
-        .sink("replica", &stage.target_url())
-        .table("public.t", table);
-    config.write_to(stage.folder.path()).expect("written");
 }
 
 const SCHEMA: &str = "CREATE TYPE mood AS ENUM ('gloomy', 'other');
@@ -130,7 +113,7 @@ async fn nothing_is_seen(stage: &Stage, excludes: bool) -> String {
     let letters = "SELECT count(*)::text FROM millrace.dead_letter";
     assert_eq!(stage.target_text(letters).await, "0");
     let logs = pipeline.logs();
-    stopped(pipeline).await;
+    Stage::stopped(pipeline).await;
     let heard = wire.heard().await;
     for secret in SECRETS {
         assert!(!heard.contains(secret), "{secret:?} was sent:\n{heard}");
@@ -297,8 +280,7 @@ async fn a_changed_selection_changes_the_publication_and_says_what_is_left_to_do
     stage
         .sql("INSERT INTO t VALUES (2, 'ada@example.org', 'second', 2)")
         .await;
-    rewrite(
-        &stage,
+    stage.rewrite(
         SOURCE,
         "columns = { exclude = [\"card\"], mask = { email = \"hash\" } }",
     );
@@ -323,7 +305,7 @@ async fn a_changed_selection_changes_the_publication_and_says_what_is_left_to_do
     let expected = format!("{ADA} {ADA} {ADA}");
     stage.target_shows(&pipeline, sql, &expected).await;
     assert_eq!(stage.source_text(LISTED).await, "id email v");
-    stopped(pipeline).await;
+    Stage::stopped(pipeline).await;
     let heard = wire.heard().await;
     for secret in ["cardsecret", "second", "third", "ada@example.org"] {
         assert!(!heard.contains(secret), "{secret:?} was sent:\n{heard}");
@@ -333,7 +315,7 @@ async fn a_changed_selection_changes_the_publication_and_says_what_is_left_to_do
     let mut pipeline = stage.start();
     Stage::readyz(&mut pipeline, 200, "streaming").await;
     assert!(!pipeline.logs().contains("E1134"), "{}", pipeline.logs());
-    stopped(pipeline).await;
+    Stage::stopped(pipeline).await;
 
     // Somebody else's change is noticed.
     stage
@@ -410,12 +392,12 @@ async fn a_masked_column_that_is_renamed_stops_capture_before_a_value_gets_out()
             let sql = "ALTER TABLE t RENAME COLUMN email TO mail";
             stage.target_sql(sql).await;
         }
-        rewrite(&stage, SOURCE, &columns.replace("email", "mail"));
+        stage.rewrite(SOURCE, &columns.replace("email", "mail"));
         let pipeline = stage.start();
         stage
             .target_shows(&pipeline, "SELECT count(*)::text FROM t", "2")
             .await;
-        stopped(pipeline).await;
+        Stage::stopped(pipeline).await;
         let heard = wire.heard().await;
         assert!(!heard.contains("example.org"), "{heard}");
     }

@@ -27,31 +27,20 @@ async fn filled(setting: Setting<'_>) -> Stage {
 
 /// Changes rows all over the table until told to stop.
 async fn traffic(stage: &Stage) -> (Arc<AtomicBool>, JoinHandle<()>) {
-    let client = stage.postgres.connect("source").await.expect("connects");
-    let stop = Arc::new(AtomicBool::new(false));
-    let stopped = Arc::clone(&stop);
-    let task = tokio::spawn(async move {
-        let mut n = 0_u64;
-        while !stopped.load(Ordering::Relaxed) {
-            n += 1;
-            let (row, other) = (n * 7919 % ROWS, n * 104_729 % ROWS);
-            client
-                .batch_execute(&format!(
-                    "INSERT INTO t VALUES ({}, 'new');
+    let statement = |n| {
+        let (row, other) = (n * 7919 % ROWS, n * 104_729 % ROWS);
+        format!(
+            "INSERT INTO t VALUES ({}, 'new');
                      UPDATE t SET v = 'changed {n}' WHERE id = {row};
                      DELETE FROM t WHERE id = {other};
                      BEGIN; UPDATE t SET id = -id WHERE id = {}; UPDATE t SET v = v || '!'
                      WHERE id = -{}; COMMIT",
-                    ROWS + n,
-                    row + 1,
-                    row + 1
-                ))
-                .await
-                .expect("traffic");
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
-    });
-    (stop, task)
+            ROWS + n,
+            row + 1,
+            row + 1
+        )
+    };
+    stage.traffic(Duration::from_millis(1), statement).await
 }
 
 /// Waits until the target shows a part of the table.

@@ -61,8 +61,8 @@ async fn attempt(jetstream: &jetstream::Context, number: u32, capture: &Pipeline
     }
 }
 
-#[tokio::test]
-async fn a_load_that_is_killed_before_a_sink_that_does_not_read_goes_on_in_chunks() {
+/// A table of more than the copy stream can hold then.
+async fn filled() -> Stage {
     let stage = Stage::set(Setting::default()).await;
     stage
         .sql(
@@ -70,6 +70,12 @@ async fn a_load_that_is_killed_before_a_sink_that_does_not_read_goes_on_in_chunk
              FROM generate_series(1, 1500) i",
         )
         .await;
+    stage
+}
+
+#[tokio::test]
+async fn a_load_that_is_killed_before_a_sink_that_does_not_read_goes_on_in_chunks() {
+    let stage = filled().await;
     let jetstream = small_copy_stream(&stage).await;
     let mut capture = stage.start_with(&CAPTURE);
     Stage::readyz(&mut capture, 200, "streaming").await;
@@ -101,13 +107,7 @@ async fn a_load_that_is_killed_before_a_sink_that_does_not_read_goes_on_in_chunk
 
 #[tokio::test]
 async fn chunks_that_are_killed_do_not_fill_the_copy_stream() {
-    let stage = Stage::set(Setting::default()).await;
-    stage
-        .sql(
-            "INSERT INTO t SELECT i, (SELECT string_agg(md5(i::text || j), '') FROM generate_series(1, 256) j)
-             FROM generate_series(1, 1500) i",
-        )
-        .await;
+    let stage = filled().await;
     stage.once().await;
     let jetstream = small_copy_stream(&stage).await;
     let mut sink = stage.start_with(&SINK);

@@ -2,7 +2,7 @@
 //! several.
 
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use millrace_lab::{ConfigDir, ConfigFolder, NatsOptions, Pipeline, Postgres};
 
@@ -132,12 +132,6 @@ fn not_refused(stage: &Stage, pipeline: &Pipeline) {
     }
 }
 
-async fn stopped(mut pipeline: Pipeline) {
-    pipeline.terminate().expect("signal");
-    let code = pipeline.wait(PATIENCE).await.expect("ends");
-    assert_eq!(code, 0, "{}", pipeline.logs());
-}
-
 #[tokio::test]
 async fn one_process_runs_with_the_printed_privileges() {
     let stage = set().await;
@@ -149,7 +143,7 @@ async fn one_process_runs_with_the_printed_privileges() {
     // Retention reads the reports and purges; both happen within seconds.
     tokio::time::sleep(Duration::from_secs(3)).await;
     not_refused(&stage, &pipeline);
-    stopped(pipeline).await;
+    Stage::stopped(pipeline).await;
 
     change(&stage, 20).await;
     let once = Stage::start_in(&folder, &["run", "--once"]);
@@ -196,8 +190,8 @@ async fn separate_processes_run_with_the_printed_privileges() {
     tokio::time::sleep(Duration::from_secs(3)).await;
     not_refused(&stage, &capturing);
     not_refused(&stage, &sinking);
-    stopped(sinking).await;
-    stopped(capturing).await;
+    Stage::stopped(sinking).await;
+    Stage::stopped(capturing).await;
 
     change(&stage, 20).await;
     let once = Stage::start_in(&capture, &["run", "--only", "capture", "--once"]);
@@ -222,4 +216,32 @@ async fn separate_processes_run_with_the_printed_privileges() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     assert!(refused(), "{}", stage.nats.log_tail());
+}
+
+#[tokio::test]
+async fn rows_that_a_policy_hides_from_capture_are_not_left_out_silently() {
+    let stage = set().await;
+    let policy = "INSERT INTO t SELECT i, 'row' FROM generate_series(2, 50) i; \
+                  ALTER TABLE t ENABLE ROW LEVEL SECURITY; CREATE POLICY few ON t USING (id <= 10)";
+    stage.sql(policy).await;
+    let folder = folder(&stage, "millrace_shop");
+    let mut pipeline = Stage::start_in(&folder, &["run"]);
+    let said = pipeline.wait_for_log("BYPASSRLS", PATIENCE).await;
+    assert!(said.expect("told").contains("E1116"), "{}", pipeline.logs());
+    stage.sql("ALTER ROLE millrace_capture BYPASSRLS").await;
+    stage
+        .target_shows(&pipeline, "SELECT count(*)::text FROM t", "50")
+        .await;
+    // Read again in chunks, the same holds.
+    stage.sql("ALTER ROLE millrace_capture NOBYPASSRLS").await;
+    let before = pipeline.logs().len();
+    let start = Stage::start_in(&folder, &["backfill", "start", "t"]);
+    stage.ends(start, 0, &["is queued"]).await;
+    let deadline = Instant::now() + PATIENCE;
+    while !pipeline.logs()[before..].contains("BYPASSRLS") {
+        assert!(Instant::now() < deadline, "{}", pipeline.logs());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let rows = "SELECT count(*)::text FROM t";
+    assert_eq!(stage.target_text(rows).await, "50");
 }

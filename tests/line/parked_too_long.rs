@@ -31,7 +31,9 @@ async fn set(stream: &str, sink: &str) -> (Stage, Pipeline) {
 
 /// Makes the target refuse `t`, and changes it.
 async fn parks(stage: &Stage, pipeline: &Pipeline) {
-    stage.target_sql("ALTER TABLE t DROP COLUMN v").await;
+    stage
+        .target_sql("ALTER TABLE t DROP CONSTRAINT t_pkey")
+        .await;
     stage
         .sql(
             "INSERT INTO t VALUES (2, 'b'); DELETE FROM t WHERE id = 7; INSERT INTO u VALUES (2, 'b')",
@@ -85,7 +87,7 @@ async fn a_parked_table_does_not_keep_the_stream_full() {
     says(&pipeline, "E1314").await;
     Stage::readyz(&mut pipeline, 200, "streaming").await;
 
-    stage.target_sql("ALTER TABLE t ADD COLUMN v text").await;
+    stage.target_sql("ALTER TABLE t ADD PRIMARY KEY (id)").await;
     stage.equal(&pipeline).await;
     stage
         .sql("UPDATE t SET v = 'again'; INSERT INTO u VALUES (3, 'c')")
@@ -114,7 +116,7 @@ async fn a_parked_table_whose_changes_are_gone_waits_until_it_is_taken_again() {
     stage.sql("INSERT INTO u VALUES (4, 'd')").await;
     let once = stage.start_with(&["run", "--once"]);
     stage.ends(once, 3, &["table still parked"]).await;
-    stage.target_sql("ALTER TABLE t ADD COLUMN v text").await;
+    stage.target_sql("ALTER TABLE t ADD PRIMARY KEY (id)").await;
     assert_eq!(stage.once().await.rows, 3 + 4);
 }
 
@@ -124,7 +126,7 @@ async fn a_gap_found_while_catching_up_costs_that_table_a_copy_only() {
     parks(&stage, &pipeline).await;
     pipeline.kill9();
     forgets(&stage).await;
-    stage.target_sql("ALTER TABLE t ADD COLUMN v text").await;
+    stage.target_sql("ALTER TABLE t ADD PRIMARY KEY (id)").await;
     stage
         .sql("INSERT INTO t VALUES (3, 'c'); INSERT INTO u VALUES (3, 'c')")
         .await;
@@ -145,7 +147,7 @@ async fn a_copy_that_the_target_refuses_parks_the_table_again() {
             "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
                  $$ BEGIN RAISE EXCEPTION 'no' USING ERRCODE = '42501'; END $$;
              CREATE TRIGGER refuse BEFORE INSERT ON t FOR EACH ROW EXECUTE FUNCTION refuse();
-             ALTER TABLE t ADD COLUMN v text",
+             ALTER TABLE t ADD PRIMARY KEY (id)",
         )
         .await;
     says(&pipeline, "E1308").await;

@@ -7,7 +7,7 @@ const SCHEMA: &str = "CREATE TABLE t (id int PRIMARY KEY, v text);
     CREATE TABLE u (id int PRIMARY KEY, v text)";
 
 #[tokio::test]
-async fn a_table_that_lost_a_column_is_parked_and_rejoins() {
+async fn a_table_that_lost_its_key_is_parked_and_rejoins() {
     let stage = Stage::set(Setting {
         schema: SCHEMA,
         tables: &TABLES,
@@ -22,7 +22,7 @@ async fn a_table_that_lost_a_column_is_parked_and_rejoins() {
 
     stage
         .target
-        .batch_execute("ALTER TABLE t DROP COLUMN v")
+        .batch_execute("ALTER TABLE t DROP CONSTRAINT t_pkey")
         .await
         .expect("dropped");
     stage
@@ -47,7 +47,7 @@ async fn a_table_that_lost_a_column_is_parked_and_rejoins() {
 
     stage
         .target
-        .batch_execute("ALTER TABLE t ADD COLUMN v text")
+        .batch_execute("ALTER TABLE t ADD PRIMARY KEY (id)")
         .await
         .expect("added");
     stage
@@ -72,7 +72,7 @@ async fn a_parked_table_survives_a_restart_and_once_says_so() {
     stage.equal(&pipeline).await;
     stage
         .target
-        .batch_execute("ALTER TABLE t DROP COLUMN v")
+        .batch_execute("ALTER TABLE t DROP CONSTRAINT t_pkey")
         .await
         .expect("dropped");
     stage
@@ -90,7 +90,7 @@ async fn a_parked_table_survives_a_restart_and_once_says_so() {
 
     stage
         .target
-        .batch_execute("ALTER TABLE t ADD COLUMN v text")
+        .batch_execute("ALTER TABLE t ADD PRIMARY KEY (id)")
         .await
         .expect("added");
     let mut once = stage.start_with(&["run", "--once"]);

@@ -45,13 +45,13 @@ async fn reload(stage: &Stage, pipeline: &mut Pipeline, config: &ConfigDir, says
     assert!(line.contains("configuration reloaded"), "{line}");
 }
 
-/// Changes both tables until the time is over.
+/// Changes both tables until the time is over, all but row 500 of `u`.
 async fn traffic(client: Client, lasts: Duration) {
     let until = Instant::now() + lasts;
     while Instant::now() < until {
         let sql = "BEGIN; INSERT INTO t (v) VALUES ('live'); INSERT INTO u (v) VALUES ('live'); COMMIT; \
-                   UPDATE u SET v = v || '.' WHERE id = 1 + (random() * 499)::int; \
-                   DELETE FROM u WHERE id = 1 + (random() * 499)::int";
+                   UPDATE u SET v = v || '.' WHERE id = 1 + (random() * 498)::int; \
+                   DELETE FROM u WHERE id = 1 + (random() * 498)::int";
         client.batch_execute(sql).await.expect("changed");
     }
 }

@@ -24,22 +24,6 @@ async fn stage(identity: &str, table: &str) -> Stage {
     .await
 }
 
-fn rewrite(stage: &Stage, source: &str, table: &str) {
-    let (url, nats) = (stage.postgres.url("source"), stage.nats.url());
-    let config = ConfigDir::new("shop", &url, &nats)
-        .source(source)
-        .stream("confirm = \"acked\"")
-        .sink("replica", &stage.target_url())
-        .table("public.t", table);
-    config.write_to(stage.folder.path()).expect("written");
-}
-
-async fn stopped(mut pipeline: Pipeline) {
-    pipeline.terminate().expect("signal");
-    let code = pipeline.wait(PATIENCE).await.expect("ends");
-    assert_eq!(code, 0, "{}", pipeline.logs());
-}
-
 /// Waits until the target has exactly the source's rows of the part.
 async fn part(stage: &Stage, pipeline: &Pipeline) {
     let expected = stage
@@ -135,18 +119,18 @@ async fn a_filter_outside_the_replica_identity_leaves_the_applications_updates_a
     // The table is published already, without a filter: it stays so.
     let second = stage("", "").await;
     second.once().await;
-    rewrite(&second, "", OPEN);
+    second.rewrite("", OPEN);
     let run = second.start();
     second.ends(run, 4, &texts[..1]).await;
     assert_eq!(second.source_text(CLAUSES).await, "t id,status,v");
     second
         .sql("UPDATE t SET status = 'open'; DELETE FROM t WHERE id = 1")
         .await;
-    rewrite(&second, "", "");
+    second.rewrite("", "");
     second.once().await;
     // With the remedy it goes on.
     second.sql(FULL).await;
-    rewrite(&second, "", OPEN);
+    second.rewrite("", OPEN);
     let mut pipeline = second.start();
     let warning = pipeline
         .wait_for_log("E1134", PATIENCE)
@@ -236,9 +220,8 @@ async fn what_may_not_be_changed_is_only_compared() {
         .await;
     stage.target_shows(&pipeline, &rows, &expected).await;
     // What our configuration asks for from now on is said, and not done.
-    stopped(pipeline).await;
-    rewrite(
-        &stage,
+    Stage::stopped(pipeline).await;
+    stage.rewrite(
         never,
         "where = \"status <> 'sent'\"\ncolumns.exclude = [\"v\"]",
     );

@@ -3,18 +3,12 @@
 use std::fs;
 use std::time::Duration;
 
-use millrace_lab::{Pipeline, Postgres, PostgresOptions};
+use millrace_lab::{Postgres, PostgresOptions};
 
 use crate::bad_input::edit;
-use crate::stage::{PATIENCE, Setting, Stage};
+use crate::stage::{Setting, Stage};
 
 const ROWS: &str = "SELECT string_agg(v, ',' ORDER BY id) FROM t";
-
-async fn stopped(mut pipeline: Pipeline) {
-    pipeline.terminate().expect("signal");
-    let code = pipeline.wait(PATIENCE).await.expect("ends in time");
-    assert_eq!(code, 0, "{}", pipeline.logs());
-}
 
 /// A stage whose source's URL is in a file, which is read again at each connect.
 async fn set() -> Stage {
@@ -56,7 +50,7 @@ async fn a_start_at_another_cluster_is_refused_as_such() {
     stage.sql("INSERT INTO t VALUES (1, 'one')").await;
     let pipeline = stage.start();
     stage.equal(&pipeline).await;
-    stopped(pipeline).await;
+    Stage::stopped(pipeline).await;
 
     let other = another().await;
     point_to(&stage, &other.url("source"));
@@ -116,7 +110,7 @@ async fn an_address_that_leads_to_another_cluster_while_it_runs_halts() {
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(stage.target_text(ROWS).await, "one");
     assert_eq!(pipeline.get("/livez").await.expect("livez").0, 200);
-    stopped(pipeline).await;
+    Stage::stopped(pipeline).await;
 }
 
 /// A stage that has published more than a backup of its source holds, and that backup.
@@ -125,7 +119,7 @@ async fn ahead_of_a_backup() -> (Stage, Postgres) {
     stage.sql("INSERT INTO t VALUES (1, 'one')").await;
     let pipeline = stage.start();
     stage.equal(&pipeline).await;
-    stopped(pipeline).await;
+    Stage::stopped(pipeline).await;
     stage.postgres.stop_fast().await.expect("stopped");
     let backup = stage.postgres.back_up().expect("copied");
     stage.postgres.start_again().await.expect("postgres");
@@ -135,7 +129,7 @@ async fn ahead_of_a_backup() -> (Stage, Postgres) {
         .sql("INSERT INTO t VALUES (2, 'after the backup')")
         .await;
     stage.equal(&pipeline).await;
-    stopped(pipeline).await;
+    Stage::stopped(pipeline).await;
     (stage, backup)
 }
 
@@ -183,7 +177,7 @@ async fn a_promoted_standby_that_has_all_that_was_published_is_gone_on_with() {
     stage.sql("INSERT INTO t VALUES (1, 'one')").await;
     let pipeline = stage.start();
     stage.equal(&pipeline).await;
-    stopped(pipeline).await;
+    Stage::stopped(pipeline).await;
     stage.postgres.stop_fast().await.expect("stopped");
     let mut standby = stage.postgres.back_up().expect("copied");
     fs::write(standby.data_dir().join("standby.signal"), "").expect("written");
@@ -205,5 +199,5 @@ async fn a_promoted_standby_that_has_all_that_was_published_is_gone_on_with() {
     let pipeline = stage.start();
     let rows = "one,on the new timeline";
     stage.target_shows(&pipeline, ROWS, rows).await;
-    stopped(pipeline).await;
+    Stage::stopped(pipeline).await;
 }

@@ -1,12 +1,15 @@
 //! The stage of a scenario: real servers, a configuration folder, the product as a child process.
 
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use millrace_lab::{
     Compared, Comparison, ConfigDir, ConfigFolder, Nats, NatsOptions, Pipeline, Postgres,
     PostgresOptions, compare,
 };
+use tokio::task::JoinHandle;
 use tokio_postgres::Client;
 
 /// The product.
@@ -300,6 +303,45 @@ impl Stage {
             );
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
+    }
+
+    /// Gives the configuration other keys of the source and another file of table `t`.
+    pub(crate) fn rewrite(&self, source: &str, table: &str) {
+        let (url, nats) = (self.postgres.url("source"), self.nats.url());
+        let config = ConfigDir::new("shop", &url, &nats)
+            .source(source)
+            .stream("confirm = \"acked\"")
+            .sink("replica", &self.target_url())
+            .table("public.t", table);
+        config.write_to(self.folder.path()).expect("written");
+    }
+
+    /// Ends a process in an orderly way.
+    pub(crate) async fn stopped(mut pipeline: Pipeline) {
+        pipeline.terminate().expect("signal");
+        let code = pipeline.wait(PATIENCE).await.expect("ends");
+        assert_eq!(code, 0, "{}", pipeline.logs());
+    }
+
+    /// Runs statements at the source, each made from its number, until told to stop.
+    pub(crate) async fn traffic(
+        &self,
+        pause: Duration,
+        statement: impl Fn(u64) -> String + Send + 'static,
+    ) -> (Arc<AtomicBool>, JoinHandle<()>) {
+        let client = self.postgres.connect("source").await.expect("connects");
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let task = tokio::spawn(async move {
+            let mut n = 0_u64;
+            while !stopped.load(Ordering::Relaxed) {
+                n += 1;
+                let sql = statement(n);
+                client.batch_execute(&sql).await.expect("traffic");
+                tokio::time::sleep(pause).await;
+            }
+        });
+        (stop, task)
     }
 
     /// Waits for the product's end with this exit code, and an output that contains all of these.

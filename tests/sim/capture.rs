@@ -173,6 +173,7 @@ impl World {
                         return Err(format!("a shape of {} that never was", relation.name()));
                     }
                 }
+                Some(Output::LeftOut(error, _)) => return Err(error.to_string()),
                 Some(Output::Publish(outgoing)) => {
                     let publisher = life.pipe.publisher;
                     let chunk = outgoing.chunk.map(|chunk| {

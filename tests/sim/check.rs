@@ -2,8 +2,9 @@
 
 use bytes::Bytes;
 use millrace_event::{ChangeEvent, Columns, Position, Value, Version};
-use millrace_sink::batch::{Batch, CopyState};
+use millrace_sink::batch::Batch;
 use millrace_sink::fold::Fold;
+use millrace_sink::progress::CopyState;
 use millrace_sink::row::{Cell, Key, Row};
 use millrace_sink::sink::Sink;
 

@@ -10,11 +10,13 @@ use millrace_event::{TableName, subject};
 use super::Asked;
 use super::failure::Failure;
 use super::load::{self, Reader};
+use super::session::session;
 use super::writer::Writer;
 use crate::Error;
 use crate::heartbeat;
 use crate::life::slot_blocked;
 use crate::replication::{ReplicationConnection, SlotKind, Snapshot};
+use crate::source::room_for;
 use crate::stream;
 
 /// How long creating the temporary slot may wait for transactions that are open at the source.
@@ -42,6 +44,15 @@ impl Asked<'_> {
             return Ok(());
         };
         let mark = subject::copy(source, sink, first);
+        let together: Vec<_> = tables.iter().collect();
+        if let Some(Condition {
+            code,
+            message,
+            remedy,
+        }) = room_for(&copier.source.client, source, &together).await?
+        {
+            tracing::warn!(sink, code = code.as_str(), remedy, "{message}");
+        }
         // Before there is a snapshot, which costs the source something for as long as it lives.
         let mut out = Writer::begin(copier.stream, sink, name, &status, mark).await?;
 
@@ -64,7 +75,7 @@ impl Asked<'_> {
         let snapshot = created
             .snapshot_name
             .ok_or_else(|| Error::retry_because("the source exported no snapshot"))?;
-        let client = connect(&dsn, load::session()).await.map_err(Error::from)?;
+        let client = connect(&dsn, session()).await.map_err(Error::from)?;
         client
             .batch_execute(&format!(
                 "{}; SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}",

@@ -56,8 +56,8 @@ impl Failure {
             "42501" => condition(
                 Code::SourcePrivilege,
                 format!(
-                    "GRANT SELECT ON {} TO the user of source.url, and USAGE on its schema \
-                     (see `millrace init-sql`)",
+                    "GRANT SELECT ON {} TO the user of source.url, and USAGE on its schema (see `millrace \
+                     init-sql`); where the table has row level security, ALTER ROLE that user BYPASSRLS",
                     table.quoted()
                 ),
             ),

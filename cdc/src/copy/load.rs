@@ -12,7 +12,7 @@ use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::future::{try_join, try_join_all};
 use millrace_config::{Code, Condition, limits};
-use millrace_connect::postgres::{Dsn, Session, connect};
+use millrace_connect::postgres::{Dsn, connect};
 use millrace_event::{
     Datum, LoadColumn, LoadHead, Lsn, Version, fingerprint, quote_literal, subject,
 };
@@ -22,6 +22,7 @@ use tokio_postgres::Client;
 use super::Asked;
 use super::failure::Failure;
 use super::ranges::{Range, ranges};
+use super::session::session;
 use super::text::{CopyRow, CopyTextError, write_row};
 use super::writer::Writer;
 use crate::Error;
@@ -63,14 +64,6 @@ pub(super) struct Reader<'r> {
     pub(super) snapshot: &'r str,
     /// Its consistent point.
     pub(super) lsn: Lsn,
-}
-
-/// Settings of the sessions that read: what they write, if anything, no standby need have.
-pub(super) fn session() -> Session {
-    Session {
-        application_name: "millrace copy".to_owned(),
-        options: vec![("synchronous_commit".to_owned(), "local".to_owned())],
-    }
 }
 
 /// Begins a transaction that sees what the snapshot shows.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use futures_util::StreamExt;
-use millrace_connect::postgres::{ConnectError, Dsn, Session, connect};
+use millrace_connect::postgres::{ConnectError, Dsn, connect};
 use millrace_event::{Lsn, Relation};
 use tokio_postgres::Client;
 
@@ -14,6 +14,7 @@ use super::failure::Failure;
 use super::keyset::{KeyColumn, Keyset};
 use super::pack::Packer;
 use super::rule::{self, Snapshot, Wait};
+use super::session::session;
 use super::throttle::{CHUNK_BYTES_MAX, Taken};
 use crate::capture::HEARTBEAT_PREFIX;
 use crate::commits::{Recording, mark_content};
@@ -22,9 +23,6 @@ use crate::{Error, heartbeat};
 
 /// How long a table's lock may be waited for, in milliseconds: the request's other tables wait behind it.
 const LOCK_TIMEOUT_MS: u32 = 30_000;
-
-/// The session's commits are its heartbeats: no synchronous standby need have them.
-const SESSION_OPTIONS: (&str, &str) = ("synchronous_commit", "local");
 
 /// The snapshot, and the files that hold the rows: a rewrite of the table makes new ones.
 const SNAPSHOT: &str = "SELECT pg_current_snapshot()::text, coalesce((SELECT \
@@ -151,12 +149,7 @@ impl<'c> Reading<'c> {
         let url = self.copier.config.source.url.read().map_err(Error::from)?;
         let dsn =
             Dsn::parse(url.expose()).map_err(|error| Error::from(ConnectError::from(error)))?;
-        let (name, value) = SESSION_OPTIONS;
-        let session = Session {
-            application_name: "millrace copy".to_owned(),
-            options: vec![(name.to_owned(), value.to_owned())],
-        };
-        let client = connect(&dsn, session).await.map_err(Error::from)?;
+        let client = connect(&dsn, session()).await.map_err(Error::from)?;
         let pid = client.query_one("SELECT pg_backend_pid()", &[]).await?;
         let pid = pid.get(0);
         Ok((client, pid))

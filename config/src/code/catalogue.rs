@@ -302,6 +302,11 @@ codes! {
         cannot be applied to the same target, so the table is parked, and the others flow on. Run the statement \
         beside this code in the target. The table is then copied again by itself, beside its changes; what was \
         remembered of keys of the old kind is forgotten.";
+    TargetLost = "E1317", "the target lost what it had of a table",
+        "A table, or a column of it, that Millrace had filled is gone from the target, and its values with it: \
+        dropped there, or given another name in the table's file. Only the source has them, so all rows of the \
+        table are read again, beside its changes. Where Millrace may alter the target, it first makes what is \
+        missing by itself; else run the statement beside this code. The others flow on meanwhile.";
 
     BackfillTwice = "E1320", "a backfill of the table is under way already",
         "One backfill of a table runs at a time for a sink, and nothing was changed. `millrace backfill status` \

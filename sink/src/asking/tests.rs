@@ -3,7 +3,7 @@ use std::collections::BTreeMap;
 use millrace_event::Lsn;
 
 use super::*;
-use crate::batch::{Claim, Reading};
+use crate::progress::{Claim, Reading};
 
 const NOW_US: i64 = 7;
 

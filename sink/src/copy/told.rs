@@ -53,11 +53,6 @@ impl Telling {
         Self { task, told }
     }
 
-    /// Whether anything was read yet.
-    pub(super) fn has_told(&self) -> bool {
-        self.told.borrow().is_some()
-    }
-
     /// What was read last; `None` before anything was.
     pub(super) fn latest(&self) -> Option<Told> {
         self.told.borrow().clone()

@@ -4,7 +4,8 @@ use millrace_event::work::{BackfillOrder, TableRequest};
 use millrace_event::{Lsn, Position, decode};
 
 use super::*;
-use crate::batch::{Action, Chunks, Claim, RowOp, Step};
+use crate::batch::{Action, RowOp, Step};
+use crate::progress::{Chunks, Claim};
 use crate::row::LayoutColumn;
 
 const LIMITS: BatchLimits = BatchLimits {

@@ -15,7 +15,8 @@ use super::isolate;
 use super::load::{self, Refused};
 use super::parameters::{Parameter, Uuid};
 use super::session::{PARTITION, Session, Transaction};
-use crate::batch::{Batch, CopyState, Step, TableRows};
+use crate::batch::{Batch, Step, TableRows};
+use crate::progress::CopyState;
 use crate::row::TableLayout;
 use crate::sink::{Applied, CopyTooOld, SinkError};
 

@@ -13,8 +13,8 @@ use super::apply::broken;
 use super::fault::{self, Cause};
 use super::session::{Session, Transaction};
 use super::{labels, types};
-use crate::batch::CopyState;
 use crate::evolution;
+use crate::progress::CopyState;
 use crate::row::{LayoutColumn, TableLayout};
 use crate::sink::{Ensured, SinkError};
 use crate::sql::{self, VERSION_COLUMN};
@@ -75,7 +75,7 @@ pub(super) async fn ensure(
         session.evolving.remove(&schema.name);
     }
     let copied = session.copied.tables.get(&schema.name);
-    let begun = !matches!(copied, None | Some(CopyState::Pending { .. }));
+    let begun = copied.is_some_and(CopyState::is_begun);
     let ensuring = Ensuring {
         client: &session.client,
         sink,
@@ -84,6 +84,7 @@ pub(super) async fn ensure(
         settings,
         create,
         begun,
+        holds: copied.is_some_and(CopyState::holds_rows),
         // A label that an open transaction adds could not be used before its end.
         labels: evolves && matches!(session.transaction, Transaction::Closed),
     };
@@ -98,13 +99,32 @@ pub(super) async fn ensure(
         ),
         Transaction::Broken => return Err(broken()),
     };
-    session.client.batch_execute(begin).await.map_err(failed)?;
-    let result = ensuring.run().await;
-    let end = if result.is_ok() { keep } else { undo };
-    let ended = session.client.batch_execute(end).await.map_err(failed);
-    let ensured = result?;
+    let begin = async || session.client.batch_execute(begin).await.map_err(failed);
+    let end = async |is_ok: bool| {
+        let end = if is_ok { keep } else { undo };
+        session.client.batch_execute(end).await.map_err(failed)
+    };
+    begin().await?;
+    let shaped = ensuring.shape().await;
+    let ended = end(shaped.is_ok()).await;
+    let shaped = shaped?;
+    ended?;
+    // What was altered stays, whatever else is refused: its remedy counts on it.
+    begin().await?;
+    let ensured = ensuring.fit(shaped).await;
+    let ended = end(ensured.is_ok()).await;
+    let ensured = ensured?;
     ended?;
     Ok(ensured)
+}
+
+/// A target table of the shape that is wanted, as far as it could be given it.
+struct Shaped {
+    wanted: Vec<Wanted>,
+    key: Vec<String>,
+    found: Vec<Found>,
+    created: bool,
+    warnings: Vec<String>,
 }
 
 struct Ensuring<'a> {
@@ -117,6 +137,8 @@ struct Ensuring<'a> {
     create: Create,
     /// Whether this sink has written the table before.
     begun: bool,
+    /// Whether it has rows that will not come again by themselves.
+    holds: bool,
     /// Whether enums that the target has are given the labels that they lack.
     labels: bool,
 }
@@ -137,7 +159,8 @@ impl Ensuring<'_> {
         }
     }
 
-    async fn run(&self) -> Result<Ensured, SinkError> {
+    /// Creates the table, or makes it follow the source's.
+    async fn shape(&self) -> Result<Shaped, SinkError> {
         let mut warnings = Vec::new();
         if self.create == Create::Auto {
             self.create_types(&mut warnings).await?;
@@ -150,15 +173,33 @@ impl Ensuring<'_> {
             self.create_table(&wanted, &key).await?;
             self.set_defaults(&wanted).await?;
             found = self.found().await?;
-        } else {
-            if self.begun {
-                let evolved = self.evolve(wanted, &found, &mut warnings).await?;
-                wanted = evolved.wanted;
-                key = self.key(&wanted)?;
-                if evolved.altered {
-                    found = self.found().await?;
-                }
+        } else if self.begun {
+            let evolved = self.evolve(wanted, &found, &mut warnings).await?;
+            wanted = evolved.wanted;
+            key = self.key(&wanted)?;
+            if evolved.altered {
+                found = self.found().await?;
             }
+        }
+        Ok(Shaped {
+            wanted,
+            key,
+            found,
+            created,
+            warnings,
+        })
+    }
+
+    /// Checks that the table takes the source's rows, and lays them out for it.
+    async fn fit(&self, shaped: Shaped) -> Result<Ensured, SinkError> {
+        let Shaped {
+            wanted,
+            key,
+            found,
+            created,
+            mut warnings,
+        } = shaped;
+        if !created {
             self.check(&wanted, &key, &found, &mut warnings).await?;
             self.ensure_version(&found).await?;
         }
@@ -376,6 +417,18 @@ impl Ensuring<'_> {
             })
             .collect();
         let sql = sql::create_table(target, &columns, key);
+        if self.holds {
+            return Err(self.refuse(
+                Code::TargetLost,
+                format!("target table {target} is gone, and its rows with it"),
+                match self.create {
+                    Create::Auto => {
+                        "nothing to do: it is made, and its rows are read again".to_owned()
+                    }
+                    Create::Never => format!("{sql};"),
+                },
+            ));
+        }
         if self.create == Create::Never {
             return Err(self.refuse(
                 Code::TargetTableMissing,

@@ -3,7 +3,7 @@
 use millrace_config::{Code, Condition};
 use millrace_event::TableName;
 use millrace_event::work::BackfillOrder;
-use millrace_sink::batch::{Chunks, CopyProgress, CopyState};
+use millrace_sink::progress::{Chunks, CopyProgress, CopyState};
 
 use crate::arguments::Pace;
 
@@ -161,7 +161,10 @@ pub(super) fn start(orders: &[BackfillOrder], at: &At<'_>, new: &BackfillOrder) 
         (_, Some(CopyState::Loaded { .. })) => {
             not_ready("is catching up with the others", by_itself)
         }
-        (_, Some(CopyState::Parked { .. } | CopyState::Lapsed { .. })) => not_ready(
+        (
+            _,
+            Some(CopyState::Parked { .. } | CopyState::Lapsed { .. } | CopyState::Refused { .. }),
+        ) => not_ready(
             "is parked: the target refuses it",
             "`millrace status` says why; once the target takes the table it becomes whole by itself",
         ),

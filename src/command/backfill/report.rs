@@ -5,7 +5,7 @@ use std::time::Duration;
 use comfy_table::{Table, presets};
 use millrace_config::Condition;
 use millrace_event::work::{BackfillOrder, CopyStatus};
-use millrace_sink::batch::{Chunks, CopyState};
+use millrace_sink::progress::{Chunks, CopyState};
 use serde::Serialize;
 
 use super::super::status::trimmed;
@@ -169,7 +169,9 @@ impl Known<'_> {
                     Stage::Loading
                 }
                 CopyState::Loaded { .. } => Stage::CatchingUp,
-                CopyState::Parked { .. } | CopyState::Lapsed { .. } => Stage::Parked,
+                CopyState::Parked { .. } | CopyState::Lapsed { .. } | CopyState::Refused { .. } => {
+                    Stage::Parked
+                }
                 CopyState::Copied { .. } => {
                     let open = listed.filter(|order| !order.cancelled && !order.adopts);
                     line.show_order(open);

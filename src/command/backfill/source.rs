@@ -2,12 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use bytesize::ByteSize;
 use millrace_cdc::selection::Salt;
 use millrace_cdc::source;
 use millrace_config::{Code, Condition, Config, Table};
 use millrace_event::TableName;
-use tokio_postgres::{Client, Transaction};
+use tokio_postgres::Transaction;
 
 use super::super::status::{in_time, source_condition};
 use super::{NAME, Refusal};
@@ -49,8 +48,12 @@ async fn check_now(
             check_filter(&transaction, &table.name, filter).await?;
         }
     }
-    let warnings = room_for(&client, config, tables).await;
-    warnings.map_err(|error| unreachable(&error).into())
+    let mut warnings = Vec::new();
+    for table in tables {
+        let warning = source::room_for(&client, &config.source.name, &[&table.name]).await;
+        warnings.extend(warning.map_err(|error| source_condition(&error))?);
+    }
+    Ok(warnings)
 }
 
 fn unreachable(error: &tokio_postgres::Error) -> Condition {
@@ -138,52 +141,6 @@ fn refused(table: &TableName, error: &tokio_postgres::Error) -> Refusal {
     )))
 }
 
-/// Warns where the source would lose the slot's WAL before a table could be written there as often as it is large.
-async fn room_for(
-    client: &Client,
-    config: &Config,
-    tables: &[Table],
-) -> Result<Vec<Condition>, tokio_postgres::Error> {
-    let slot = source::slot_name(&config.source.name);
-    let row = client
-        .query_opt(
-            "SELECT safe_wal_size, current_setting('max_slot_wal_keep_size') FROM pg_replication_slots \
-             WHERE slot_name = $1",
-            &[&slot],
-        )
-        .await?;
-    let Some((safe, limit)) = row.and_then(|row| {
-        let safe = row.get::<_, Option<i64>>(0)?;
-        Some((u64::try_from(safe).unwrap_or(0), row.get::<_, String>(1)))
-    }) else {
-        return Ok(Vec::new());
-    };
-    let mut warnings = Vec::new();
-    for table in tables {
-        let size = "SELECT coalesce(sum(pg_total_relation_size(part)), 0)::bigint FROM \
-            (SELECT to_regclass($1) UNION SELECT relid FROM pg_partition_tree(to_regclass($1))) p(part)";
-        let row = client.query_one(size, &[&table.name.quoted()]).await?;
-        let size = u64::try_from(row.get::<_, i64>(0)).unwrap_or(0);
-        if size > safe {
-            warnings.push(outgrown(&table.name, size, &slot, safe, &limit));
-        }
-    }
-    Ok(warnings)
-}
-
-fn outgrown(table: &TableName, size: u64, slot: &str, safe: u64, limit: &str) -> Condition {
-    Condition::new(
-        Code::BackfillWal,
-        format!(
-            "table {table} has {}, and slot {slot} is lost after {} more of WAL: max_slot_wal_keep_size is {limit}",
-            ByteSize::b(size),
-            ByteSize::b(safe)
-        ),
-        "ALTER SYSTEM SET max_slot_wal_keep_size to more than that, then SELECT pg_reload_conf(); \
-         or watch the slot in `millrace status`",
-    )
-}
-
 /// How many rows the source thinks that these tables have; without those of which it does not know.
 ///
 /// # Errors
@@ -237,23 +194,6 @@ mod tests {
         ] {
             let refused = check_form(wrong).expect_err("refused");
             assert_eq!(refused.code, Code::BackfillCondition, "{wrong}");
-        }
-    }
-
-    #[test]
-    fn a_warning_has_the_numbers() {
-        let table = TableName::new("public", "t");
-        let warning = outgrown(&table, 3 << 30, "millrace_shop", 1 << 30, "1GB");
-        let text = warning.to_string();
-        for part in [
-            "E1141",
-            "public.t",
-            "3.0 GiB",
-            "1.0 GiB",
-            "millrace_shop",
-            "1GB",
-        ] {
-            assert!(text.contains(part), "{text}");
         }
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use millrace_config::{Condition, Config, Exit};
 use millrace_event::TableName;
 use millrace_event::work::BackfillOrder;
-use millrace_sink::batch::{CopyProgress, CopyState};
+use millrace_sink::progress::{CopyProgress, CopyState};
 use tokio::time::Instant;
 
 use super::bucket::{Bucket, Listed};
@@ -72,7 +72,7 @@ impl Followed {
             return Some(ended);
         }
         match progress.tables.get(&self.table) {
-            Some(CopyState::Parked { .. } | CopyState::Lapsed { .. }) => Some(Outcome::Parked),
+            Some(state) if state.is_parked() => Some(Outcome::Parked),
             Some(CopyState::Chunks(chunks))
                 if chunks.order.as_ref().is_some_and(|own| own.id == self.id) =>
             {
@@ -198,7 +198,7 @@ fn clear(terminal: bool) {
 #[cfg(test)]
 mod tests {
     use millrace_event::{Lsn, Position};
-    use millrace_sink::batch::Chunks;
+    use millrace_sink::progress::Chunks;
 
     use super::*;
 

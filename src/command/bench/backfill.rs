@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use millrace_config::{Exit, chain};
+use millrace_config::Exit;
 use millrace_lab::LabError;
 use serde::Serialize;
 
@@ -11,7 +11,7 @@ use super::machine::Machine;
 use super::report::{Goal, cpu_table, limits, peak, rate, rounded, table};
 use super::stage::Stage;
 use super::turn::{self, Turn};
-use super::{BULK_TRANSACTION_ROWS, answer, rotated, say, write};
+use super::{BULK_TRANSACTION_ROWS, conclude, rotated, say};
 use crate::arguments::BenchBackfillArguments;
 
 const CONTENDERS: [Contender; 2] = [Contender::NativeSync, Contender::Load];
@@ -39,22 +39,10 @@ pub(crate) async fn run(arguments: BenchBackfillArguments) -> Exit {
     if cfg!(debug_assertions) {
         say("warning: this is a debug build; its numbers mean nothing");
     }
-    let report = match Box::pin(perform(&arguments)).await {
-        Ok(report) => report,
-        Err(error) => {
-            say(&format!("error: {}", chain(&error)));
-            return Exit::Environment;
-        }
-    };
-    answer(&report.to_string());
-    if let Err(error) = write(&report, &arguments.output) {
-        say(&format!("error: {}", chain(&error)));
-        return Exit::Environment;
-    }
-    if RATIO.is_missed(report.ratio_vs_native) {
-        return Exit::Finding;
-    }
-    Exit::Ok
+    let report = Box::pin(perform(&arguments)).await;
+    conclude(report, &arguments.output, |report| {
+        RATIO.is_missed(report.ratio_vs_native)
+    })
 }
 
 async fn perform(arguments: &BenchBackfillArguments) -> Result<Report, LabError> {

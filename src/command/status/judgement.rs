@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use millrace_config::{Code, Condition, Config, Table};
-use millrace_sink::batch::CopyState;
+use millrace_sink::progress::CopyState;
 
 use super::probe::SinkSeen;
 use super::report::{SinkReport, SourceReport, StreamReport, TableReport};

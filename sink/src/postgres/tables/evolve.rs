@@ -53,6 +53,11 @@ impl Ensuring<'_> {
         if let Some(first) = parks.first() {
             return Err(self.parked(first, &parks, &wanted));
         }
+        // Whoever reads the table waits behind a statement that waits for its lock.
+        if !alters.is_empty() {
+            let bounded = self.client.batch_execute(sql::LOCK_BOUNDED).await;
+            bounded.map_err(|error| self.failed(error))?;
+        }
         for difference in &alters {
             self.alter(difference, &wanted).await?;
             let statement = self.statement(difference, &wanted);
@@ -60,6 +65,10 @@ impl Ensuring<'_> {
             if matches!(difference, Difference::Dropped { .. }) {
                 self.leave(difference, &mut wanted, warnings);
             }
+        }
+        if !alters.is_empty() {
+            let unbounded = self.client.batch_execute(sql::LOCK_AS_BEFORE).await;
+            unbounded.map_err(|error| self.failed(error))?;
         }
         Ok(Evolved {
             wanted,
@@ -110,7 +119,8 @@ impl Ensuring<'_> {
     }
 
     fn is_fresh(&self, name: &str) -> bool {
-        matches!(self.column(name), Some((_, None)))
+        // Where all rows come again, nothing is lost.
+        !self.holds || matches!(self.column(name), Some((_, None)))
     }
 
     fn is_retyped(&self, name: &str) -> bool {
@@ -229,9 +239,10 @@ impl Ensuring<'_> {
     }
 
     fn code(&self, difference: &Difference) -> Code {
-        if self.settings.on_schema_change == OnSchemaChange::Park
-            && !matches!(difference, Difference::Missing { fresh: false, .. })
-        {
+        if matches!(difference, Difference::Missing { fresh: false, .. }) {
+            return Code::TargetLost;
+        }
+        if self.settings.on_schema_change == OnSchemaChange::Park {
             return Code::SchemaChanged;
         }
         match difference {

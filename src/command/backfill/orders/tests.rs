@@ -1,5 +1,5 @@
 use millrace_event::{Lsn, Position};
-use millrace_sink::batch::Claim;
+use millrace_sink::progress::Claim;
 
 use super::*;
 

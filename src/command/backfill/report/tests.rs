@@ -1,6 +1,6 @@
 use millrace_config::Code;
 use millrace_event::{Lsn, Position, TableName};
-use millrace_sink::batch::{Claim, CopyProgress};
+use millrace_sink::progress::{Claim, CopyProgress};
 
 use super::*;
 

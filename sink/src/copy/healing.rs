@@ -1,0 +1,117 @@
+//! Which incomplete rows are asked for, and when again. Pure.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use millrace_event::TableName;
+use tokio::time::Instant;
+
+/// So many incomplete rows of a table are asked for at once.
+pub(super) const ROWS_MAX: usize = 500;
+
+/// A row that was asked for and is still incomplete, because it was changed again meanwhile, is asked for again after
+/// this. Each time it takes twice as long, since a row that is gone stays incomplete where deletes are ignored.
+const WAIT_FIRST: Duration = Duration::from_secs(1);
+const WAIT_MAX: Duration = Duration::from_secs(60);
+
+/// So many rows are remembered as asked for; beyond, all are forgotten, and asked for again.
+const ASKED_MAX: usize = 10_000;
+
+/// A row's key, as texts.
+type KeyTexts = Vec<String>;
+
+/// The rows that were asked for, and how far each table was searched.
+#[derive(Default)]
+pub(super) struct Healing {
+    asked: HashMap<(TableName, KeyTexts), Asked>,
+    searched: HashMap<TableName, String>,
+}
+
+/// A row that was asked for.
+struct Asked {
+    at: Instant,
+    /// How long its answer may take before it is asked for again.
+    wait: Duration,
+}
+
+impl Healing {
+    /// Forgets what was asked for long ago.
+    pub(super) fn forget_old(&mut self, now: Instant) {
+        self.asked.retain(|_, asked| now - asked.at < WAIT_MAX * 2);
+        if self.asked.len() > ASKED_MAX {
+            self.asked.clear();
+        }
+    }
+
+    /// Behind which key a table's incomplete rows are looked for.
+    pub(super) fn place(&self, table: &TableName) -> &str {
+        self.searched.get(table).map_or("", String::as_str)
+    }
+
+    /// Up to [`ROWS_MAX`] keys were found there. Rows that nothing heals must not keep those behind them from it.
+    pub(super) fn found(&mut self, table: &TableName, keys: &[String]) {
+        match keys.last().filter(|_| keys.len() >= ROWS_MAX) {
+            Some(last) => self.searched.insert(table.clone(), last.clone()),
+            None => self.searched.remove(table),
+        };
+    }
+
+    /// Those that are to be asked for now.
+    pub(super) fn ask(
+        &mut self,
+        table: &TableName,
+        keys: Vec<KeyTexts>,
+        now: Instant,
+    ) -> Vec<KeyTexts> {
+        let asks = keys.into_iter().filter(|key| {
+            let asked = self.asked.entry((table.clone(), key.clone()));
+            let mut asks = true;
+            asked
+                .and_modify(|asked| {
+                    asks = now - asked.at >= asked.wait;
+                    if asks {
+                        asked.at = now;
+                        asked.wait = (asked.wait * 2).min(WAIT_MAX);
+                    }
+                })
+                .or_insert(Asked {
+                    at: now,
+                    wait: WAIT_FIRST,
+                });
+            asks
+        });
+        asks.collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_is_asked_for_again_ever_more_rarely() {
+        let (mut healing, table) = (Healing::default(), TableName::new("public", "t"));
+        let begin = Instant::now();
+        let mut asked = Vec::new();
+        for second in 0..400 {
+            let now = begin + Duration::from_secs(second);
+            healing.forget_old(now);
+            let key = vec!["1".to_owned()];
+            if !healing.ask(&table, vec![key], now).is_empty() {
+                asked.push(second);
+            }
+        }
+        assert_eq!(asked, [0, 1, 3, 7, 15, 31, 63, 123, 183, 243, 303, 363]);
+    }
+
+    #[test]
+    fn every_row_has_its_turn_also_behind_those_that_stay() {
+        let (mut healing, table) = (Healing::default(), TableName::new("public", "t"));
+        let keys: Vec<String> = (0..ROWS_MAX).map(|key| format!("{key:04}")).collect();
+        assert_eq!(healing.place(&table), "");
+        healing.found(&table, &keys);
+        assert_eq!(healing.place(&table), "0499");
+        healing.found(&table, &keys[..7]);
+        assert_eq!(healing.place(&table), "");
+    }
+}

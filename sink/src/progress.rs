@@ -1,0 +1,444 @@
+//! How far a sink's tables are: which have their rows, which wait for them, and which the target refuses.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use millrace_event::work::BackfillOrder;
+use millrace_event::{Lsn, Position, TableName, Version};
+use serde::{Deserialize, Serialize};
+
+use crate::batch::Checkpoint;
+
+/// Which stream a sink is on, and how far each table is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "Stored", into = "Stored")]
+pub struct CopyProgress {
+    /// When the stream was created, as its server writes it: positions on another stream of that name mean
+    /// nothing. Empty before the sink was ever on one.
+    pub stream: String,
+    /// The newest version that a copy's rows ever had here: it may lie above everything that the stream brought.
+    pub copied_to: Version,
+    /// The last message of the copy stream that was applied.
+    pub reading: Option<Reading>,
+    /// The orders that were carried out, by their ids, until they are off the list.
+    pub finished: BTreeSet<String>,
+    /// Each table.
+    pub tables: BTreeMap<TableName, CopyState>,
+    /// Tables that are not configured any more, and whose rows are still in the target: they are ours when the
+    /// table comes back. As many as were ever configured.
+    pub left: BTreeSet<TableName>,
+    /// The version of each table's schema that the target was last made to fit. It may be older than that, never
+    /// newer.
+    pub shapes: BTreeMap<TableName, String>,
+}
+
+/// A place on the copy stream.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reading {
+    /// The request that is being answered.
+    pub request: String,
+    /// The attempt at it; another one counts its messages anew.
+    pub attempt: u32,
+    /// The number of the last message applied, from 1.
+    pub number: u64,
+}
+
+/// What a table needs of the stream begins behind this message.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Claim {
+    /// The message's stream sequence.
+    pub stream_seq: u64,
+    /// Its position.
+    pub position: Position,
+}
+
+impl From<Checkpoint> for Claim {
+    fn from(checkpoint: Checkpoint) -> Self {
+        Self {
+            stream_seq: checkpoint.stream_seq,
+            position: checkpoint.position,
+        }
+    }
+}
+
+impl CopyProgress {
+    /// Whether no rows of any table are awaited on the copy stream.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        self.tables.values().all(CopyState::is_copied)
+    }
+
+    /// Whether every table has all its rows and all its changes, as far as the target takes them.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        let behind = |state: &CopyState| matches!(state, CopyState::Loaded { .. });
+        self.is_complete() && !self.tables.values().any(behind)
+    }
+
+    /// Whether a streamed change of this table is already part of its copy: its transaction committed below
+    /// the consistent point of the snapshot that the copy read.
+    #[must_use]
+    pub fn covers(&self, table: &TableName, version: Version) -> bool {
+        version.commit_lsn < self.copied_below(table)
+    }
+
+    /// The consistent point of the snapshot that the table's copy read; zero where there is no such copy.
+    #[must_use]
+    pub fn copied_below(&self, table: &TableName) -> Lsn {
+        match self.tables.get(table) {
+            Some(CopyState::Copied { lsn }) => *lsn,
+            _ => Lsn::ZERO,
+        }
+    }
+
+    /// What the tables claim of the stream that are not where the sink is.
+    pub fn claims(&self) -> impl Iterator<Item = (&TableName, Claim)> {
+        let claims = self.tables.iter();
+        claims.filter_map(|(table, state)| Some((table, state.claim()?)))
+    }
+
+    /// The tables that are parked, with or without a claim on the stream.
+    #[must_use]
+    pub fn parked(&self) -> Vec<TableName> {
+        self.those(CopyState::is_parked)
+    }
+
+    /// The tables in a state of that kind.
+    #[must_use]
+    pub fn those(&self, kind: impl Fn(&CopyState) -> bool) -> Vec<TableName> {
+        let tables = self.tables.iter().filter(|(_, state)| kind(state));
+        tables.map(|(table, _)| table.clone()).collect()
+    }
+
+    /// Below which version the target's rows of a table may be wrong in columns that a change did not touch:
+    /// its chunks have not all come. Zero where every row is right.
+    #[must_use]
+    pub fn uncovered_below(&self, table: &TableName) -> Version {
+        match self.tables.get(table) {
+            Some(CopyState::Chunks(chunks)) => chunks.lower,
+            _ => Version::ZERO,
+        }
+    }
+}
+
+/// After the target refused a copy, the next one is asked for this much later at the earliest: each costs the
+/// source a snapshot.
+const COPY_AGAIN_INTERVAL_US: i64 = 30_000_000;
+
+impl CopyState {
+    /// Whether no rows of the table are awaited on the copy stream: all were applied, or the target refuses it.
+    #[must_use]
+    pub fn is_copied(&self) -> bool {
+        match self {
+            Self::Copied { .. }
+            | Self::Loaded { .. }
+            | Self::Parked { .. }
+            | Self::Lapsed { .. }
+            | Self::Refused { .. } => true,
+            Self::Pending { .. } | Self::Loading { .. } | Self::Chunks(_) => false,
+        }
+    }
+
+    /// Whether the table's streamed changes are applied as they come.
+    #[must_use]
+    pub fn is_followed(&self) -> bool {
+        matches!(self, Self::Copied { .. } | Self::Chunks(_))
+    }
+
+    /// Whether the target refuses the table.
+    #[must_use]
+    pub fn is_parked(&self) -> bool {
+        matches!(
+            self,
+            Self::Parked { .. } | Self::Lapsed { .. } | Self::Refused { .. }
+        )
+    }
+
+    /// What the table needs of the stream, where that is not what its sink needs.
+    #[must_use]
+    pub fn claim(&self) -> Option<Claim> {
+        match self {
+            Self::Pending { claim }
+            | Self::Loading { claim, .. }
+            | Self::Loaded { claim, .. }
+            | Self::Parked { claim, .. } => Some(*claim),
+            Self::Chunks(_) | Self::Copied { .. } | Self::Lapsed { .. } | Self::Refused { .. } => {
+                None
+            }
+        }
+    }
+
+    /// Whether the target has anything of the table that this sink has put there.
+    #[must_use]
+    pub fn is_begun(&self) -> bool {
+        !matches!(self, Self::Pending { .. } | Self::Refused { .. })
+    }
+
+    /// Whether the target has rows of the table that will not come again by themselves.
+    #[must_use]
+    pub fn holds_rows(&self) -> bool {
+        self.is_begun() && !matches!(self, Self::Lapsed { .. })
+    }
+
+    /// Whether a copy may be asked for, now that the target takes the table. Of tables that claim nothing.
+    #[must_use]
+    pub fn may_copy_again(&self, now_us: i64) -> bool {
+        match self {
+            // A clock that was set back must not make it wait longer.
+            Self::Lapsed { refused_at_us } | Self::Refused { refused_at_us } => {
+                !(0..COPY_AGAIN_INTERVAL_US).contains(&now_us.saturating_sub(*refused_at_us))
+            }
+            _ => false,
+        }
+    }
+}
+
+/// The state of one table.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "lowercase")]
+pub enum CopyState {
+    /// Nothing of it is here: entered when the sink first sees the table. Left to `Loading` with the first rows
+    /// of its load.
+    Pending {
+        /// Where its changes begin.
+        claim: Claim,
+    },
+    /// Rows of its load are being applied, and no changes. Left to `Loaded` with the last of them, or to `Chunks`
+    /// when the load was cut off: by a crash of capture, say. A crash of the sink goes on with the next message.
+    Loading {
+        /// The consistent point of the snapshot that is being read.
+        #[serde(with = "lsn_text")]
+        lsn: Lsn,
+        /// Rows applied.
+        rows: u64,
+        /// Where its changes begin.
+        claim: Claim,
+    },
+    /// All rows of its load are here, and its changes up to the claim. It catches up beside the others, and is
+    /// left to `Copied` once it is where its sink is. When the stream no longer holds what it needs, to `Chunks`.
+    Loaded {
+        /// The consistent point: changes committed below it are part of the load.
+        #[serde(with = "lsn_text")]
+        lsn: Lsn,
+        /// How far it is.
+        claim: Claim,
+    },
+    /// Its rows come in chunks, and its changes are applied as they come. Left to `Copied` with the last chunk. A
+    /// crash of either side goes on with the next chunk.
+    Chunks(Chunks),
+    /// It has everything and is where its sink is.
+    Copied {
+        /// Changes committed below it are part of the load.
+        #[serde(with = "lsn_text")]
+        lsn: Lsn,
+    },
+    /// The target refuses the table: entered from `Copied`, and left to `Loaded` once the target takes it, or to
+    /// `Lapsed` when the stream no longer holds what it has not applied. A crash goes on from the claim.
+    Parked {
+        /// The consistent point of its copy.
+        #[serde(with = "lsn_text")]
+        lsn: Lsn,
+        /// How far it is.
+        claim: Claim,
+    },
+    /// The target refuses the table, and nothing is kept for it: entered from `Parked` when the stream has let
+    /// its changes go, from `Chunks` when the target refuses the copy, and from all when the target has lost what
+    /// it had. Left to `Chunks` once the target takes the table. A crash changes nothing.
+    Lapsed {
+        /// When the target last refused a copy of it: the sink's clock, microseconds since 1970; 0 for never.
+        refused_at_us: i64,
+    },
+    /// The target refuses the table before anything of it is here: entered from `Pending`, and left to it once the
+    /// target takes the table. A crash changes nothing.
+    Refused {
+        /// When the target refused it: the sink's clock, microseconds since 1970.
+        refused_at_us: i64,
+    },
+}
+
+/// A table whose rows come in chunks beside its changes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Chunks {
+    /// The last key of the newest chunk that was applied: a text for each key column.
+    pub after: Option<Vec<String>>,
+    /// Rows below this version were here before: they may be outdated, and what is still there at the end is not
+    /// at the source any more.
+    pub lower: Version,
+    /// Rows of chunks that came.
+    pub rows: u64,
+    /// When it began: the sink's clock, microseconds since 1970.
+    pub began_us: i64,
+    /// Who wanted it.
+    pub order: Option<BackfillOrder>,
+}
+
+impl Chunks {
+    /// Begins chunks of a table of a sink whose changes are applied, or left out, up to `position`.
+    #[must_use]
+    pub fn begin(position: Position, order: Option<BackfillOrder>, now_us: i64) -> Self {
+        Self {
+            after: None,
+            // Above everything that was applied, below everything that will be read.
+            lower: Version::new(position.epoch(), position.commit_lsn(), u32::MAX),
+            rows: 0,
+            began_us: now_us,
+            order,
+        }
+    }
+}
+
+/// The progress as it is stored: names are no keys of a JSON object, because they have two parts.
+#[derive(Clone, Serialize, Deserialize)]
+struct Stored {
+    stream: String,
+    #[serde(default)]
+    copied_to: Version,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    reading: Option<Reading>,
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    finished: BTreeSet<String>,
+    tables: Vec<StoredTable>,
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    left: BTreeSet<TableName>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    shapes: Vec<(TableName, String)>,
+}
+
+#[derive(Clone, Serialize, Deserialize)]
+struct StoredTable {
+    #[serde(flatten)]
+    table: TableName,
+    #[serde(flatten)]
+    state: CopyState,
+}
+
+impl From<Stored> for CopyProgress {
+    fn from(stored: Stored) -> Self {
+        let tables = stored.tables.into_iter();
+        Self {
+            stream: stored.stream,
+            copied_to: stored.copied_to,
+            reading: stored.reading,
+            finished: stored.finished,
+            tables: tables.map(|entry| (entry.table, entry.state)).collect(),
+            left: stored.left,
+            shapes: stored.shapes.into_iter().collect(),
+        }
+    }
+}
+
+impl From<CopyProgress> for Stored {
+    fn from(progress: CopyProgress) -> Self {
+        let tables = progress.tables.into_iter();
+        Self {
+            stream: progress.stream,
+            copied_to: progress.copied_to,
+            reading: progress.reading,
+            finished: progress.finished,
+            tables: tables
+                .map(|(table, state)| StoredTable { table, state })
+                .collect(),
+            left: progress.left,
+            shapes: progress.shapes.into_iter().collect(),
+        }
+    }
+}
+
+mod lsn_text {
+    use millrace_event::Lsn;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(lsn: &Lsn, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(lsn)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Lsn, D::Error> {
+        String::deserialize(from)?
+            .parse()
+            .map_err(serde::de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn copy_progress_round_trips_as_json() {
+        let stream = "2026-11-21T00:00:00Z".to_owned();
+        let claim = Claim {
+            stream_seq: 5,
+            position: Position::new(1, Lsn(16), 2),
+        };
+        let order = BackfillOrder {
+            filter: Some("id > 5".into()),
+            ..BackfillOrder::new("o".into(), TableName::new("a", "f"))
+        };
+        let tables = BTreeMap::from([
+            (TableName::new("a", "b"), CopyState::Pending { claim }),
+            (
+                TableName::new("a", "c"),
+                CopyState::Loading {
+                    lsn: Lsn(17),
+                    rows: 3,
+                    claim,
+                },
+            ),
+            (
+                TableName::new("a", "d"),
+                CopyState::Copied {
+                    lsn: Lsn(0x1_0000_0001),
+                },
+            ),
+            (
+                TableName::new("a", "e"),
+                CopyState::Lapsed { refused_at_us: 7 },
+            ),
+            (
+                TableName::new("a", "f"),
+                CopyState::Chunks(Chunks::begin(claim.position, Some(order), 8)),
+            ),
+        ]);
+        let progress = CopyProgress {
+            stream,
+            copied_to: Version::new(1, Lsn(0x1_0000_0001), 0),
+            reading: Some(Reading {
+                request: "r".into(),
+                attempt: 2,
+                number: 9,
+            }),
+            finished: BTreeSet::from(["done".to_owned()]),
+            tables,
+            left: BTreeSet::from([TableName::new("a", "g")]),
+            shapes: BTreeMap::from([(TableName::new("a", "d"), "0f".to_owned())]),
+        };
+        let json = serde_json::to_string(&progress).expect("is well formed");
+        assert!(
+            json.contains(r#"{"schema":"a","table":"d","state":"copied","lsn":"1/1"}"#),
+            "{json}"
+        );
+        assert_eq!(
+            serde_json::from_str::<CopyProgress>(&json).expect("is well formed"),
+            progress
+        );
+        assert!(!progress.is_complete());
+        let covers =
+            |table, lsn| progress.covers(&TableName::new("a", table), Version::new(1, Lsn(lsn), 1));
+        assert!(covers("d", 0x1_0000_0000));
+        assert!(!covers("d", 0x1_0000_0001));
+        assert!(!covers("c", 1));
+    }
+
+    #[test]
+    fn a_table_waits_in_peace_after_the_target_refused_its_copy() {
+        let (refused_at_us, wait) = (1_000_000_000, COPY_AGAIN_INTERVAL_US);
+        let lapsed = CopyState::Lapsed { refused_at_us };
+        assert!(!lapsed.may_copy_again(refused_at_us));
+        assert!(!lapsed.may_copy_again(refused_at_us + wait - 1));
+        assert!(lapsed.may_copy_again(refused_at_us + wait));
+        assert!(lapsed.may_copy_again(refused_at_us - 1));
+        assert!(CopyState::Lapsed { refused_at_us: 0 }.may_copy_again(refused_at_us));
+        let copied = CopyState::Copied { lsn: Lsn(1) };
+        assert!(!copied.may_copy_again(refused_at_us));
+        assert!(lapsed.is_copied() && !lapsed.is_followed());
+    }
+}
