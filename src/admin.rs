@@ -1,6 +1,7 @@
 //! The HTTP endpoint of a running process: health, metrics, and what it knows of itself.
 
 mod board;
+mod caller;
 mod http;
 mod metrics;
 

@@ -1,12 +1,13 @@
 //! The command line.
 
+use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::LazyLock;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use millrace_config::{LogFormat, LogLevel};
+use millrace_config::{Config, LogFormat, LogLevel};
 
 /// The release, and the commit where the build was told (`MILLRACE_COMMIT` in its environment).
 pub(crate) static VERSION: LazyLock<String> = LazyLock::new(|| {
@@ -115,6 +116,32 @@ pub(crate) enum Part {
     Capture,
     /// From the stream to the sink of that name.
     Sink(String),
+}
+
+impl Part {
+    /// Every part that a configuration has.
+    pub(crate) fn all(config: &Config) -> Vec<Self> {
+        let sinks = config.sinks.iter();
+        let sinks = sinks.map(|sink| Self::Sink(sink.name.clone()));
+        std::iter::once(Self::Capture).chain(sinks).collect()
+    }
+}
+
+impl RunArguments {
+    /// Whether the process is to work for a part.
+    pub(crate) fn works_for(&self, part: &Part) -> bool {
+        self.only.is_empty() || self.only.contains(part)
+    }
+}
+
+impl fmt::Display for Part {
+    /// As `--only` takes it.
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Capture => formatter.write_str("capture"),
+            Self::Sink(name) => write!(formatter, "sink:{name}"),
+        }
+    }
 }
 
 impl FromStr for Part {

@@ -6,6 +6,7 @@
 //! middle; [`run`] carries bytes to it and away from it.
 
 mod birth;
+mod check;
 mod commits;
 mod copy;
 mod error;
@@ -32,6 +33,7 @@ pub mod selection;
 pub mod source;
 pub mod stream;
 
+pub use check::check;
 pub use commits::Committed;
 pub use error::Error;
 pub use identity::published::unpublished;

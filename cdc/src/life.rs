@@ -34,7 +34,7 @@ use crate::source::{self, SourceFacts, SourceTable};
 use crate::stream::{self, StreamShape, StreamState, Tail};
 
 /// Replies to capture arrive below this subject, so that permissions can name it.
-const INBOX: &str = "_INBOX_millrace_capture";
+pub(crate) const INBOX: &str = "_INBOX_millrace_capture";
 
 /// What stays free of a message below the server's limit: subject, headers and protocol around the payload.
 pub(crate) const MESSAGE_OVERHEAD_BYTES: usize = 16 * 1024;
@@ -214,7 +214,7 @@ pub(crate) async fn open(config: &Config, now: Duration) -> Result<Life, Error> 
 }
 
 /// The key of `hash` masks, where there is one.
-fn salt(config: &Config) -> Result<Option<Salt>, Error> {
+pub(crate) fn salt(config: &Config) -> Result<Option<Salt>, Error> {
     let masks = config.tables.iter().flat_map(|table| &table.columns.mask);
     let hashes = masks.into_iter().any(|(_, mask)| *mask == Mask::Hash);
     let Some(secret) = config.source.mask_salt.as_ref().filter(|_| hashes) else {
@@ -238,7 +238,10 @@ fn salt(config: &Config) -> Result<Option<Salt>, Error> {
     Ok(Some(Salt::new(bytes)))
 }
 
-async fn open_buckets(config: &Config, jetstream: jetstream::Context) -> Result<Stream, Error> {
+pub(crate) async fn open_buckets(
+    config: &Config,
+    jetstream: jetstream::Context,
+) -> Result<Stream, Error> {
     let source = &config.source.name;
     let replicas = usize::from(config.stream.replicas);
     let bucket = async |kind: &str| {

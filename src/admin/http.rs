@@ -4,8 +4,8 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use axum::extract::State;
-use axum::http::{StatusCode, header};
+use axum::extract::{ConnectInfo, State};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
@@ -16,6 +16,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
+use super::caller::{Ends, refusal};
 use super::metrics::{now_us, refresh};
 use super::{Board, Live};
 
@@ -33,6 +34,15 @@ pub(crate) enum Reloaded {
     Applied {
         /// What has changed.
         changed: String,
+        /// The parts that began anew, are new, or are gone, as `--only` names them.
+        #[serde(default)]
+        parts: Vec<String>,
+        /// The parts that are configured and that this process does not have.
+        #[serde(default)]
+        elsewhere: Vec<String>,
+        /// What could not be looked at before, a line each.
+        #[serde(default)]
+        unchecked: Vec<String>,
         /// What only a restart changes.
         needs_restart: Option<String>,
     },
@@ -45,7 +55,20 @@ pub(crate) enum Reloaded {
     Refused {
         /// Why.
         reason: String,
+        /// The code of what a server said to it, where that is why.
+        #[serde(default)]
+        code: Option<String>,
+        /// What helps against that.
+        #[serde(default)]
+        remedy: Option<String>,
     },
+    /// Whoever asked may not.
+    Forbidden {
+        /// Why.
+        reason: String,
+    },
+    /// The process ends, and reads nothing again.
+    Ending,
 }
 
 #[derive(Clone)]
@@ -92,8 +115,9 @@ pub(crate) async fn serve(
         metrics,
         reloads,
     });
+    let service = router.into_make_service_with_connect_info::<Ends>();
     // A scraper that holds its connection open must not hold up the end of the process.
-    let serving = async { axum::serve(listener, router).await };
+    let serving = async { axum::serve(listener, service).await };
     stop.run_until_cancelled(serving).await.unwrap_or(Ok(()))
 }
 
@@ -138,19 +162,33 @@ async fn status(State(shared): State<Shared>) -> Json<Live> {
     Json(shared.board.live(now_us()))
 }
 
-async fn reload(State(shared): State<Shared>) -> Response {
+/// It changes what the process does, so it is not for everybody who reaches the address: see [`refusal`].
+async fn reload(
+    State(shared): State<Shared>,
+    ConnectInfo(ends): ConnectInfo<Ends>,
+    headers: HeaderMap,
+) -> Response {
+    let reloaded = match refusal(ends, &headers) {
+        Some(reason) => Reloaded::Forbidden {
+            reason: reason.to_owned(),
+        },
+        None => ask(&shared.reloads).await.unwrap_or(Reloaded::Ending),
+    };
+    let status = match reloaded {
+        Reloaded::Applied { .. } => StatusCode::OK,
+        Reloaded::Invalid { .. } => StatusCode::UNPROCESSABLE_ENTITY,
+        Reloaded::Refused { .. } => StatusCode::CONFLICT,
+        Reloaded::Forbidden { .. } => StatusCode::FORBIDDEN,
+        Reloaded::Ending => StatusCode::SERVICE_UNAVAILABLE,
+    };
+    (status, Json(reloaded)).into_response()
+}
+
+/// Asks for a reload; when the process ends before it answers: `None`.
+async fn ask(reloads: &mpsc::Sender<Asked>) -> Option<Reloaded> {
     let (asked, answer) = oneshot::channel();
-    if shared.reloads.send(asked).await.is_ok()
-        && let Ok(reloaded) = answer.await
-    {
-        let status = match reloaded {
-            Reloaded::Applied { .. } => StatusCode::OK,
-            Reloaded::Invalid { .. } => StatusCode::UNPROCESSABLE_ENTITY,
-            Reloaded::Refused { .. } => StatusCode::CONFLICT,
-        };
-        return (status, Json(reloaded)).into_response();
-    }
-    (StatusCode::SERVICE_UNAVAILABLE, "the process ends\n").into_response()
+    reloads.send(asked).await.ok()?;
+    answer.await.ok()
 }
 
 #[cfg(test)]
@@ -201,6 +239,48 @@ mod tests {
         );
         assert!(ask(address, "/status").await.contains("\"name\":\"shop\""));
 
+        stop.cancel();
+        serving.await.expect("joined").expect("stopped");
+    }
+
+    #[tokio::test]
+    async fn a_web_page_does_not_reload_and_one_that_comes_too_late_is_told() {
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        let listener = bind(any).await.expect("bound").expect("free");
+        let address = listener.local_addr().expect("bound");
+        let board = Arc::new(Board::new("shop", true, Vec::new()));
+        let metrics = PrometheusBuilder::new().build_recorder().handle();
+        let stop = CancellationToken::new();
+        let (reloads, mut asked) = mpsc::channel::<Asked>(1);
+        let serving = tokio::spawn(serve(listener, board, metrics, reloads, stop.clone()));
+        let post = async |line: &str| {
+            let mut stream = TcpStream::connect(address).await.expect("connected");
+            let request = format!("POST /reload HTTP/1.0\r\nHost: {address}\r\n{line}\r\n");
+            stream.write_all(request.as_bytes()).await.expect("written");
+            let mut answer = String::new();
+            let soon = std::time::Duration::from_secs(5);
+            let read = tokio::time::timeout(soon, stream.read_to_string(&mut answer)).await;
+            read.expect("an answer").expect("read");
+            answer
+        };
+        for line in [
+            "Origin: http://127.0.0.1:9400\r\n",
+            "Host: rebound.example\r\n",
+        ] {
+            let answer = post(line).await;
+            assert!(answer.starts_with("HTTP/1.0 403"), "{answer}");
+            assert!(answer.contains("\"result\":\"forbidden\""), "{answer}");
+        }
+        assert!(asked.try_recv().is_err(), "nobody was asked");
+        // The process ends: what was taken is not answered, and nothing more is taken.
+        let (early, ()) = tokio::join!(post(""), async {
+            drop(asked.recv().await.expect("asked"));
+            asked.close();
+        });
+        for answer in [early, post("").await] {
+            assert!(answer.starts_with("HTTP/1.0 503"), "{answer}");
+            assert!(answer.contains("\"result\":\"ending\""), "{answer}");
+        }
         stop.cancel();
         serving.await.expect("joined").expect("stopped");
     }

@@ -1,6 +1,7 @@
 //! `millrace run`: capture and sinks, until a signal.
 
 mod change;
+mod check;
 mod parts;
 mod reload;
 
@@ -13,7 +14,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 pub(super) use self::parts::Parts;
-use self::parts::{Ended, Running};
+use self::parts::{End, Ended, Running};
 use self::reload::Reload;
 use super::once;
 use super::say;
@@ -41,7 +42,7 @@ pub(crate) async fn run(config: Config, arguments: RunArguments) -> Exit {
             return Exit::Internal;
         }
     };
-    let mut parts = Parts::new(Arc::new(config), &arguments.only);
+    let mut parts = Parts::new(Arc::new(config), &arguments);
     let board = Arc::new(Board::new(
         parts.config.source.name.clone(),
         parts.capture.is_some(),
@@ -107,11 +108,12 @@ async fn supervise(
         }
         // However often it was wanted meanwhile, the folder is read once more.
         if reload.is_none() && std::mem::take(&mut wanted) {
-            reload = Reload::begin(parts, &running, arguments, None);
+            reload = Reload::begin(parts, arguments, None);
             continue;
         }
         let idle = reload.is_none();
-        let reload_until = reload.as_ref().map_or(deadline, Reload::deadline);
+        let reload_until = reload.as_ref().and_then(Reload::deadline);
+        let drains = reload_until.is_some();
         tokio::select! {
             biased;
             asked = signals.next() => match asked {
@@ -119,11 +121,15 @@ async fn supervise(
                 Asks::Reload => wanted = true,
             },
             Some(ended) = running.next() => match ended {
-                Ok((_, Ended::Stopped)) => {}
-                Ok((part, Ended::Failed { condition, begun })) => {
+                Ok(End { ended: Ended::Stopped, .. }) => {}
+                Ok(End { part, ended: Ended::Failed { condition, .. }, superseded: true }) => tracing::warn!(
+                    %part, code = condition.code.as_str(),
+                    "what drained beside its successor has failed: {}", condition.message
+                ),
+                Ok(End { part, ended: Ended::Failed { condition, begun }, .. }) => {
                     parts.failed.push((part, condition.clone()));
                     // Once it has worked the process lives on to say why it does no more.
-                    let begun = begun || reloaded || reload.is_some();
+                    let begun = begun || reloaded || drains;
                     if !begun || goal.is_some() || arguments.exit_on_halt {
                         fail(&condition);
                         break if begun { Exit::Halted } else { Exit::Environment };
@@ -139,12 +145,15 @@ async fn supervise(
                 }
             },
             () = tokio::time::sleep_until(deadline), if goal.is_some() => break timed_out(),
-            () = tokio::time::sleep_until(reload_until), if !idle => {
+            checked = Reload::checked(&mut reload) => {
+                reload = reload.take().and_then(|reload| reload.drain(checked, &running));
+            }
+            () = tokio::time::sleep_until(reload_until.unwrap_or(deadline)), if drains => {
                 tracing::warn!("draining took too long; the parts that begin anew take over when it ends");
                 reload.iter_mut().for_each(Reload::wait_no_more);
             }
             Some(asked) = asked.recv(), if idle => {
-                reload = Reload::begin(parts, &running, arguments, Some(asked));
+                reload = Reload::begin(parts, arguments, Some(asked));
             }
             _ = looks.tick() => {
                 parts.show(board);
@@ -159,6 +168,10 @@ async fn supervise(
         }
     };
     running.stop(|_| true);
+    // Whoever asks for a reload now is told that the process ends.
+    drop(reload);
+    asked.close();
+    while asked.try_recv().is_ok() {}
     let reached = goal.filter(|goal| exit == Exit::Ok && goal.is_reached(parts));
     let exit = drain(&mut running, &mut signals, exit).await;
     if let Some(goal) = reached.filter(|_| exit == Exit::Ok) {

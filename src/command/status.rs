@@ -11,7 +11,9 @@ use millrace_config::{Config, Exit};
 
 use crate::admin::now_us;
 use crate::arguments::{Output, StatusArguments};
-pub(super) use probe::{Method, ask, in_time, source_condition, stream_condition, target};
+pub(super) use probe::{
+    Found, Method, ask, find, in_time, source_condition, stream_condition, target,
+};
 pub(super) use report::trimmed;
 use report::{Report, SinkReport};
 

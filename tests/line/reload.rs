@@ -141,10 +141,16 @@ async fn with_a_mistake_the_old_configuration_goes_on() {
     stage
         .ends(
             stage.start_with(&["reload"]),
-            78,
-            &["source.name was changed"],
+            4,
+            &["source.name was changed", "nothing was reloaded"],
         )
         .await;
+    pipeline.hang_up().expect("signal");
+    let refused = "source.name was changed from \\\"shop";
+    pipeline
+        .wait_for_log(refused, PATIENCE)
+        .await
+        .expect("told");
     stage.sql("INSERT INTO u (v) VALUES ('on')").await;
     stage.equal_as(&pipeline, &both()).await;
 }

@@ -274,10 +274,14 @@ pub async fn unpublished(
     source: &str,
 ) -> Result<Vec<TableName>, Error> {
     let bucket = subject::bucket_name(source, work::STATE);
-    // Where there is no bucket yet nothing was ever published.
-    let Ok(state) = jetstream.get_key_value(bucket).await else {
+    // Where there is no bucket yet nothing was ever published. Any other answer says nothing about it.
+    let found = crate::stream::find_stream(jetstream, &format!("KV_{bucket}")).await?;
+    if found.is_none() {
         return Ok(Vec::new());
-    };
+    }
+    let state = jetstream.get_key_value(bucket).await;
+    let state = state
+        .map_err(|error| Error::retry("what was stored beside the stream cannot be read", error))?;
     let members: Option<Vec<Remembered>> = read(&state, PUBLISHED_KEY).await?;
     let members = members.unwrap_or_default().into_iter();
     let lost = members.filter(|member| matches!(member.standing, Standing::Lost { .. }));

@@ -1,69 +1,140 @@
 //! A changed configuration, taken over by a running process.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use futures_util::future::BoxFuture;
 use millrace_config::{Code, Config, limits};
 use tokio::time::Instant;
 
 use super::change::{self, Change};
-use super::parts::{Parts, Running};
+use super::check::{Checked, check};
+use super::parts::{Number, Parts, Running};
 use crate::admin::{Asked, Board, Reloaded, forget_lag};
 use crate::arguments::{Part, RunArguments};
 
-/// A configuration that waits for the parts which it concerns to drain.
+/// A configuration that is about to be taken over.
 pub(super) struct Reload {
-    config: Config,
+    config: Arc<Config>,
     change: Change,
-    /// Parts that must end first.
-    awaited: Vec<Part>,
-    deadline: Instant,
+    stage: Stage,
+    /// What could not be looked at.
+    unchecked: Vec<String>,
     asked: Option<Asked>,
 }
 
+/// How far it is.
+enum Stage {
+    /// The servers are asked whether they take it, and everything works on: entered first. Left to `Draining`, or the
+    /// configuration is given up.
+    Checking(BoxFuture<'static, Checked>),
+    /// The parts that it concerns drain. Left for good when they have, or when that takes too long.
+    Draining {
+        /// What must end first.
+        awaited: Vec<Number>,
+        /// When the wait ends.
+        deadline: Instant,
+    },
+}
+
 impl Reload {
-    /// Reads the configuration again, and lets the parts drain that it concerns. With mistakes, or when it is not
-    /// for this process, it is told so and nothing changes.
+    /// Reads the configuration again. With mistakes, or when it is not for this process, it is told so and nothing
+    /// changes.
     pub(super) fn begin(
         parts: &Parts,
-        running: &Running,
         arguments: &RunArguments,
         asked: Option<Asked>,
     ) -> Option<Self> {
-        let (config, change) = match read(parts, arguments) {
+        let (mut config, change) = match read(parts, arguments) {
             Ok(read) => read,
             Err(reloaded) => {
                 answer(asked, reloaded);
                 return None;
             }
         };
-        let awaited = running.parts().filter(|part| change.concerns(part));
-        let awaited = awaited.cloned().collect();
-        running.stop(|part| change.concerns(part));
+        // What only a restart changes stays what it is.
+        (config.admin, config.log) = (parts.config.admin, parts.config.log);
+        let config = Arc::new(config);
+        let checks = check(&parts.config, &config, &change, |part| {
+            arguments.works_for(part)
+        });
         Some(Self {
+            stage: Stage::Checking(checks),
             config,
             change,
-            awaited,
-            deadline: Instant::now() + limits::SHUTDOWN_DEADLINE,
+            unchecked: Vec::new(),
             asked,
+        })
+    }
+
+    /// Waits for what the servers say to it. Nothing is asked: never ends.
+    pub(super) async fn checked(reload: &mut Option<Self>) -> Checked {
+        match reload.as_mut().map(|reload| &mut reload.stage) {
+            Some(Stage::Checking(checks)) => checks.await,
+            Some(Stage::Draining { .. }) | None => std::future::pending().await,
+        }
+    }
+
+    /// Lets the parts drain that it concerns, unless one of them would halt with it: then it is told so and nothing
+    /// changes.
+    pub(super) fn drain(self, checked: Checked, running: &Running) -> Option<Self> {
+        let unseen = match checked {
+            Ok(unseen) => unseen,
+            Err(condition) => {
+                tracing::error!(
+                    code = condition.code.as_str(), remedy = %condition.remedy,
+                    "configuration not reloaded; going on with the old one: {}", condition.message
+                );
+                let refused = Reloaded::Refused {
+                    reason: condition.message,
+                    code: Some(condition.code.to_string()),
+                    remedy: Some(condition.remedy),
+                };
+                answer(self.asked, refused);
+                return None;
+            }
+        };
+        for condition in &unseen {
+            tracing::warn!(
+                code = condition.code.as_str(),
+                "taken over without being checked there: {}",
+                condition.message
+            );
+        }
+        let concerned = |part: &Part| self.change.concerns(part);
+        let awaited = running.numbers(concerned);
+        running.stop(concerned);
+        Some(Self {
+            stage: Stage::Draining {
+                awaited,
+                deadline: Instant::now() + limits::SHUTDOWN_DEADLINE,
+            },
+            unchecked: unseen.iter().map(ToString::to_string).collect(),
+            ..self
         })
     }
 
     /// Whether nothing is waited for any more.
     pub(super) fn is_drained(&self, running: &Running) -> bool {
-        !self
-            .awaited
-            .iter()
-            .any(|awaited| running.parts().any(|part| part == awaited))
+        match &self.stage {
+            Stage::Checking(_) => false,
+            Stage::Draining { awaited, .. } => !running.has_any(awaited),
+        }
     }
 
-    /// When the wait ends.
-    pub(super) fn deadline(&self) -> Instant {
-        self.deadline
+    /// When the wait for what drains ends.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        match self.stage {
+            Stage::Checking(_) => None,
+            Stage::Draining { deadline, .. } => Some(deadline),
+        }
     }
 
     /// Ends the wait: a part that still drains keeps its successor standing by.
     pub(super) fn wait_no_more(&mut self) {
-        self.awaited.clear();
+        if let Stage::Draining { awaited, .. } = &mut self.stage {
+            awaited.clear();
+        }
     }
 
     /// Starts what has drained, what is new, and what an operator had to act for, by the new configuration.
@@ -75,16 +146,15 @@ impl Reload {
         board: &Board,
     ) {
         let Self {
-            mut config,
+            config,
             change,
+            unchecked,
             asked,
             ..
         } = self;
-        // What only a restart changes stays what it is.
-        (config.admin, config.log) = (parts.config.admin, parts.config.log);
         let ended = |part: &Part| parts.failed.iter().any(|(failed, _)| failed == part);
         let anew = |part: &Part| change.concerns(part) || ended(part);
-        let mut next = Parts::new(Arc::new(config), &arguments.only);
+        let mut next = Parts::new(config, arguments);
         if !anew(&Part::Capture) {
             next.capture.clone_from(&parts.capture);
         }
@@ -94,6 +164,7 @@ impl Reload {
                 *status = Arc::clone(before);
             }
         }
+        running.supersede(anew);
         next.spawn(running, anew);
         for (name, _) in &parts.sinks {
             if !next.sinks.iter().any(|(kept, _)| kept == name) {
@@ -111,7 +182,14 @@ impl Reload {
             .collect();
         board.keep_only(&kept);
         let (changed, needs_restart) = (change.summary(), change.needs_restart());
-        tracing::info!(%changed, "configuration reloaded");
+        let mut concerned = parts.names();
+        concerned.extend(next.names());
+        concerned.retain(|part| anew(part));
+        let concerned = told(concerned);
+        let mut elsewhere = Part::all(&next.config);
+        elsewhere.retain(|part| !next.names().contains(part));
+        let elsewhere = told(elsewhere);
+        tracing::info!(%changed, parts = %concerned.join(", "), "configuration reloaded");
         if let Some(left) = &needs_restart {
             tracing::warn!("{left}");
         }
@@ -120,6 +198,9 @@ impl Reload {
             asked,
             Reloaded::Applied {
                 changed,
+                parts: concerned,
+                elsewhere,
+                unchecked,
                 needs_restart,
             },
         );
@@ -131,7 +212,7 @@ fn read(parts: &Parts, arguments: &RunArguments) -> Result<(Config, Change), Rel
     if arguments.once {
         let reason = "`run --once` ends by itself and reads no configuration again".to_owned();
         tracing::warn!("configuration not reloaded: {reason}");
-        return Err(Reloaded::Refused { reason });
+        return Err(refused(reason));
     }
     let config = crate::command::load(&parts.config.dir).map_err(|errors| {
         for error in errors.as_slice() {
@@ -156,8 +237,22 @@ fn read(parts: &Parts, arguments: &RunArguments) -> Result<(Config, Change), Rel
         Ok(change) => Ok((config, change)),
         Err(reason) => {
             tracing::error!("configuration not reloaded: {reason}");
-            Err(Reloaded::Refused { reason })
+            Err(refused(reason))
         }
+    }
+}
+
+/// Parts as they are told, each once.
+fn told(parts: Vec<Part>) -> Vec<String> {
+    let parts: BTreeSet<_> = parts.iter().map(ToString::to_string).collect();
+    parts.into_iter().collect()
+}
+
+fn refused(reason: String) -> Reloaded {
+    Reloaded::Refused {
+        reason,
+        code: None,
+        remedy: None,
     }
 }
 

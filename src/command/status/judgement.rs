@@ -9,6 +9,10 @@ use super::probe::SinkSeen;
 use super::report::{SinkReport, SourceReport, StreamReport, TableReport};
 use crate::admin::{Live, LivePart};
 
+/// Why nothing shows a table's rows to be missing, and it is not called complete all the same.
+const UNSEEN: &str =
+    "whether rows are missing is not known: what is stored beside the stream cannot be read";
+
 const REBUILD: &str = "run `millrace drop`, then `millrace run`: the tables are copied again";
 
 /// From the best state to the worst.
@@ -97,6 +101,7 @@ pub(super) fn tables(
             complete: true,
             dead_letters: 0,
         };
+        let mut seen_all = stream.unpublished.is_some();
         for sink in sinks.iter().filter(|sink| table.sinks.contains(&sink.name)) {
             let seen = seen.get(sink.name.as_str());
             let letters = seen
@@ -112,8 +117,9 @@ pub(super) fn tables(
             });
             let part = table_part(&report.name, sink, live, copied, letters);
             // An order that nobody has begun: rows are known to be missing or wrong, or may be.
-            let orders = stream.ordered.get(&sink.name).into_iter().flatten();
-            let due = orders.into_iter().any(|order| {
+            let orders = stream.ordered.get(&sink.name);
+            seen_all &= orders.is_some();
+            let due = orders.into_iter().flatten().any(|order| {
                 let finished = row.is_some_and(|row| row.copy.finished.contains(&order.id));
                 order.table == table.name && !order.cancelled && !finished
             });
@@ -123,7 +129,8 @@ pub(super) fn tables(
                 report.part = part;
             }
         }
-        if stream.unpublished.contains(&table.name) {
+        let mut unpublished = stream.unpublished.iter().flatten();
+        if unpublished.any(|unpublished| *unpublished == table.name) {
             report.complete = false;
             if report.part.state != "parked" {
                 let message = "it is not in the publication: its changes are lost";
@@ -138,6 +145,10 @@ pub(super) fn tables(
             let parked = captured(&report.name, live);
             report.complete = parked.is_none();
             report.part = parked.unwrap_or(capture).clone();
+        }
+        if report.complete && !seen_all {
+            report.complete = false;
+            report.part.reason.get_or_insert_with(|| UNSEEN.to_owned());
         }
         report
     };
@@ -187,6 +198,9 @@ fn table_part(
 
 #[cfg(test)]
 mod tests {
+    use millrace_event::{Lsn, TableName};
+    use millrace_sink::batch::PositionRow;
+
     use super::super::report::SlotReport;
     use super::*;
 
@@ -265,5 +279,59 @@ mod tests {
         let there = LivePart::of("available");
         assert_eq!(overall(None, &stopped, &there, &[]).state, "stopped");
         assert_eq!(overall(None, &streaming, &there, &[]).state, "streaming");
+    }
+
+    /// A configuration of one table and one sink, and a sink whose target has every row of it.
+    fn copied() -> (Config, SinkSeen) {
+        let folder = tempfile::tempdir().expect("made");
+        let dir = folder.path();
+        let text = "[source]\nname = \"shop\"\nurl = \"postgres://s/d\"\n[stream]\nservers = [\"nats://n\"]\n\
+                    [sinks.wh]\ntype = \"postgres\"\nurl = \"postgres://t/d\"\n";
+        std::fs::create_dir_all(dir.join("tables")).expect("made");
+        std::fs::write(dir.join("millrace.toml"), text).expect("written");
+        std::fs::write(dir.join("tables/public.a.toml"), "").expect("written");
+        let config = Config::load(dir, &|_| None).expect("valid");
+        let mut row = PositionRow::default();
+        let state = CopyState::Copied { lsn: Lsn(1) };
+        row.copy.tables.insert(TableName::new("public", "a"), state);
+        let seen = SinkSeen {
+            part: LivePart::of("streaming"),
+            row: Some(row),
+            dead_letters: BTreeMap::new(),
+        };
+        (config, seen)
+    }
+
+    #[test]
+    fn what_could_not_be_looked_at_is_not_called_complete() {
+        let (config, seen) = copied();
+        let table = |stream: &StreamReport| {
+            let sink = SinkReport::new("wh", &seen, None, None, 0);
+            let seen = BTreeMap::from([("wh", &seen)]);
+            let capture = LivePart::of("streaming");
+            tables(&config, None, &seen, &[sink], stream, &capture).remove(0)
+        };
+        let all = StreamReport {
+            unpublished: Some(Vec::new()),
+            ordered: BTreeMap::from([("wh".to_owned(), Vec::new())]),
+            ..stream(Some(1))
+        };
+        let whole = table(&all);
+        assert!(whole.complete && whole.part.reason.is_none());
+        let unpublished = StreamReport {
+            unpublished: None,
+            ordered: all.ordered.clone(),
+            ..stream(Some(1))
+        };
+        let ordered = StreamReport {
+            unpublished: Some(Vec::new()),
+            ..stream(Some(1))
+        };
+        for unseen in [unpublished, ordered, StreamReport::default()] {
+            let table = table(&unseen);
+            assert!(!table.complete, "{unseen:?}");
+            assert_eq!(table.part.state, "streaming");
+            assert_eq!(table.part.reason.as_deref(), Some(UNSEEN));
+        }
     }
 }

@@ -10,8 +10,8 @@ use std::time::Duration;
 use async_nats::jetstream::Context;
 use millrace_cdc::{source, stream};
 use millrace_config::{Code, Condition, Config, Sink};
-use millrace_event::subject;
 use millrace_event::work::{self, BackfillOrder};
+use millrace_event::{TableName, subject};
 use millrace_sink::batch::PositionRow;
 use millrace_sink::postgres::Connect;
 use millrace_sink::sink::SinkError;
@@ -25,6 +25,8 @@ use crate::connection::{self, Side, chain};
 
 /// How long one place may take to answer.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
+/// How long what is stored beside the stream may take.
+const BESIDE_MAX: Duration = Duration::from_secs(4);
 /// How long the running process may take: it is on this machine, as a rule.
 const LIVE_MAX: Duration = Duration::from_secs(2);
 /// The longest answer of a running process that is read.
@@ -34,12 +36,40 @@ const NAME: &str = "millrace status";
 
 const LATE_REMEDY: &str = "check the network and the server's load";
 
+/// Who answers at the admin address.
+#[derive(Debug)]
+pub(in crate::command) enum Found {
+    /// A process of this source.
+    Ours(Box<Live>),
+    /// A process of another source, by its name.
+    Other(String),
+    /// Something else.
+    Stranger,
+    /// Nobody.
+    Nobody(std::io::Error),
+}
+
+/// Asks who listens at the admin address.
+pub(in crate::command) async fn find(config: &Config) -> Found {
+    let asked = ask(config.admin.listen, Method::Get, "/status");
+    let answer = timeout(LIVE_MAX, asked).await;
+    let text = match answer.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into())) {
+        Ok(text) => text,
+        Err(error) => return Found::Nobody(error),
+    };
+    match serde_json::from_str::<Live>(&text) {
+        Ok(live) if live.source.name == config.source.name => Found::Ours(Box::new(live)),
+        Ok(live) => Found::Other(live.source.name),
+        Err(_) => Found::Stranger,
+    }
+}
+
 /// What the process at the admin address says, if one of this source answers there.
 pub(super) async fn live(config: &Config) -> Option<Live> {
-    let asked = ask(config.admin.listen, Method::Get, "/status");
-    let text = timeout(LIVE_MAX, asked).await.ok()?.ok()?;
-    let live: Live = serde_json::from_str(&text).ok()?;
-    (live.source.name == config.source.name).then_some(live)
+    match find(config).await {
+        Found::Ours(live) => Some(*live),
+        Found::Other(_) | Found::Stranger | Found::Nobody(_) => None,
+    }
 }
 
 /// Where a process that listens on every address is found from here.
@@ -167,7 +197,11 @@ pub(in crate::command) fn source_condition(error: &millrace_cdc::Error) -> Condi
 /// The stream.
 pub(super) async fn stream(config: &Config) -> StreamReport {
     let name = subject::stream_name(&config.source.name);
-    match in_time(Code::StreamUnreachable, read_stream(config, &name)).await {
+    let answer = in_time(
+        Code::StreamUnreachable,
+        Box::pin(read_stream(config, &name)),
+    );
+    match answer.await {
         Ok(report) => StreamReport { name, ..report },
         Err(condition) => {
             let part = LivePart::because("unreachable", &condition);
@@ -185,24 +219,35 @@ async fn read_stream(config: &Config, name: &str) -> Result<StreamReport, Condit
     let found = stream::find_stream(&jetstream, name)
         .await
         .map_err(|error| stream_condition(&error))?;
+    // What cannot be read is not known, and the stream is there all the same.
+    let (unpublished, ordered) = tokio::join!(
+        timeout(BESIDE_MAX, unpublished(config, &jetstream)),
+        timeout(BESIDE_MAX, ordered(config, &jetstream))
+    );
+    let unpublished =
+        unpublished.unwrap_or_else(|_| Err(late(Code::StreamUnreachable, BESIDE_MAX)));
+    let ordered = ordered.unwrap_or_else(|_| Err(late(Code::StreamUnreachable, BESIDE_MAX)));
+    let part = |state: &str| {
+        let unread = unpublished.as_ref().err().or(ordered.as_ref().err());
+        unread.map_or(LivePart::of(state), |unread| {
+            LivePart::because(state, unread)
+        })
+    };
+    let beside = StreamReport {
+        part: part("new"),
+        reachable: true,
+        unpublished: unpublished.as_ref().ok().cloned(),
+        ordered: ordered.as_ref().ok().cloned().unwrap_or_default(),
+        ..StreamReport::default()
+    };
     let Some(found) = found else {
-        return Ok(StreamReport {
-            part: LivePart::of("new"),
-            reachable: true,
-            ..StreamReport::default()
-        });
+        return Ok(beside);
     };
     let tail = stream::tail(&jetstream, name)
         .await
         .map_err(|error| stream_condition(&error))?;
-    let unpublished = millrace_cdc::unpublished(&jetstream, &config.source.name).await;
-    let unpublished = unpublished.map_err(|error| source_condition(&error))?;
     Ok(StreamReport {
-        unpublished,
-        ordered: ordered(config, &jetstream).await,
-        name: String::new(),
-        part: LivePart::of("available"),
-        reachable: true,
+        part: part("available"),
         messages: Some(found.messages),
         bytes: Some(found.bytes),
         max_bytes: Some(found.max_bytes),
@@ -212,23 +257,42 @@ async fn read_stream(config: &Config, name: &str) -> Result<StreamReport, Condit
         end_lsn: tail
             .and_then(|tail| tail.end_lsn)
             .map(|lsn| lsn.to_string()),
+        ..beside
     })
 }
 
-/// The backfills that are ordered of each sink. What cannot be read is told by whoever needs it.
-async fn ordered(config: &Config, jetstream: &Context) -> BTreeMap<String, Vec<BackfillOrder>> {
+async fn unpublished(config: &Config, jetstream: &Context) -> Result<Vec<TableName>, Condition> {
+    let unpublished = millrace_cdc::unpublished(jetstream, &config.source.name).await;
+    unpublished.map_err(|error| unread(&error))
+}
+
+fn unread(error: &dyn StdError) -> Condition {
+    Condition::new(Code::StreamUnreachable, chain(error), LATE_REMEDY)
+}
+
+/// The backfills that are ordered of each sink, without the sinks whose orders are not understood.
+async fn ordered(
+    config: &Config,
+    jetstream: &Context,
+) -> Result<BTreeMap<String, Vec<BackfillOrder>>, Condition> {
     let bucket = subject::bucket_name(&config.source.name, work::COPIES);
+    let none = |sink: &Sink| (sink.name.clone(), Vec::new());
+    let found = stream::find_stream(jetstream, &format!("KV_{bucket}")).await;
+    if found.map_err(|error| stream_condition(&error))?.is_none() {
+        return Ok(config.sinks.iter().map(none).collect());
+    }
+    let copies = jetstream.get_key_value(bucket).await;
+    let copies = copies.map_err(|error| unread(&error))?;
     let mut ordered = BTreeMap::new();
-    let Ok(copies) = jetstream.get_key_value(bucket).await else {
-        return ordered;
-    };
     for sink in &config.sinks {
         let list = copies.get(work::orders_key(&sink.name)).await;
-        let list = list.ok().flatten();
-        let orders = list.and_then(|list| serde_json::from_slice(&list).ok());
-        ordered.insert(sink.name.clone(), orders.unwrap_or_default());
+        let orders = match list.map_err(|error| unread(&error))? {
+            Some(list) => serde_json::from_slice(&list).ok(),
+            None => Some(Vec::new()),
+        };
+        ordered.extend(orders.map(|orders| (sink.name.clone(), orders)));
     }
-    ordered
+    Ok(ordered)
 }
 
 /// An error of the stream as a condition.
@@ -341,10 +405,13 @@ pub(in crate::command) async fn in_time<T>(
     code: Code,
     answer: impl Future<Output = Result<T, Condition>>,
 ) -> Result<T, Condition> {
-    timeout(ANSWER_MAX, answer).await.unwrap_or_else(|_| {
-        let message = format!("no answer within {} s", ANSWER_MAX.as_secs());
-        Err(Condition::new(code, message, LATE_REMEDY))
-    })
+    let late = |_| Err(late(code, ANSWER_MAX));
+    timeout(ANSWER_MAX, answer).await.unwrap_or_else(late)
+}
+
+fn late(code: Code, after: Duration) -> Condition {
+    let message = format!("no answer within {} s", after.as_secs());
+    Condition::new(code, message, LATE_REMEDY)
 }
 
 #[cfg(test)]

@@ -89,10 +89,11 @@ pub(super) struct StreamReport {
     /// The newest message's position.
     pub(super) position: Option<String>,
     pub(super) end_lsn: Option<String>,
-    /// Tables that left the publication, as it is stored beside the stream.
+    /// Tables that left the publication, as it is stored beside the stream; `None`: that could not be read.
     #[serde(skip)]
-    pub(super) unpublished: Vec<TableName>,
-    /// Backfills that are ordered, by sink, as they are stored beside the stream.
+    pub(super) unpublished: Option<Vec<TableName>>,
+    /// Backfills that are ordered, by sink, as they are stored beside the stream; a sink whose orders could not be
+    /// read is missing.
     #[serde(skip)]
     pub(super) ordered: BTreeMap<String, Vec<BackfillOrder>>,
 }
@@ -145,7 +146,8 @@ pub(super) struct TableReport {
     pub(super) name: String,
     #[serde(flatten)]
     pub(super) part: LivePart,
-    /// Whether its replicas are known to have every row: nothing is being copied, parked or set aside.
+    /// Whether its replicas are known to have every row: nothing is being copied, parked or set aside. What could
+    /// not be looked at is not known.
     pub(super) complete: bool,
     pub(super) dead_letters: u64,
 }

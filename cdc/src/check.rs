@@ -1,0 +1,106 @@
+//! Whether capture would go on with a configuration, as far as it shows without changing anything.
+
+use millrace_config::{Code, Condition, Config, Create};
+use millrace_connect::nats::{self, Reconnect};
+use millrace_connect::postgres::{ConnectError, Dsn, Session, connect};
+use millrace_event::{subject, work};
+use tokio_postgres::Client;
+
+use crate::identity::published::Earlier;
+use crate::source::{self, PublicationChange, SourceTable};
+use crate::{Error, life, stream};
+
+/// What the servers' monitoring shows.
+const NAME: &str = "millrace check";
+
+/// Looks at the source, and at what was stored beside the stream, as a capture with this configuration would when it
+/// begins anew, on connections of its own. Nothing is changed, and what runs is not disturbed.
+///
+/// # Errors
+/// [`Error::Halt`] or [`Error::Refused`]: capture would not go on. [`Error::Retry`]: that cannot be found out now.
+pub async fn check(config: &Config) -> Result<(), Error> {
+    let url = config.source.url.read()?;
+    let dsn = Dsn::parse(url.expose()).map_err(ConnectError::from)?;
+    let session = Session {
+        application_name: NAME.to_owned(),
+        options: Vec::new(),
+    };
+    let client = connect(&dsn, session).await?;
+    let facts = source::inspect(&client).await?;
+    let salt = life::salt(config)?;
+    let mut tables = source::inspect_tables(&client, &facts, &config.tables, salt.as_ref()).await?;
+
+    let nats = nats::connect(&config.stream, NAME, life::INBOX, Reconnect::Never).await?;
+    let jetstream = async_nats::jetstream::new(nats);
+    let state = subject::bucket_name(&config.source.name, work::STATE);
+    let began = stream::find_stream(&jetstream, &format!("KV_{state}")).await?;
+    if began.is_none() {
+        // Nothing was ever captured: no name of a column can be one that it had before.
+        let unknown = tables.iter().find(|table| !table.absent.is_empty());
+        return match unknown {
+            Some(table) => Err(Error::halt(source::unknown_columns(
+                &table.settings,
+                &table.absent,
+            ))),
+            None => Ok(()),
+        };
+    }
+    let stream = life::open_buckets(config, jetstream).await?;
+    let earlier = Earlier::read(&stream).await?;
+    earlier.carry_over(&mut tables)?;
+    let publication = source::publication_name(&config.source.name);
+    if facts.in_recovery {
+        source::adopt_filters(&client, facts.version, &publication, &mut tables).await?;
+    }
+    let found = source::find_publication(&client, &publication).await?;
+    let known = earlier.publication();
+    if known.is_some_and(|known| found != Some(known)) {
+        return Err(Error::halt(source::publication_gone(&publication)));
+    }
+    let members = source::published_tables(&client, facts.version, &publication).await?;
+    let drift = earlier.check(&publication, &tables, &members)?;
+    tables.retain(|table| !drift.has_lost(&table.name));
+    let change = source::publication_change(&client, facts.version, &publication, &tables).await?;
+    match change {
+        None => Ok(()),
+        Some(change) if config.source.create == Create::Never => {
+            Err(Error::halt(change.condition()))
+        }
+        Some(change) => {
+            tables.retain(|table| {
+                let published = members.contains_key(&table.name);
+                !published || change.altered.contains(&table.name)
+            });
+            may_change(&client, &publication, &change, &tables).await
+        }
+    }
+}
+
+/// Whether this user may change the publication: its owner must be among the user's roles, and that of each table.
+const MAY_CHANGE: &str = "SELECT coalesce((SELECT pg_has_role(pubowner, 'USAGE') FROM pg_publication WHERE pubname = $1), \
+    has_database_privilege(current_database(), 'CREATE')) \
+    AND NOT EXISTS (SELECT FROM unnest($2::text[]) name JOIN pg_class c ON c.oid = to_regclass(name) \
+    WHERE NOT pg_has_role(c.relowner, 'USAGE'))";
+
+async fn may_change(
+    client: &Client,
+    publication: &str,
+    change: &PublicationChange,
+    tables: &[SourceTable],
+) -> Result<(), Error> {
+    let names: Vec<_> = tables.iter().map(|table| table.name.quoted()).collect();
+    let row = client
+        .query_one(MAY_CHANGE, &[&publication, &names])
+        .await?;
+    match row.get(0) {
+        true => Ok(()),
+        false => Err(Error::halt(Condition::new(
+            Code::SourcePrivilege,
+            format!("publication \"{publication}\" cannot be created or changed by this user"),
+            format!(
+                "as the tables' owner, with CREATE on the database: {}",
+                change.sql()
+            ),
+        ))),
+    }
+}
