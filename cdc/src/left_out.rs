@@ -6,11 +6,12 @@
 
 use async_nats::jetstream::kv;
 use millrace_config::{Code, Config};
-use millrace_event::{Lsn, TableName};
+use millrace_event::{Lsn, TableName, work};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
 use tokio_postgres::Client;
 
+use crate::life::Stream;
 use crate::orders::order_backfill;
 use crate::relation::RelationError;
 use crate::{Error, identity, source};
@@ -87,8 +88,7 @@ impl LeftOut {
     pub(crate) async fn order(
         &self,
         config: &Config,
-        state: &kv::Store,
-        copies: &kv::Store,
+        stream: &Stream,
         covered: Lsn,
     ) -> Result<(), Error> {
         let mut entries = self.0.lock().await;
@@ -98,11 +98,15 @@ impl LeftOut {
             return Ok(());
         }
         for entry in due {
-            let id = format!("left-out-{}-{}", entry.table, entry.since);
-            order_backfill(config, copies, &entry.table, &id).await?;
+            let id = format!(
+                "left-out-{}-{}",
+                work::schema_key(&entry.table),
+                entry.since
+            );
+            order_backfill(config, stream, &entry.table, &id).await?;
         }
         entries.retain(|entry| !is_due(entry));
-        store(state, &entries).await
+        store(&stream.state, &entries).await
     }
 }
 

@@ -22,6 +22,7 @@ mod schemas;
 mod seen;
 mod status;
 mod tuple;
+mod watch;
 
 pub mod assemble;
 pub mod capture;

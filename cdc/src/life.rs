@@ -1,5 +1,7 @@
 //! One life of a capture: from nothing to streaming. What it finds decides how it begins.
 
+mod publishing;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -11,16 +13,18 @@ use millrace_config::{
 use millrace_connect::nats::{self, Reconnect};
 use millrace_connect::postgres::{Dsn, Session, connect};
 use millrace_event::work;
-use millrace_event::{Control, ControlKind, Lsn, Position, StreamOrigin, TableName, subject};
+use millrace_event::{Control, ControlKind, Lsn, Position, StreamOrigin, subject};
 use tokio_postgres::Client;
 
+use self::publishing::Publishing;
+pub(crate) use self::publishing::Without;
 use crate::Error;
 use crate::assemble::MessageLimits;
 use crate::birth::{self, Found, Plan, SlotFound, SlotPlan, StreamFound, TailFound};
 use crate::capture::{Capture, Resume, Settings};
 use crate::frontier::{Boundary, ConfirmPolicy};
 use crate::identity;
-use crate::identity::published::{Drift, Earlier, Published};
+use crate::identity::published::Earlier;
 use crate::left_out::LeftOut;
 use crate::publish::{self, Acks, Sender};
 use crate::replication::{
@@ -55,8 +59,8 @@ pub(crate) struct Life {
     pub(crate) stream: Stream,
     pub(crate) watched: Watched,
     pub(crate) left_out: LeftOut,
-    /// Tables that have left the publication.
-    pub(crate) lost: Vec<(TableName, Condition)>,
+    /// Tables that it goes on without.
+    pub(crate) without: Without,
 }
 
 /// The source as a life uses it.
@@ -147,7 +151,19 @@ pub(crate) async fn open(config: &Config, now: Duration) -> Result<Life, Error> 
         tables: &tables,
         stream: &stream,
     };
-    let lost = prepare(&publishing, &mut earlier, &mut replication, plan).await?;
+    let without = prepare(&publishing, &mut earlier, &mut replication, plan).await?;
+    let locked = |table: &SourceTable| without.locked.iter().any(|(name, _)| *name == table.name);
+    let tables = match without.locked.is_empty() {
+        true => tables,
+        // As if they were not configured: their changes are dropped, and whoever asks for their rows waits.
+        false => Arc::new(
+            tables
+                .iter()
+                .filter(|table| !locked(table))
+                .cloned()
+                .collect(),
+        ),
+    };
     schemas::describe_tables(&client, &stream.schemas, &tables).await?;
 
     let slot = source::slot_name(&config.source.name);
@@ -209,7 +225,7 @@ pub(crate) async fn open(config: &Config, now: Duration) -> Result<Life, Error> 
         stream,
         watched,
         left_out,
-        lost,
+        without,
     })
 }
 
@@ -370,70 +386,6 @@ async fn has_sink_position(sinks: &kv::Store) -> Result<bool, Error> {
     Ok(keys.next().await.is_some())
 }
 
-/// What decides about the publication.
-struct Publishing<'p> {
-    config: &'p Config,
-    client: &'p Client,
-    version: i32,
-    tables: &'p [SourceTable],
-    stream: &'p Stream,
-}
-
-impl Publishing<'_> {
-    /// Makes the publication what it should be, where it still is what it was. A table that somebody took out of it
-    /// is not put back: it is returned, with what is to be done.
-    async fn ensure(
-        &self,
-        earlier: &mut Earlier,
-        plan: Plan,
-    ) -> Result<Vec<(TableName, Condition)>, Error> {
-        let Self {
-            config,
-            client,
-            version,
-            tables,
-            stream,
-        } = *self;
-        let name = source::publication_name(&config.source.name);
-        let mut drift = Drift::default();
-        if plan == Plan::Resume {
-            let publication = source::find_publication(client, &name).await?;
-            if earlier
-                .publication()
-                .is_some_and(|known| publication != Some(known))
-            {
-                return Err(Error::halt(source::publication_gone(&name)));
-            }
-            let members = source::published_tables(client, version, &name).await?;
-            drift = earlier.check(&name, tables, &members)?;
-            earlier.lose(stream, &drift, now_us()).await?;
-            let removed: Vec<_> = earlier
-                .removed(tables)
-                .filter(|table| members.get(table).is_some_and(|member| member.oid != 0))
-                .collect();
-            if !removed.is_empty() {
-                source::withdraw(client, &name, &removed, config.source.create).await?;
-            }
-        }
-        let due = tables.iter().filter(|table| !drift.has_lost(&table.name));
-        let due: Vec<_> = due.cloned().collect();
-        if let Some(change) = source::publication_change(client, version, &name, &due).await? {
-            if !change.altered.is_empty() && config.source.create == Create::Auto {
-                earlier.intend(stream, &change.altered, &due).await?;
-            }
-            change.make(client, &due, config.source.create).await?;
-        }
-        let published = Published {
-            publication: source::find_publication(client, &name).await?.unwrap_or(0),
-            members: source::published_tables(client, version, &name).await?,
-        };
-        earlier
-            .remember(config, stream, published, tables, &drift)
-            .await?;
-        Ok(drift.lost)
-    }
-}
-
 /// This machine's clock, microseconds since 1970.
 pub(crate) fn now_us() -> i64 {
     SystemTime::now()
@@ -447,7 +399,7 @@ async fn prepare(
     earlier: &mut Earlier,
     replication: &mut ReplicationConnection,
     plan: Plan,
-) -> Result<Vec<(TableName, Condition)>, Error> {
+) -> Result<Without, Error> {
     let Publishing {
         config,
         client,
@@ -461,13 +413,13 @@ async fn prepare(
         partitions: config.stream.partitions,
     };
     stream::ensure_stream(&stream.jetstream, &shape).await?;
-    let lost = publishing.ensure(earlier, plan).await?;
+    let without = publishing.ensure(earlier, plan).await?;
     let slot = source::slot_name(&config.source.name);
     let Plan::Begin { slot: slot_plan } = plan else {
-        return Ok(lost);
+        return Ok(without);
     };
     match slot_plan {
-        SlotPlan::Take => return Ok(lost),
+        SlotPlan::Take => return Ok(without),
         SlotPlan::Recreate => {
             tracing::info!(%slot, "dropping a slot that a crash left before its stream began");
             source::drop_slot(client, &slot).await?;
@@ -484,7 +436,7 @@ async fn prepare(
         Ok(created) => {
             let consistent_point = created?.consistent_point;
             tracing::info!(%slot, %consistent_point, "slot created");
-            Ok(lost)
+            Ok(without)
         }
         Err(_) => Err(Error::retry_because(slot_blocked(client).await.to_string())),
     }

@@ -16,21 +16,17 @@ use crate::capture::{Capture, CaptureError, Input, Output};
 use crate::commits::Commits;
 use crate::copy::Copier;
 use crate::frontier::Boundary;
-use crate::identity::published::Earlier;
 use crate::left_out::LeftOut;
 use crate::life::{self, Life, Source, Stream};
 use crate::publish::{self, Acks, Sender};
 use crate::replication::{Frame, WalBatch, WalHandle, WalReader};
 use crate::retention::{Fullness, Retention};
-use crate::seen::Watched;
 use crate::status::Status;
+use crate::watch::watch;
 use crate::{Error, heartbeat, schemas, source, stream};
 
 /// How often what has aged is confirmed and the counters are shown.
 const TICK: Duration = Duration::from_millis(200);
-
-/// How often the publication and the slot are looked at.
-const WATCH_INTERVAL: Duration = Duration::from_secs(5);
 
 /// How often a standby tries to take over.
 const STANDBY_INTERVAL: Duration = Duration::from_secs(2);
@@ -98,9 +94,9 @@ async fn live(config: &Config, status: &Status, stop: &CancellationToken) -> Res
         stream,
         watched,
         left_out,
-        lost,
+        without,
     } = life;
-    status.set_parked(lost);
+    status.set_parked([&*without.lost, &*without.locked].concat());
     status.set_state(State::Streaming, None);
     status.set_confirmed(capture.confirmed());
     let commits = Commits::default();
@@ -130,69 +126,9 @@ async fn live(config: &Config, status: &Status, stop: &CancellationToken) -> Res
         ended = line.run(wal, acks, stop) => ended,
         // The line itself ends first at `stop`; these only end with a failure.
         Err(error) = heartbeat::beat(&source.dsn, config.source.heartbeat_interval) => Err(error),
-        Err(error) = watch(config, &source, &stream, watched, &left_out, status) => Err(error),
+        Err(error) = watch(config, &source, &stream, watched, &left_out, &without.locked, status) => Err(error),
         Err(error) = copier.serve() => Err(error),
         Err(error) = retention.keep() => Err(error),
-    }
-}
-
-/// Looks at the tables, the publication and the slot every few seconds. Returns only with an error.
-async fn watch(
-    config: &Config,
-    source: &Source,
-    stream: &Stream,
-    mut watched: Watched,
-    left_out: &LeftOut,
-    status: &Status,
-) -> Result<std::convert::Infallible, Error> {
-    let version = source.facts.version;
-    let publication = source::publication_name(&config.source.name);
-    let slot = source::slot_name(&config.source.name);
-    let slot_lag = metrics::gauge!("millrace_slot_lag_bytes");
-    let slot_retained = metrics::gauge!("millrace_slot_retained_bytes");
-    let mut earlier = Earlier::read(stream).await?;
-    let mut ticks = tokio::time::interval(WATCH_INTERVAL);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    loop {
-        ticks.tick().await;
-        // A table of another OID has left the publication, and is published anew by the next life.
-        let (state, copies) = (&stream.state, &stream.copies);
-        watched
-            .again(config, &source.client, state, copies, status.covered())
-            .await?;
-        left_out
-            .order(config, state, copies, status.covered())
-            .await?;
-        let found = source::find_publication(&source.client, &publication).await?;
-        if earlier
-            .publication()
-            .is_some_and(|known| found != Some(known))
-        {
-            return Err(Error::halt(source::publication_gone(&publication)));
-        }
-        let now = source::published_tables(&source.client, version, &publication).await?;
-        let drift = earlier.check(&publication, &source.tables, &now)?;
-        if let Some((table, _)) = drift.back.first() {
-            // The next life orders its backfill, which then begins behind its return.
-            let reason = format!("table {table} is back in the publication");
-            return Err(Error::retry_because(reason));
-        }
-        earlier.lose(stream, &drift, life::now_us()).await?;
-        let published = source.tables.iter();
-        let published: Vec<_> = published
-            .filter(|table| !drift.has_lost(&table.name))
-            .collect();
-        if let Some((table, column)) = source::unlisted_column(&source.client, &published).await? {
-            // The next life puts it into the publication.
-            let reason = format!("table {table} has a new column {column:?}");
-            return Err(Error::retry_because(reason));
-        }
-        status.set_parked(drift.lost);
-        if let Some(slot) = source::find_slot(&source.client, &slot).await? {
-            // Beyond 2^53 bytes precision does not matter.
-            slot_lag.set(slot.lag_bytes as f64);
-            slot_retained.set(slot.retained_bytes as f64);
-        }
     }
 }
 

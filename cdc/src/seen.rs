@@ -12,6 +12,7 @@ use millrace_event::{Lsn, TableName, work};
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
 
+use crate::life::Stream;
 use crate::orders::order_backfill;
 use crate::{Error, identity};
 
@@ -121,7 +122,7 @@ impl Watched {
         config: &Config,
         client: &Client,
         state: &kv::Store,
-        copies: &kv::Store,
+        stream: &Stream,
         covered: Lsn,
     ) -> Result<(), Error> {
         let (looks, lsn) = look(client, &config.tables).await?;
@@ -137,7 +138,7 @@ impl Watched {
             }
             let mut after = remembered(Some(before), &look, lsn);
             if let Some(due) = after.due.take_if(|due| covered >= due.lsn) {
-                order_backfill(config, copies, &after.table, &due.id).await?;
+                order_backfill(config, stream, &after.table, &due.id).await?;
             }
             if *before != after {
                 store(state, &after).await?;

@@ -3,6 +3,7 @@
 mod catalog;
 mod generated;
 mod key;
+mod membership;
 mod publication;
 mod room;
 mod selection;
@@ -14,11 +15,13 @@ use tokio_postgres::Client;
 
 pub use catalog::{SourceTable, describe, estimate_rows, inspect_tables};
 pub(crate) use catalog::{describe_now, describe_selected};
+pub use membership::{Alteration, Clause, Member, is_free, published_tables, withdraw};
+pub(crate) use membership::{left_publication, locked_out};
+pub(crate) use publication::publication_gone;
 pub use publication::{
-    Clause, Member, PublicationChange, adopt_filters, check_names, find_publication,
-    publication_change, publication_name, published_tables, unlisted_column, withdraw,
+    PublicationChange, adopt_filters, check_names, check_options, find_publication,
+    publication_change, publication_name, unlisted_column,
 };
-pub(crate) use publication::{left_publication, publication_gone};
 pub use room::room_for;
 pub(crate) use selection::{renamed_column, unknown_columns};
 pub use slot::{SlotState, drop_slot, find_slot, make_slot, slot_name, slot_precondition};

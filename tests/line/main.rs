@@ -39,6 +39,7 @@ mod parking;
 mod partial_and_letters;
 mod postgres_18;
 mod premade_targets;
+mod publication_changes;
 mod publication_watch;
 mod rebuild;
 mod redelivery;

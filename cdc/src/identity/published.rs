@@ -2,36 +2,33 @@
 //! tells a change of our configuration from one that somebody else made.
 
 mod drift;
+mod selected;
 
 use std::collections::HashMap;
-use std::sync::Arc;
 
-use async_nats::jetstream::kv;
-use millrace_config::{Code, Condition, Config};
+use async_nats::jetstream::kv::{self, Operation};
+use millrace_config::{Code, Config};
 use millrace_event::{TableName, subject, work};
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::drift::Drift;
 use self::drift::Standing;
+use self::selected::{Withheld, carry_over, change, withheld};
 use super::{read, store};
+use crate::Error;
 use crate::life::Stream;
-use crate::orders::{order_backfill, order_for_every_sink};
-use crate::selection::{Mask, Selection};
+use crate::orders::{Cause, order_backfill};
 use crate::source::{Clause, Member, SourceTable};
-use crate::{Error, source};
 
 /// The key of the tables that were in the publication.
 const PUBLISHED_KEY: &str = "published";
-
-/// How many names of columns that are kept back are remembered of a table, those it had before a rename included.
-const WITHHELD_MAX: usize = 2000;
 
 /// A table as it was published.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Remembered {
     #[serde(flatten)]
     table: TableName,
-    /// The membership's OID.
+    /// The OID of the membership that publishes it.
     oid: u32,
     /// The publication's OID; zero where it is not known.
     #[serde(default, skip_serializing_if = "is_zero")]
@@ -55,22 +52,12 @@ fn is_zero(oid: &u32) -> bool {
     *oid == 0
 }
 
-/// A column that did not travel as it is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Withheld {
-    /// Its number in the catalog, which outlasts its name.
-    number: i16,
-    /// The name that it had.
-    name: String,
-    /// What was done about it.
-    by: String,
-}
-
-/// What becomes of a column that is left out.
-const EXCLUDED: &str = "exclude";
-
 /// What an earlier life published.
-pub(crate) struct Earlier(HashMap<TableName, Remembered>);
+pub(crate) struct Earlier {
+    members: HashMap<TableName, Remembered>,
+    /// The revision of the memory that says so: orders are named after it.
+    revision: u64,
+}
 
 impl Earlier {
     /// Reads what was remembered.
@@ -78,13 +65,38 @@ impl Earlier {
     /// # Errors
     /// The broker is away, or what it holds is not understood.
     pub(crate) async fn read(stream: &Stream) -> Result<Self, Error> {
-        let members: Option<Vec<Remembered>> = read(&stream.state, PUBLISHED_KEY).await?;
-        let members = members.unwrap_or_default().into_iter();
-        Ok(Self(
-            members
-                .map(|member| (member.table.clone(), member))
-                .collect(),
-        ))
+        let entry = stream.state.entry(PUBLISHED_KEY).await;
+        let failed = |error| Error::retry("what was published cannot be read", error);
+        let entry = entry.map_err(failed)?;
+        let revision = entry.as_ref().map_or(0, |entry| entry.revision);
+        let entry = entry.filter(|entry| entry.operation == Operation::Put);
+        let members: Vec<Remembered> = match entry {
+            Some(entry) => serde_json::from_slice(&entry.value)
+                .map_err(|error| Error::retry("what was published is not understood", error))?,
+            None => Vec::new(),
+        };
+        let members = members.into_iter();
+        let members = members.map(|member| (member.table.clone(), member));
+        Ok(Self {
+            members: members.collect(),
+            revision,
+        })
+    }
+
+    /// Stores `members` for the next life. From here on orders are named after this revision: a crash that comes
+    /// now finds the same one.
+    async fn write(&mut self, stream: &Stream, members: &[Remembered]) -> Result<(), Error> {
+        let value = serde_json::to_vec(members).expect("plain JSON");
+        let put = stream.state.put(PUBLISHED_KEY, value.into()).await;
+        self.revision =
+            put.map_err(|error| Error::retry("nothing can be stored beside the stream", error))?;
+        Ok(())
+    }
+
+    /// The same of what this knows.
+    async fn write_own(&mut self, stream: &Stream) -> Result<(), Error> {
+        let members: Vec<_> = self.members.values().cloned().collect();
+        self.write(stream, &members).await
     }
 
     /// Holds the configured columns against those that were kept back before: a column that was renamed is still
@@ -94,7 +106,8 @@ impl Earlier {
     /// A column that is kept back was renamed, or the table's file names a column that never was.
     pub(crate) fn carry_over(&self, tables: &mut [SourceTable]) -> Result<(), Error> {
         for table in tables {
-            let withheld = self.0.get(&table.name).map(|member| &*member.withheld);
+            let withheld = self.members.get(&table.name);
+            let withheld = withheld.map(|member| &*member.withheld);
             carry_over(table, withheld.unwrap_or_default()).map_err(Error::halt)?;
         }
         Ok(())
@@ -102,22 +115,73 @@ impl Earlier {
 
     /// The publication that was captured, where it is known.
     pub(crate) fn publication(&self) -> Option<u32> {
-        let mut members = self.0.values();
+        let mut members = self.members.values();
         members
             .find(|member| member.standing != Standing::Beside && member.publication != 0)
             .map(|member| member.publication)
     }
 
     /// Tables that were captured and are not configured any more.
-    pub(crate) fn removed<'e>(
-        &'e self,
-        tables: &'e [SourceTable],
-    ) -> impl Iterator<Item = &'e TableName> {
-        let removed = self.0.values().filter(|member| {
+    fn removed<'e>(&'e self, tables: &'e [SourceTable]) -> impl Iterator<Item = &'e Remembered> {
+        self.members.values().filter(|member| {
             member.standing != Standing::Beside
                 && !tables.iter().any(|table| table.name == member.table)
-        });
-        removed.map(|member| &member.table)
+        })
+    }
+
+    /// Tables that are still to be taken out of the publication.
+    pub(crate) fn leaving(&self) -> Vec<TableName> {
+        let leaving = self.members.values();
+        let leaving = leaving.filter(|member| member.standing == Standing::Leaving);
+        leaving.map(|member| member.table.clone()).collect()
+    }
+
+    /// Lets the tables go that are not configured any more: says which, and orders that whoever has them reads them
+    /// again once they are back. Only then they may be taken out of the publication.
+    ///
+    /// # Errors
+    /// The broker is away.
+    pub(crate) async fn let_go(
+        &mut self,
+        config: &Config,
+        stream: &Stream,
+        tables: &[SourceTable],
+    ) -> Result<Vec<TableName>, Error> {
+        let removed = self.removed(tables);
+        let removed: Vec<_> = removed.map(|member| member.table.clone()).collect();
+        let mut news = false;
+        for table in &removed {
+            let member = self.members.get_mut(table).expect("just found");
+            if member.standing == Standing::Leaving {
+                continue;
+            }
+            // A sink that sees it configured without a break, because it did not run meanwhile, must read it again.
+            let id = Cause::Removed.order_id(table, self.revision);
+            order_backfill(config, stream, table, &id).await?;
+            tracing::info!(%table, "the table is not captured any more");
+            member.standing = Standing::Leaving;
+            news = true;
+        }
+        if news {
+            self.write_own(stream).await?;
+        }
+        Ok(removed)
+    }
+
+    /// Remembers that a table is as far out of the publication as we can take it.
+    ///
+    /// # Errors
+    /// The broker is away.
+    pub(crate) async fn has_left(
+        &mut self,
+        stream: &Stream,
+        table: &TableName,
+    ) -> Result<(), Error> {
+        let Some(member) = self.members.get_mut(table) else {
+            return Ok(());
+        };
+        member.standing = Standing::Beside;
+        self.write_own(stream).await
     }
 
     /// Remembers that tables have left the publication.
@@ -132,7 +196,7 @@ impl Earlier {
     ) -> Result<(), Error> {
         let mut news = false;
         for (table, _) in &drift.lost {
-            let Some(member) = self.0.get_mut(table) else {
+            let Some(member) = self.members.get_mut(table) else {
                 continue;
             };
             if member.standing.is_published() {
@@ -140,11 +204,30 @@ impl Earlier {
                 news = true;
             }
         }
-        if !news {
-            return Ok(());
+        match news {
+            true => self.write_own(stream).await,
+            false => Ok(()),
         }
-        let members: Vec<_> = self.0.values().cloned().collect();
-        write(stream, &members).await
+    }
+
+    /// Has tables read again that capture goes on without for a while, though they were captured until now.
+    ///
+    /// # Errors
+    /// The broker is away.
+    pub(crate) async fn go_without(
+        &self,
+        config: &Config,
+        stream: &Stream,
+        tables: &[TableName],
+    ) -> Result<(), Error> {
+        for table in tables {
+            let member = self.members.get(table);
+            if member.is_some_and(|member| member.standing.is_published()) {
+                let id = Cause::Selection.order_id(table, self.revision);
+                order_backfill(config, stream, table, &id).await?;
+            }
+        }
+        Ok(())
     }
 
     /// Remembers what the publication is about to be changed to.
@@ -152,19 +235,19 @@ impl Earlier {
     /// # Errors
     /// The broker is away.
     pub(crate) async fn intend(
-        &self,
+        &mut self,
         stream: &Stream,
         altered: &[TableName],
         tables: &[SourceTable],
     ) -> Result<(), Error> {
-        let mut members: Vec<_> = self.0.values().cloned().collect();
+        let mut members: Vec<_> = self.members.values().cloned().collect();
         for member in &mut members {
             if altered.contains(&member.table) {
                 let table = tables.iter().find(|table| table.name == member.table);
                 member.intended = table.map(SourceTable::clause);
             }
         }
-        write(stream, &members).await
+        self.write(stream, &members).await
     }
 
     /// Remembers what is published from now on, and orders a backfill of the tables whose rows were captured under
@@ -173,7 +256,7 @@ impl Earlier {
     /// # Errors
     /// The broker is away.
     pub(crate) async fn remember(
-        &self,
+        &mut self,
         config: &Config,
         stream: &Stream,
         now: Published,
@@ -185,7 +268,7 @@ impl Earlier {
         let lost = |table: &TableName| drift.has_lost(table);
         let members = now.members.into_iter().filter(|(name, _)| !lost(name));
         let members = members.map(|(name, member)| {
-            let before = self.0.get(&name);
+            let before = self.members.get(&name);
             let table = tables.iter().find(|table| table.name == name);
             let withheld = match (table, before) {
                 (Some(table), _) => withheld(table, before),
@@ -194,14 +277,16 @@ impl Earlier {
                     .map(|before| before.withheld.clone())
                     .unwrap_or_default(),
             };
+            let standing = match table {
+                Some(_) => Standing::Published,
+                None if drift.leaving.contains(&name) => Standing::Leaving,
+                None => Standing::Beside,
+            };
             let after = Remembered {
                 table: name,
                 oid: member.oid,
                 publication,
-                standing: match table {
-                    Some(_) => Standing::Published,
-                    None => Standing::Beside,
-                },
+                standing,
                 clause: member.clause,
                 intended: None,
                 withheld,
@@ -215,31 +300,21 @@ impl Earlier {
             after
         });
         let mut members: Vec<_> = members.collect();
-        // Said and ordered first: a crash must not swallow it. The membership's OID is another after each change.
+        // Said and ordered first: a crash must not swallow it, and has it ordered by the same id again.
         for change in &changes {
             change.warn();
-            let member = members.iter().find(|member| member.table == change.table);
-            let oid = member.map_or(0, |member| member.oid);
-            let id = format!("selection-{oid}");
-            order_backfill(config, &stream.copies, &change.table, &id).await?;
+            let id = Cause::Selection.order_id(&change.table, self.revision);
+            order_backfill(config, stream, &change.table, &id).await?;
         }
-        for (table, id) in &drift.back {
+        for table in &drift.back {
             tracing::warn!(
                 %table, code = Code::PublicationDrift.as_str(),
                 "table {table} was out of the publication for a while: its rows are read again"
             );
-            order_backfill(config, &stream.copies, table, id).await?;
+            let id = Cause::Published.order_id(table, self.revision);
+            order_backfill(config, stream, table, &id).await?;
         }
-        for table in self.removed(tables) {
-            // A sink that sees it configured without a break, because it did not run meanwhile, must read it again.
-            let id = format!(
-                "removed-{}",
-                self.0.get(table).map_or(0, |member| member.oid)
-            );
-            order_for_every_sink(config, &stream.copies, table, &id).await?;
-            tracing::info!(%table, "the table is not captured any more");
-        }
-        for before in self.0.values() {
+        for before in self.members.values() {
             let kept = match members.iter().any(|member| member.table == before.table) {
                 true => None,
                 false if lost(&before.table) => Some(before.standing),
@@ -253,7 +328,7 @@ impl Earlier {
                 ..before.clone()
             }));
         }
-        write(stream, &members).await
+        self.write(stream, &members).await
     }
 }
 
@@ -298,145 +373,6 @@ pub(crate) async fn forget(state: &kv::Store, table: &TableName) -> Result<(), E
     members.retain(|member| member.table != *table);
     let value = serde_json::to_vec(&members).expect("plain JSON");
     store(state, PUBLISHED_KEY, value).await
-}
-
-async fn write(stream: &Stream, members: &[Remembered]) -> Result<(), Error> {
-    let value = serde_json::to_vec(members).expect("plain JSON");
-    store(&stream.state, PUBLISHED_KEY, value).await
-}
-
-/// A table whose rows in the stream and in the replicas were captured under another selection: they are right again
-/// once the table is copied anew.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct SelectionChange {
-    /// The table.
-    pub(crate) table: TableName,
-    /// What has changed, in words.
-    pub(crate) what: String,
-}
-
-impl SelectionChange {
-    fn warn(&self) {
-        let Self { table, what } = self;
-        tracing::warn!(
-            %table,
-            code = Code::SelectionChanged.as_str(),
-            "the selection of table {table} was changed ({what}): its rows are read again"
-        );
-    }
-}
-
-/// What a table withholds, and what is remembered of names that it had.
-fn withheld(table: &SourceTable, before: Option<&Remembered>) -> Vec<Withheld> {
-    let current = table.known.iter().filter_map(|(number, name)| {
-        Some(Withheld {
-            number: *number,
-            name: name.clone(),
-            by: word(&table.selection, name)?,
-        })
-    });
-    let mut withheld: Vec<_> = current.collect();
-    let earlier = before.into_iter().flat_map(|before| &before.withheld);
-    for earlier in earlier {
-        let gone = !table.known.iter().any(|(_, name)| *name == earlier.name);
-        let known = withheld.iter().any(|known| known.name == earlier.name);
-        if gone && !known && withheld.len() < WITHHELD_MAX {
-            withheld.push(earlier.clone());
-        }
-    }
-    withheld
-}
-
-/// What is done about a column, so that a change of it is noticed.
-fn word(selection: &Selection, name: &str) -> Option<String> {
-    if selection.excludes(name) {
-        return Some(EXCLUDED.to_owned());
-    }
-    Some(match selection.mask_of(name)? {
-        Mask::Hash(salt) => format!("hash:{}", salt.fingerprint()),
-        Mask::Text => "redact".to_owned(),
-        Mask::Null => "redact:null".to_owned(),
-        Mask::Truncate(characters) => format!("truncate:{characters}"),
-    })
-}
-
-fn change(table: &SourceTable, before: &Remembered, after: &Remembered) -> Option<SelectionChange> {
-    let mut what = Vec::new();
-    if before.clause.filter != after.clause.filter {
-        what.push("another `where`".to_owned());
-    }
-    for (number, name) in &table.known {
-        let by = |of: &Remembered| {
-            let found = of
-                .withheld
-                .iter()
-                .find(|withheld| withheld.number == *number);
-            found.map(|withheld| withheld.by.clone())
-        };
-        let listed = |of: &Remembered| {
-            let columns = of.clause.columns.as_ref();
-            columns.is_none_or(|columns| columns.contains(number))
-        };
-        let (was, is) = (by(before), by(after));
-        let excluded = |by: &Option<String>| by.as_deref() == Some(EXCLUDED);
-        match (excluded(&was), excluded(&is)) {
-            (true, false) => what.push(format!("column {name:?} came in")),
-            (false, true) => what.push(format!("column {name:?} is left out")),
-            (true, true) => {}
-            // One that was added at the source, and that the column list kept out until now.
-            (false, false) if !listed(before) && listed(after) => {
-                what.push(format!("column {name:?} came in"));
-            }
-            (false, false) if was != is => what.push(format!("another mask of column {name:?}")),
-            (false, false) => {}
-        }
-    }
-    let table = table.name.clone();
-    (!what.is_empty()).then(|| SelectionChange {
-        table,
-        what: what.join(", "),
-    })
-}
-
-fn carry_over(table: &mut SourceTable, before: &[Withheld]) -> Result<(), Condition> {
-    let mut selection = Selection::clone(&table.selection);
-    for Withheld { number, name, .. } in before {
-        // A column of that name is spoken of by the configuration.
-        if table.known.iter().any(|(_, known)| known == name) {
-            continue;
-        }
-        match table.name_of(*number) {
-            Some(now) if selection.excludes(now) => selection.exclude(name),
-            Some(now) => match selection.mask_of(now).cloned() {
-                Some(mask) => selection.mask(name, mask),
-                None if names(table, name) => {
-                    return Err(source::renamed_column(&table.settings, name, now));
-                }
-                // The configuration speaks of neither: it was let go.
-                None => continue,
-            },
-            // It was dropped: only older WAL has it.
-            None => {
-                if table.absent.contains(name) {
-                    tracing::warn!(table = %table.name, column = name, "a column that the table's file names was dropped");
-                }
-                selection.exclude(name);
-            }
-        }
-        table.absent.retain(|absent| absent != name);
-    }
-    table.selection = Arc::new(selection);
-    match table.absent.is_empty() {
-        true => Ok(()),
-        false => Err(source::unknown_columns(&table.settings, &table.absent)),
-    }
-}
-
-/// Whether a table's settings exclude or mask a column of this name.
-fn names(table: &SourceTable, name: &str) -> bool {
-    let columns = &table.settings.columns;
-    columns.exclude.iter().any(|column| column == name)
-        || columns.mask.iter().any(|(column, _)| column == name)
 }
 
 #[cfg(test)]

@@ -1,14 +1,11 @@
 //! The publication.
 
-use std::collections::HashMap;
-
 use millrace_config::{Code, Condition, Create};
 use millrace_event::{TableName, quote_identifier, quote_literal};
-use serde::{Deserialize, Serialize};
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, SimpleQueryMessage};
 
-use super::selection::CLAUSES_VERSION_MIN;
+use super::membership::{Alteration, Clause, published_tables, within_lock_timeout};
 use super::{SourceTable, selection};
 use crate::Error;
 
@@ -19,27 +16,6 @@ const NAMES_LOCK_TIMEOUT_MS: u32 = 10_000;
 #[must_use]
 pub fn publication_name(source: &str) -> String {
     format!("millrace_{source}")
-}
-
-/// A table's membership of a publication.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Member {
-    /// Its OID: a table that left and came back has another one, and so has one whose columns or rows were
-    /// changed. Zero in a publication of all tables or of a schema, which has no members.
-    pub oid: u32,
-    /// Which of the table's columns and rows are published.
-    pub clause: Clause,
-}
-
-/// Which of a table's columns and rows a publication publishes.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Clause {
-    /// The numbers of the columns, ascending; none: all.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub columns: Option<Vec<i16>>,
-    /// The condition on the rows, as Postgres spells it; none: all.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub filter: Option<String>,
 }
 
 impl SourceTable {
@@ -54,7 +30,7 @@ impl SourceTable {
     }
 
     /// The table as a publication's statement names it, with its columns and its filter.
-    fn published_as(&self) -> String {
+    pub(super) fn published_as(&self) -> String {
         let mut sql = self.name.quoted();
         if let Some(list) = &self.list {
             let names: Vec<_> = list
@@ -78,6 +54,8 @@ pub struct PublicationChange {
     message: String,
     /// One after the other, in one transaction.
     statements: Vec<String>,
+    /// Tables that are not published.
+    pub added: Vec<TableName>,
     /// Tables that are published already, with other columns or rows.
     pub altered: Vec<TableName>,
 }
@@ -92,38 +70,20 @@ pub async fn publication_change(
     name: &str,
     tables: &[SourceTable],
 ) -> Result<Option<PublicationChange>, Error> {
-    let row = client
-        .query_opt(
-            "SELECT pubinsert AND pubupdate AND pubdelete AND pubtruncate FROM pg_publication WHERE pubname = $1",
-            &[&name],
-        )
-        .await?;
     let quoted = quote_identifier(name);
-    let change = |code, message, statements, altered| PublicationChange {
+    let change = |code, message, statements, added, altered| PublicationChange {
         name: name.to_owned(),
         code,
         message,
         statements,
+        added,
         altered,
     };
-    match row.map(|row| row.get::<_, bool>(0)) {
-        None => {
-            let message = format!("publication \"{name}\" does not exist");
-            let sql = create_publication(name, &join(tables, SourceTable::published_as));
-            let change = change(Code::PublicationMissing, message, vec![sql], Vec::new());
-            return Ok(Some(change));
-        }
-        Some(false) => {
-            return Err(Error::halt(Condition::new(
-                Code::PublicationDrift,
-                format!("publication \"{name}\" does not publish every kind of change"),
-                format!(
-                    "ALTER PUBLICATION {quoted} SET (publish = 'insert, update, delete, truncate'); \
-                     what was changed meanwhile is missing: then run `millrace drop` and `millrace run`"
-                ),
-            )));
-        }
-        Some(true) => {}
+    if !check_options(client, name, tables).await? {
+        let message = format!("publication \"{name}\" does not exist");
+        let sql = create_publication(name, &join(tables, SourceTable::published_as));
+        let code = Code::PublicationMissing;
+        return Ok(Some(change(code, message, vec![sql], vec![], vec![])));
     }
     let members = published_tables(client, version, name).await?;
     let (published, missing): (Vec<_>, Vec<_>) = tables
@@ -136,7 +96,7 @@ pub async fn publication_change(
     let altered: Vec<&SourceTable> = published.iter().filter(differs).copied().collect();
     let shared = altered.iter().find(|table| {
         let member = members.get(&table.name);
-        member.is_some_and(|member| member.oid == 0)
+        member.is_some_and(|member| !member.own)
     });
     if let Some(table) = shared {
         return Err(Error::halt(Condition::new(
@@ -174,9 +134,52 @@ pub async fn publication_change(
         return Ok(None);
     }
     let message = format!("publication \"{name}\" {}", said.join(", and "));
-    let altered = altered.iter().map(|table| table.name.clone()).collect();
-    let change = change(Code::PublicationDrift, message, statements, altered);
+    let names = |tables: &[&SourceTable]| tables.iter().map(|table| table.name.clone()).collect();
+    let (added, altered) = (names(&missing), names(&altered));
+    let change = change(Code::PublicationDrift, message, statements, added, altered);
     Ok(Some(change))
+}
+
+/// Checks that a publication publishes every kind of change, and a partitioned table's under its own name. Says
+/// whether it exists.
+///
+/// # Errors
+/// It does not; or the connection failed.
+pub async fn check_options(
+    client: &Client,
+    name: &str,
+    tables: &[SourceTable],
+) -> Result<bool, Error> {
+    let names: Vec<_> = tables.iter().map(|table| table.name.quoted()).collect();
+    let row = client
+        .query_opt(
+            "SELECT pubinsert AND pubupdate AND pubdelete AND pubtruncate, pubviaroot OR NOT EXISTS (\
+             SELECT FROM unnest($2::text[]) w(name) JOIN pg_class c ON c.oid = to_regclass(w.name) \
+             WHERE c.relkind = 'p') FROM pg_publication WHERE pubname = $1",
+            &[&name, &names],
+        )
+        .await?;
+    let Some(row) = row else { return Ok(false) };
+    let (said, option) = match (row.get(0), row.get(1)) {
+        (true, true) => return Ok(true),
+        (false, _) => (
+            "does not publish every kind of change",
+            "publish = 'insert, update, delete, truncate'",
+        ),
+        (true, false) => (
+            "publishes partitions instead of their tables",
+            "publish_via_partition_root = true",
+        ),
+    };
+    Err(Error::halt(Condition::new(
+        Code::PublicationDrift,
+        format!("publication \"{name}\" {said}"),
+        format!(
+            "ALTER PUBLICATION {} SET ({option}); \
+             what was changed meanwhile is missing: then run `millrace drop` and `millrace run`",
+            quote_identifier(name)
+        ),
+    )))
 }
 
 fn join<'t>(
@@ -220,17 +223,22 @@ impl PublicationChange {
         client: &Client,
         tables: &[SourceTable],
         create: Create,
-    ) -> Result<(), Error> {
+    ) -> Result<Alteration, Error> {
         let name = &self.name;
         if create == Create::Never {
             return Err(Error::halt(self.condition()));
         }
         let sql = self.sql();
         tracing::info!(publication = name, %sql, "changing the publication");
-        // Statements that are sent together are one transaction.
-        let Err(error) = client.batch_execute(&self.statements.join("; ")).await else {
-            return Ok(());
+        let Err(error) = client
+            .batch_execute(&within_lock_timeout(&self.statements.join("; ")))
+            .await
+        else {
+            return Ok(Alteration::Settled);
         };
+        if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) {
+            return Ok(Alteration::Locked);
+        }
         if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) {
             return Err(Error::halt(Condition::new(
                 Code::SourcePrivilege,
@@ -272,44 +280,6 @@ async fn try_filter(client: &Client, table: &SourceTable) -> Result<(), Error> {
     tried.map_err(|error| selection::filter_refused(&table.settings, filter, error))
 }
 
-/// The tables that a publication publishes.
-///
-/// # Errors
-/// The connection failed.
-pub async fn published_tables(
-    client: &Client,
-    version: i32,
-    name: &str,
-) -> Result<HashMap<TableName, Member>, Error> {
-    let clause = match version >= CLAUSES_VERSION_MIN {
-        true => "r.prattrs::int2[], pg_get_expr(r.prqual, r.prrelid)",
-        false => "NULL::int2[], NULL::text",
-    };
-    let sql = format!(
-        "SELECT t.schemaname::text, t.tablename::text, coalesce(r.oid, 0::oid), {clause} \
-         FROM pg_publication_tables t JOIN pg_publication p ON p.pubname = t.pubname \
-         JOIN pg_namespace n ON n.nspname = t.schemaname \
-         JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = t.tablename \
-         LEFT JOIN pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = c.oid \
-         WHERE t.pubname = $1"
-    );
-    let rows = client.query(&sql, &[&name]).await?;
-    let member = |row: &tokio_postgres::Row| {
-        let table = TableName::new(row.get::<_, String>(0), row.get::<_, String>(1));
-        let mut columns: Option<Vec<i16>> = row.get(3);
-        columns
-            .iter_mut()
-            .for_each(|columns| columns.sort_unstable());
-        let clause = Clause {
-            columns,
-            filter: row.get(4),
-        };
-        let oid = row.get(2);
-        (table, Member { oid, clause })
-    };
-    Ok(rows.iter().map(member).collect())
-}
-
 /// Takes the row filters that are published for those that are configured: on a standby, which cannot read them.
 ///
 /// # Errors
@@ -339,69 +309,6 @@ pub async fn find_publication(client: &Client, name: &str) -> Result<Option<u32>
     let sql = "SELECT oid FROM pg_publication WHERE pubname = $1";
     let row = client.query_opt(sql, &[&name]).await?;
     Ok(row.map(|row| row.get(0)))
-}
-
-/// Takes tables out of a publication. Where that is not allowed it says so: what is published of them is dropped by
-/// capture.
-///
-/// # Errors
-/// The connection failed.
-pub async fn withdraw(
-    client: &Client,
-    name: &str,
-    tables: &[&TableName],
-    create: Create,
-) -> Result<(), Error> {
-    let names: Vec<_> = tables.iter().map(|table| table.quoted()).collect();
-    let sql = format!(
-        "ALTER PUBLICATION {} DROP TABLE {}",
-        quote_identifier(name),
-        names.join(", ")
-    );
-    if create == Create::Never {
-        tracing::info!(publication = name, remedy = %sql, "tables that are not configured are still published");
-        return Ok(());
-    }
-    tracing::info!(publication = name, %sql, "changing the publication");
-    let Err(error) = client.batch_execute(&sql).await else {
-        return Ok(());
-    };
-    match error.as_db_error() {
-        Some(server) if server.code() == &SqlState::INSUFFICIENT_PRIVILEGE => {
-            tracing::warn!(
-                publication = name, code = Code::SourcePrivilege.as_str(), remedy = %sql,
-                "tables that are not configured cannot be taken out of the publication: {}", server.message()
-            );
-            Ok(())
-        }
-        _ => Err(error.into()),
-    }
-}
-
-/// Why a table is parked that a publication does not publish, or not as it must.
-pub(crate) fn left_publication(name: &str, table: &SourceTable, published: bool) -> Condition {
-    let (quoted, publication) = (table.name.quoted(), quote_identifier(name));
-    let add = format!(
-        "ALTER PUBLICATION {publication} ADD TABLE {}",
-        table.published_as()
-    );
-    let (said, sql) = match published {
-        false => (format!("does not have {} any more", table.name), add),
-        true => (
-            format!(
-                "has {} with other columns or rows than are configured",
-                table.name
-            ),
-            format!("BEGIN; ALTER PUBLICATION {publication} DROP TABLE {quoted}; {add}; COMMIT"),
-        ),
-    };
-    Condition::new(
-        Code::PublicationDrift,
-        format!(
-            "publication \"{name}\" {said}: its changes are lost, and its replicas are not verified"
-        ),
-        format!("{sql}; the table is read again by itself then"),
-    )
 }
 
 /// Why capture cannot go on when its publication was dropped: a slot decodes older WAL with the publication that

@@ -14,16 +14,20 @@ use crate::source::{self, Member, SourceTable};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Standing {
-    /// Configured and published: entered when capture begins with it. Left to `Lost` or `Beside`.
+    /// Configured and published: entered when capture begins with it. Left to `Lost`, `Leaving` or `Beside`.
     #[default]
     Published,
-    /// Configured, and somebody took it out of the publication: entered when that is noticed. Left to `Published`
-    /// once it is back and a backfill is ordered, or to `Beside`. It outlasts every crash.
+    /// Configured, and somebody else took it out of the publication: entered when that is noticed. Left to `Published`
+    /// once it is back and a backfill is ordered, or to `Leaving`. It outlasts every crash.
     Lost {
         /// When it was noticed: this machine's clock, microseconds since 1970.
         since_us: i64,
     },
-    /// Not configured: entered when capture begins without it. Left to `Published`.
+    /// Not configured any more, and about to be taken out of the publication: entered once its backfill is ordered.
+    /// Left to `Beside` when it is out or must stay, or to `Published` where it is configured again, put back by us.
+    Leaving,
+    /// Not configured, or locked while it is to be published otherwise: entered when capture begins without it, and
+    /// in the latter case with its backfill ordered. Left to `Published`.
     Beside,
 }
 
@@ -38,8 +42,10 @@ impl Standing {
 pub(crate) struct Drift {
     /// Tables that the publication does not have, or not as they must be, and why that parks them.
     pub(crate) lost: Vec<(TableName, Condition)>,
-    /// Tables that left it and are back: the ids of the backfills that they need.
-    pub(crate) back: Vec<(TableName, String)>,
+    /// Tables that left it and are back: they must be read again.
+    pub(crate) back: Vec<TableName>,
+    /// Tables that are not configured any more, and cannot be taken out of it yet.
+    pub(crate) leaving: Vec<TableName>,
 }
 
 impl Drift {
@@ -50,7 +56,7 @@ impl Drift {
 
     /// Whether a table is back.
     pub(super) fn has_back(&self, table: &TableName) -> bool {
-        self.back.iter().any(|(back, _)| back == table)
+        self.back.contains(table)
     }
 }
 
@@ -68,7 +74,7 @@ impl Earlier {
     ) -> Result<Drift, Error> {
         let (mut drift, mut changed) = (Drift::default(), Vec::new());
         for table in tables {
-            let Some(before) = self.0.get(&table.name) else {
+            let Some(before) = self.members.get(&table.name) else {
                 continue;
             };
             let member = now.get(&table.name);
@@ -78,7 +84,7 @@ impl Earlier {
                     let condition = source::left_publication(publication, table, member.is_some());
                     drift.lost.push((table.name.clone(), condition));
                 }
-                Verdict::Back { id } => drift.back.push((table.name.clone(), id)),
+                Verdict::Back => drift.back.push(table.name.clone()),
                 Verdict::Changed => changed.push(table.name.to_string()),
             }
         }
@@ -101,32 +107,28 @@ impl Earlier {
 enum Verdict {
     Same,
     Lost,
-    Back { id: String },
+    Back,
     Changed,
 }
 
 fn judge(before: &Remembered, now: Option<&Member>, table: &SourceTable) -> Verdict {
-    let back = |member: &Member, since_us: i64| Verdict::Back {
-        // A publication of a schema has no memberships.
-        id: match member.oid {
-            0 => format!("published-{since_us}"),
-            oid => format!("published-{oid}"),
-        },
-    };
     match (before.standing, now) {
-        // Not configured until now: it is new.
-        (Standing::Beside, _) => Verdict::Same,
+        // Not configured until now: it is new. Or we took it out ourselves, with a backfill ordered, and it is put back.
+        (Standing::Beside | Standing::Leaving, _) => Verdict::Same,
         (Standing::Published | Standing::Lost { .. }, None) => Verdict::Lost,
-        (Standing::Lost { since_us }, Some(now)) if now.clause == table.clause() => {
-            back(now, since_us)
-        }
+        (Standing::Lost { .. }, Some(now)) if now.clause == table.clause() => Verdict::Back,
         (Standing::Lost { .. }, Some(_)) => Verdict::Lost,
         (Standing::Published, Some(now)) if now.oid == before.oid => Verdict::Same,
         // A crash came between our own change and its remembrance.
         (Standing::Published, Some(now)) if Some(&now.clause) == before.intended.as_ref() => {
             Verdict::Same
         }
-        (Standing::Published, Some(now)) if now.clause == before.clause => back(now, 0),
+        // It left as it was, or somebody has made it what it is to be, as we say where we may not do so.
+        (Standing::Published, Some(now))
+            if now.clause == before.clause || now.clause == table.clause() =>
+        {
+            Verdict::Back
+        }
         (Standing::Published, Some(_)) => Verdict::Changed,
     }
 }

@@ -1,8 +1,11 @@
+use std::sync::Arc;
+
 use millrace_config::{
     Columns, Mask as MaskKind, OnDelete, OnRowError, OnSchemaChange, OnTruncate, Table,
 };
 
 use super::*;
+use crate::selection::{Mask, Selection};
 
 fn named() -> TableName {
     TableName::new("public", "t")
@@ -169,29 +172,38 @@ fn a_dropped_column_stays_back_in_older_wal_and_a_misspelt_one_is_refused() {
 
 fn published(oid: u32, table: &SourceTable) -> HashMap<TableName, Member> {
     let clause = table.clause();
-    HashMap::from([(named(), Member { oid, clause })])
+    let own = true;
+    HashMap::from([(named(), Member { oid, own, clause })])
 }
 
-/// What has become of a table that was published as `before`: what is said of it where it is parked, and the id of
-/// its backfill where it is back.
+fn memory(members: &[Remembered]) -> Earlier {
+    let members = members.iter();
+    let members = members.map(|member| (member.table.clone(), member.clone()));
+    Earlier {
+        members: members.collect(),
+        revision: 5,
+    }
+}
+
+/// What has become of a table that was published as `before`: what is said of it where it is parked, and whether it
+/// is back.
 fn drift(
     before: &Remembered,
     now: &HashMap<TableName, Member>,
     table: &SourceTable,
-) -> Result<(Option<String>, Option<String>), String> {
-    let earlier = Earlier(HashMap::from([(named(), before.clone())]));
+) -> Result<(Option<String>, bool), String> {
+    let earlier = memory(std::slice::from_ref(before));
     let checked = earlier.check("p", std::slice::from_ref(table), now);
     let mut drift = checked.map_err(|error| error.to_string())?;
     let lost = drift.lost.pop().map(|(_, condition)| condition.remedy);
-    Ok((lost, drift.back.pop().map(|(_, id)| id)))
+    Ok((lost, drift.has_back(&table.name)))
 }
 
 #[test]
 fn our_own_change_is_told_from_anothers() {
     let (plain, part) = (table(COLUMNS, &[], &[]), table(COLUMNS, &["email"], &[]));
     let mut earlier = remembered(1, &plain, None);
-    let same = Ok((None, None));
-    let back = Ok((None, Some("published-2".to_owned())));
+    let (same, back) = (Ok((None, false)), Ok((None, true)));
     assert_eq!(drift(&earlier, &published(1, &plain), &plain), same);
     let error = drift(&earlier, &published(2, &part), &plain).expect_err("somebody else's");
     assert_eq!(
@@ -199,6 +211,8 @@ fn our_own_change_is_told_from_anothers() {
         "E1106: publication \"p\" publishes other columns or rows of public.t than before"
     );
     assert_eq!(drift(&earlier, &published(2, &plain), &plain), back);
+    // Somebody has run the statement that makes it what is configured now.
+    assert_eq!(drift(&earlier, &published(2, &part), &part), back);
 
     // A crash between our change and its remembrance.
     earlier.intended = Some(part.clause());
@@ -218,25 +232,48 @@ fn a_table_that_left_is_parked_until_it_is_back_as_it_must_be() {
         earlier.standing = standing;
         let (remedy, back) = drift(&earlier, &gone, &part).expect("parked");
         let remedy = remedy.expect("parked");
-        assert!(remedy.starts_with(add) && back.is_none(), "{remedy}");
+        assert!(remedy.starts_with(add) && !back, "{remedy}");
     }
     // Back with other columns than it must have, it stays parked.
     let (remedy, back) = drift(&earlier, &published(2, &plain), &part).expect("parked");
     let remedy = remedy.expect("parked");
     assert!(
-        remedy.contains("DROP TABLE \"public\".\"t\"; ALTER") && back.is_none(),
+        remedy.contains("DROP TABLE \"public\".\"t\"; ALTER") && !back,
         "{remedy}"
     );
-    let back = |oid| {
-        drift(&earlier, &published(oid, &part), &part)
-            .expect("back")
-            .1
-    };
-    assert_eq!(back(2).as_deref(), Some("published-2"));
-    // In a publication of a schema it has no membership of its own.
-    assert_eq!(back(0).as_deref(), Some("published-7"));
+    for oid in [2, 0] {
+        let back = drift(&earlier, &published(oid, &part), &part);
+        assert_eq!(back, Ok((None, true)));
+    }
     earlier.standing = Standing::Beside;
-    assert_eq!(drift(&earlier, &gone, &part), Ok((None, None)), "it is new");
+    assert_eq!(
+        drift(&earlier, &gone, &part),
+        Ok((None, false)),
+        "it is new"
+    );
+}
+
+#[test]
+fn what_we_took_out_ourselves_is_no_loss() {
+    let plain = table(COLUMNS, &[], &[]);
+    let mut earlier = remembered(1, &plain, None);
+    earlier.standing = Standing::Leaving;
+    let part = table(COLUMNS, &["email"], &[]);
+    for now in [
+        HashMap::new(),
+        published(1, &plain),
+        published(2, &plain),
+        published(2, &part),
+    ] {
+        assert_eq!(drift(&earlier, &now, &plain), Ok((None, false)));
+    }
+    // Until it is out it is to be taken out.
+    let removed = |earlier: &Earlier| earlier.removed(&[]).count();
+    let known = memory(&[earlier.clone()]);
+    assert_eq!((removed(&known), known.leaving()), (1, vec![named()]));
+    earlier.standing = Standing::Beside;
+    let known = memory(&[earlier]);
+    assert_eq!((removed(&known), known.leaving()), (0, vec![]));
 }
 
 #[test]

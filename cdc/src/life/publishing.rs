@@ -1,0 +1,162 @@
+//! How a life makes the publication what it must be.
+
+use std::slice;
+
+use millrace_config::{Code, Condition, Config, Create};
+use millrace_event::TableName;
+use tokio_postgres::Client;
+
+use super::{Stream, now_us};
+use crate::Error;
+use crate::birth::Plan;
+use crate::identity::published::{Drift, Earlier, Published};
+use crate::source::{self, Alteration, SourceTable};
+
+/// What decides about the publication.
+pub(super) struct Publishing<'p> {
+    pub(super) config: &'p Config,
+    pub(super) client: &'p Client,
+    pub(super) version: i32,
+    pub(super) tables: &'p [SourceTable],
+    pub(super) stream: &'p Stream,
+}
+
+/// Tables that a life goes on without, and why each is parked.
+#[derive(Default)]
+pub(crate) struct Without {
+    /// Somebody took them out of the publication: only an operator puts them back.
+    pub(crate) lost: Vec<(TableName, Condition)>,
+    /// They are locked, and not published as they must be: capture takes nothing of them, and the life ends once
+    /// they can be published.
+    pub(crate) locked: Vec<(TableName, Condition)>,
+}
+
+impl Publishing<'_> {
+    /// Makes the publication what it should be, where it still is what it was.
+    pub(super) async fn ensure(&self, earlier: &mut Earlier, plan: Plan) -> Result<Without, Error> {
+        let Self {
+            config,
+            client,
+            version,
+            tables,
+            stream,
+        } = *self;
+        let name = source::publication_name(&config.source.name);
+        let mut drift = Drift::default();
+        if plan == Plan::Resume {
+            let publication = source::find_publication(client, &name).await?;
+            if earlier
+                .publication()
+                .is_some_and(|known| publication != Some(known))
+            {
+                return Err(Error::halt(source::publication_gone(&name)));
+            }
+            let members = source::published_tables(client, version, &name).await?;
+            drift = earlier.check(&name, tables, &members)?;
+            earlier.lose(stream, &drift, now_us()).await?;
+            let removed = earlier.let_go(config, stream, tables).await?;
+            let own = |table: &TableName| members.get(table).is_some_and(|member| member.own);
+            drift.leaving = self
+                .withdraw(removed.into_iter().filter(own).collect())
+                .await?;
+        }
+        let due = tables.iter().filter(|table| !drift.has_lost(&table.name));
+        let due: Vec<_> = due.cloned().collect();
+        let locked = self.publish(&due, earlier, plan).await?;
+        let taken = |table: &&SourceTable| !locked.contains(&table.name);
+        let taken: Vec<_> = tables.iter().filter(taken).cloned().collect();
+        let published = Published {
+            publication: source::find_publication(client, &name).await?.unwrap_or(0),
+            members: source::published_tables(client, version, &name).await?,
+        };
+        earlier
+            .remember(config, stream, published, &taken, &drift)
+            .await?;
+        let locked = locked.into_iter().map(|table| {
+            let condition = source::locked_out(&name, &table);
+            (table, condition)
+        });
+        Ok(Without {
+            lost: drift.lost,
+            locked: locked.collect(),
+        })
+    }
+
+    /// Takes tables out of the publication. Returns those that are still to go.
+    async fn withdraw(&self, removed: Vec<TableName>) -> Result<Vec<TableName>, Error> {
+        let source = &self.config.source;
+        let name = source::publication_name(&source.name);
+        if removed.is_empty()
+            || source::withdraw(self.client, &name, &removed, source.create).await?
+                == Alteration::Settled
+        {
+            return Ok(Vec::new());
+        }
+        tracing::warn!(
+            publication = name, code = Code::PublicationDrift.as_str(), tables = ?removed,
+            "tables that are not configured are still published, because one of them is locked, as by VACUUM: \
+             it is tried again by itself"
+        );
+        Ok(removed)
+    }
+
+    /// Puts tables into the publication as they must be. Returns those that are locked: others do not wait for them.
+    async fn publish(
+        &self,
+        due: &[SourceTable],
+        earlier: &mut Earlier,
+        plan: Plan,
+    ) -> Result<Vec<TableName>, Error> {
+        let Self {
+            config,
+            client,
+            version,
+            stream,
+            ..
+        } = *self;
+        let (name, create) = (
+            source::publication_name(&config.source.name),
+            config.source.create,
+        );
+        let change = source::publication_change(client, version, &name, due).await?;
+        let Some(change) = change else {
+            return Ok(Vec::new());
+        };
+        if !change.altered.is_empty() && create == Create::Auto {
+            earlier.intend(stream, &change.altered, due).await?;
+        }
+        if change.make(client, due, create).await? == Alteration::Settled {
+            return Ok(Vec::new());
+        }
+        let changed = |table: &&SourceTable| {
+            change.added.contains(&table.name) || change.altered.contains(&table.name)
+        };
+        let changed: Vec<_> = due.iter().filter(changed).collect();
+        // Nothing is captured yet that would have to go on.
+        if plan != Plan::Resume || changed.is_empty() {
+            let reason = "the publication cannot be made while a table is locked, as by VACUUM";
+            return Err(Error::retry_because(reason));
+        }
+        let mut locked = Vec::new();
+        for table in &changed {
+            if changed.len() > 1 && self.publish_alone(table).await? == Alteration::Settled {
+                continue;
+            }
+            locked.push(table.name.clone());
+        }
+        earlier.go_without(config, stream, &locked).await?;
+        Ok(locked)
+    }
+
+    async fn publish_alone(&self, table: &SourceTable) -> Result<Alteration, Error> {
+        let source = &self.config.source;
+        let (name, alone) = (
+            source::publication_name(&source.name),
+            slice::from_ref(table),
+        );
+        match source::publication_change(self.client, self.version, &name, alone).await? {
+            Some(change) => change.make(self.client, alone, source.create).await,
+            None => Ok(Alteration::Settled),
+        }
+    }
+}

@@ -1,0 +1,97 @@
+//! What is looked at beside the stream while a life lasts: the tables, the publication and the slot.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use millrace_config::{Condition, Config};
+use millrace_event::TableName;
+use tokio::time::MissedTickBehavior;
+
+use crate::identity::published::Earlier;
+use crate::left_out::LeftOut;
+use crate::life::{self, Source, Stream};
+use crate::seen::Watched;
+use crate::source::Alteration;
+use crate::status::Status;
+use crate::{Error, source};
+
+/// How often the publication and the slot are looked at.
+const WATCH_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Looks at the tables, the publication and the slot every few seconds. Returns only with an error.
+pub(crate) async fn watch(
+    config: &Config,
+    source: &Source,
+    stream: &Stream,
+    mut watched: Watched,
+    left_out: &LeftOut,
+    locked: &[(TableName, Condition)],
+    status: &Status,
+) -> Result<Infallible, Error> {
+    let (client, version) = (&source.client, source.facts.version);
+    let publication = source::publication_name(&config.source.name);
+    let slot = source::slot_name(&config.source.name);
+    let slot_lag = metrics::gauge!("millrace_slot_lag_bytes");
+    let slot_retained = metrics::gauge!("millrace_slot_retained_bytes");
+    let mut earlier = Earlier::read(stream).await?;
+    let mut ticks = tokio::time::interval(WATCH_INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        // A table of another OID has left the publication, and is published anew by the next life.
+        let state = &stream.state;
+        watched
+            .again(config, client, state, stream, status.covered())
+            .await?;
+        left_out.order(config, stream, status.covered()).await?;
+        let found = source::find_publication(client, &publication).await?;
+        if earlier
+            .publication()
+            .is_some_and(|known| found != Some(known))
+        {
+            return Err(Error::halt(source::publication_gone(&publication)));
+        }
+        source::check_options(client, &publication, &source.tables).await?;
+        let now = source::published_tables(client, version, &publication).await?;
+        let drift = earlier.check(&publication, &source.tables, &now)?;
+        if let Some(table) = drift.back.first() {
+            // The next life orders its backfill, which then begins behind its return.
+            let reason = format!("table {table} is back in the publication");
+            return Err(Error::retry_because(reason));
+        }
+        earlier.lose(stream, &drift, life::now_us()).await?;
+        let published = source.tables.iter();
+        let published: Vec<_> = published
+            .filter(|table| !drift.has_lost(&table.name))
+            .collect();
+        if let Some((table, column)) = source::unlisted_column(client, &published).await? {
+            // The next life puts it into the publication.
+            let reason = format!("table {table} has a new column {column:?}");
+            return Err(Error::retry_because(reason));
+        }
+        status.set_parked([&*drift.lost, locked].concat());
+        for (table, _) in locked {
+            if source::is_free(client, table).await? {
+                // The next life publishes it, and captures it from then on.
+                let reason = format!("table {table} is not locked any more");
+                return Err(Error::retry_because(reason));
+            }
+        }
+        // Each alone: the lock of one keeps no other.
+        for table in earlier.leaving() {
+            let own = now.get(&table).is_some_and(|member| member.own);
+            let (tables, create) = (std::slice::from_ref(&table), config.source.create);
+            if !own
+                || source::withdraw(client, &publication, tables, create).await?
+                    == Alteration::Settled
+            {
+                earlier.has_left(stream, &table).await?;
+            }
+        }
+        if let Some(slot) = source::find_slot(client, &slot).await? {
+            // Beyond 2^53 bytes precision does not matter.
+            slot_lag.set(slot.lag_bytes as f64);
+            slot_retained.set(slot.retained_bytes as f64);
+        }
+    }
+}
