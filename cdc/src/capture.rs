@@ -94,6 +94,9 @@ pub enum Input<'a> {
 /// What the machine wants done, in this order.
 #[derive(Clone, Debug)]
 pub enum Output {
+    /// A relation has changes under this name. If that is not the name of the table that it is, they are missing
+    /// there: have the table read again before anything after this is published.
+    Named(Named),
     /// Keep the table's schema before anything after this is published.
     Describe(Arc<Relation>),
     /// Remember, before anything after this is published, that a change with this commit LSN was left out: the
@@ -105,6 +108,17 @@ pub enum Output {
     Verify(Boundary),
     /// The slot may forget everything up to here.
     Confirm(Lsn),
+}
+
+/// What a transaction calls a relation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Named {
+    /// The relation's OID.
+    pub oid: u32,
+    /// Its name then.
+    pub name: TableName,
+    /// The transaction's commit LSN.
+    pub commit_lsn: Lsn,
 }
 
 /// The machine cannot go on: the WAL says what it must not, or what cannot be published.
@@ -328,6 +342,7 @@ impl Capture {
             Message::Begin(begin) => self.on_begin(&begin),
             Message::Commit(commit) => self.on_commit(&commit),
             Message::Relation(relation) => {
+                self.named(&relation);
                 if let Some(new) = self.relations.announce(&relation) {
                     self.outputs.push_back(Output::Describe(new));
                 }
@@ -355,6 +370,21 @@ impl Capture {
                 Ok(())
             }
             Message::Type(_) | Message::Origin(_) => Ok(()),
+        }
+    }
+
+    fn named(&mut self, relation: &pgoutput::Relation<'_>) {
+        let State::InTransaction(open) = &self.state else {
+            return;
+        };
+        let end = Position::new(self.settings.epoch, open.commit_lsn, u32::MAX);
+        // An earlier life has seen to what the stream has.
+        if end > self.skip_to {
+            self.outputs.push_back(Output::Named(Named {
+                oid: relation.relid,
+                name: TableName::new(relation.schema, relation.table),
+                commit_lsn: open.commit_lsn,
+            }));
         }
     }
 

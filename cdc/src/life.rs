@@ -109,7 +109,8 @@ pub(crate) async fn open(config: &Config, now: Duration) -> Result<Life, Error> 
         .map_err(millrace_connect::postgres::ConnectError::from)?;
     let session = Session {
         application_name: "millrace".to_owned(),
-        options: Vec::new(),
+        // The catalog is asked about all tables at once: compiling that takes longer than answering.
+        options: vec![("jit".to_owned(), "off".to_owned())],
     };
     let client = connect(&dsn, session).await?;
     let facts = source::inspect(&client).await?;

@@ -1,23 +1,24 @@
 //! The capture's loop: it carries inputs to the machine and outputs to the world. Nothing is decided here but
 //! what a failure means.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_nats::{HeaderMap, Subject};
 use millrace_config::{Backoff, Code, Condition, Config, State, limits};
-use millrace_event::{Control, ControlKind, Position, Relation, header};
+use millrace_event::{Control, ControlKind, Position, Relation, TableName, header};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use crate::assemble::Outgoing;
-use crate::capture::{Capture, CaptureError, Input, Output};
+use crate::capture::{Capture, CaptureError, Input, Named, Output};
 use crate::commits::Commits;
 use crate::copy::Copier;
 use crate::frontier::Boundary;
 use crate::left_out::LeftOut;
 use crate::life::{self, Life, Source, Stream};
+use crate::orders::order_backfill;
 use crate::publish::{self, Acks, Sender};
 use crate::replication::{Frame, WalBatch, WalHandle, WalReader};
 use crate::retention::{Fullness, Retention};
@@ -104,6 +105,8 @@ async fn live(config: &Config, status: &Status, stop: &CancellationToken) -> Res
     let fullness = Fullness::default();
     let retention = Retention::new(config, &stream, &fullness, status);
     let line = Line {
+        config,
+        tables_by_oid: watched.by_oid(),
         handle: wal.handle(),
         capture,
         sender: Some(sender),
@@ -138,6 +141,9 @@ fn nuid() -> String {
 }
 
 struct Line<'l> {
+    config: &'l Config,
+    /// The tables of this life, by their OID.
+    tables_by_oid: HashMap<u32, TableName>,
     handle: WalHandle,
     capture: Capture,
     /// `None` once it was handed over to be finished.
@@ -279,6 +285,7 @@ impl Line<'_> {
                     self.pending.push_front(output);
                     return Ok(());
                 }
+                Output::Named(named) => self.named(&named).await?,
                 Output::Describe(relation) => self.describe(&relation).await?,
                 Output::LeftOut(error, lsn) => {
                     self.left_out.note(&self.stream.state, &error, lsn).await?;
@@ -361,6 +368,21 @@ impl Line<'_> {
         self.input(Input::Acked { count: acked.count })
     }
 
+    /// Has tables read again whose rows were changed under another name.
+    async fn named(&self, named: &Named) -> Result<(), Error> {
+        let Some(table) = self.tables_by_oid.get(&named.oid) else {
+            return Ok(());
+        };
+        if *table == named.name {
+            return Ok(());
+        }
+        tracing::info!(%table, name = %named.name, "the table was changed under another name: its rows are read again");
+        let id = format!("named-{}-{}", named.oid, named.commit_lsn);
+        order_backfill(self.config, self.stream, table, &id).await?;
+        // They went to that table's replicas, if it has some.
+        order_backfill(self.config, self.stream, &named.name, &id).await
+    }
+
     /// Keeps the schema that events are about to name.
     async fn describe(&mut self, relation: &Arc<Relation>) -> Result<(), Error> {
         let client = &self.source.client;
@@ -371,6 +393,7 @@ impl Line<'_> {
         let columns = relation.columns();
         let names: Vec<_> = columns.iter().map(|column| column.name()).collect();
         source::check_names(client, table, &names).await?;
+        source::settled(client, &table.name).await?;
         let shapes: Vec<_> = columns.iter().map(|column| column.shape()).collect();
         let key: Vec<String> = relation
             .key()
@@ -384,7 +407,7 @@ impl Line<'_> {
             "one shape has one fingerprint"
         );
         let now = source::describe_now(client, table).await?;
-        schemas::keep(&self.stream.schemas, &schema, now.as_ref()).await
+        schemas::keep(&self.stream.schemas, table, &schema, now.as_ref()).await
     }
 
     /// Looks whether the stream still holds what is about to be forgotten by the slot.

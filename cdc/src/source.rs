@@ -1,6 +1,7 @@
 //! The source database over SQL: what it is, what its tables look like, and the objects that we keep there.
 
 mod catalog;
+mod describe;
 mod generated;
 mod key;
 mod membership;
@@ -13,8 +14,9 @@ use millrace_config::{Code, Condition};
 use millrace_event::Lsn;
 use tokio_postgres::Client;
 
-pub use catalog::{SourceTable, describe, estimate_rows, inspect_tables};
-pub(crate) use catalog::{describe_now, describe_selected};
+pub use catalog::{SourceTable, estimate_rows, inspect_tables};
+pub use describe::describe;
+pub(crate) use describe::{describe_now, describe_selected, settled};
 pub use membership::{Alteration, Clause, Member, is_free, published_tables, withdraw};
 pub(crate) use membership::{left_publication, locked_out};
 pub(crate) use publication::publication_gone;

@@ -50,6 +50,7 @@ mod report_of_a_lost_end;
 mod row_filter;
 mod row_outcomes;
 mod schema_changes;
+mod schema_history;
 mod secrets;
 mod slow_link;
 mod source_replaced;

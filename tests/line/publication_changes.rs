@@ -90,7 +90,15 @@ async fn parked(pipeline: &mut Pipeline, names: &[&str]) {
 
 #[tokio::test]
 async fn tables_of_a_schema_that_left_and_returned_are_all_read_again() {
-    let stage = stage(NEVER).await;
+    let partitioned = "CREATE TABLE u (id int PRIMARY KEY, v text) PARTITION BY RANGE (id); \
+        CREATE TABLE u_1 PARTITION OF u DEFAULT";
+    let stage = Stage::set(Setting {
+        schema: &SCHEMA.replace("CREATE TABLE u (id int PRIMARY KEY, v text)", partitioned),
+        source: NEVER,
+        tables: BOTH,
+        ..Setting::default()
+    })
+    .await;
     let make = "CREATE PUBLICATION millrace_shop FOR TABLES IN SCHEMA public \
                 WITH (publish_via_partition_root = true)";
     let leave = "ALTER PUBLICATION millrace_shop DROP TABLES IN SCHEMA public";
@@ -104,14 +112,23 @@ async fn tables_of_a_schema_that_left_and_returned_are_all_read_again() {
     let mut pipeline = stage.start();
     stage.equal(&pipeline).await;
 
-    let only_inserts = "ALTER PUBLICATION millrace_shop SET (publish = 'insert')";
-    stage.sql(only_inserts).await;
-    let said = pipeline.wait_for_log("does not publish every kind of change", PATIENCE);
+    // What it publishes of them is looked at while capture runs, and at a start.
+    let alter = "ALTER PUBLICATION millrace_shop SET";
+    let partitions = format!("{alter} (publish_via_partition_root = false)");
+    stage.sql(&partitions).await;
+    let said = pipeline.wait_for_log("publishes partitions instead of their tables", PATIENCE);
     let said = said.await.expect("halts");
     assert!(
-        said.contains("E1106") && said.contains("SET (publish = "),
+        said.contains("E1106") && said.contains("root = true)"),
         "{said}"
     );
+    pipeline.kill9();
+    let inserts = format!("{alter} (publish_via_partition_root, publish = 'insert')");
+    stage.sql(&inserts).await;
+    let kinds = "does not publish every kind of change";
+    stage
+        .ends(stage.start(), 4, &["E1106", kinds, "SET (publish = "])
+        .await;
 }
 
 #[tokio::test]

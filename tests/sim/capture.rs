@@ -165,6 +165,8 @@ impl World {
             };
             match life.capture.poll() {
                 None => return Ok(()),
+                // Tables keep their names here.
+                Some(Output::Named(_)) => {}
                 Some(Output::Describe(relation)) => {
                     let known = self
                         .schemas

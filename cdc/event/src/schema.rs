@@ -96,24 +96,48 @@ impl TableSchema {
                 }
             }
             column.former = names;
-            if column.missing.is_none() && column.type_oid == before.type_oid {
-                column.missing = before.missing.clone();
-            }
         }
+        let mut following = self.with_missing_of(earlier);
         let gone = earlier.columns.iter().map(|column| &column.name);
         for name in gone.chain(&earlier.dropped) {
             let known =
                 |column: &ColumnSchema| column.name == *name || column.former.contains(name);
-            if !self.columns.iter().any(known)
-                && !self.dropped.contains(name)
-                && self.dropped.len() < DROPPED_MAX
+            if !following.columns.iter().any(known)
+                && !following.dropped.contains(name)
+                && following.dropped.len() < DROPPED_MAX
             {
-                self.dropped.push(name.clone());
+                following.dropped.push(name.clone());
             }
         }
-        let columns = &self.columns;
-        self.dropped
+        let columns = &following.columns;
+        following
+            .dropped
             .retain(|name| !columns.iter().any(|column| column.name == *name));
+        following
+    }
+
+    /// Takes over the values of rows that are older than a column from an earlier description, where that is of the
+    /// very same column.
+    #[must_use]
+    pub fn with_missing_of(mut self, earlier: &Self) -> Self {
+        for column in &mut self.columns {
+            let before = earlier.column_of(self.oid, column.number);
+            let before = before.filter(|before| before.type_oid == column.type_oid);
+            if column.missing.is_none() {
+                column.missing = before.and_then(|before| before.missing.clone());
+            }
+        }
+        self
+    }
+
+    /// Leaves out the values of rows that are older than a column, of the columns for which this holds.
+    #[must_use]
+    pub fn withholding(mut self, withheld: impl Fn(&ColumnSchema) -> bool) -> Self {
+        for column in &mut self.columns {
+            if withheld(column) {
+                column.missing = None;
+            }
+        }
         self
     }
 

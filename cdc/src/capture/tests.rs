@@ -96,3 +96,29 @@ fn the_end_of_the_wal_counts_as_read_only_between_transactions() {
     commit(&mut machine, 200, 210);
     assert_eq!(machine.take_commits().0, Lsn(210));
 }
+
+fn relation(machine: &mut Capture, oid: u32, name: &str) {
+    let head = [b"R", &oid.to_be_bytes()[..], b"public\0", name.as_bytes()].concat();
+    data(machine, &[&head[..], b"\0d", &[0; 2]].concat());
+}
+
+#[test]
+fn the_names_that_relations_have_are_told_where_the_stream_does_not_have_the_transaction() {
+    let mut machine = machine();
+    machine.skip_to = Position::new(1, Lsn(100), u32::MAX);
+    begin(&mut machine, 100);
+    relation(&mut machine, 7, "t");
+    commit(&mut machine, 100, 110);
+    assert!(machine.poll().is_none());
+    begin(&mut machine, 200);
+    relation(&mut machine, 7, "x");
+    let Some(Output::Named(named)) = machine.poll() else {
+        panic!("nothing is told");
+    };
+    let expected = Named {
+        oid: 7,
+        name: TableName::new("public", "x"),
+        commit_lsn: Lsn(200),
+    };
+    assert_eq!(named, expected);
+}

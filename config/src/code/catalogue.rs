@@ -79,7 +79,10 @@ codes! {
     PublicationDrift = "E1106", "the publication no longer matches the configuration",
         "A configured table left the publication, or its column list, row filter or operations were changed \
         outside Millrace. Changes made meanwhile were never decoded, without any error. The table is parked, \
-        because its replica may lack rows. Put the publication right, then copy the table again.";
+        because its replica may lack rows, and the others go on. Run the statement beside this code: the table is \
+        then read again by itself. One that is locked while it is to be put in needs nothing but the lock's end. \
+        Where the operations or the publication itself were changed, capture halts: run `millrace drop`, then \
+        `millrace run`, which copies the tables again.";
     NoReplicaIdentity = "E1107", "a table has no replica identity",
         "Postgres does not log the key of the table's old rows: it has no primary key (a DEFERRABLE one does \
         not count), or its replica identity is another index or NOTHING. Since Postgres 18 it may have no \

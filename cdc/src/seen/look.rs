@@ -1,0 +1,109 @@
+//! The look at the source's catalog.
+
+use millrace_config::Table;
+use millrace_event::Lsn;
+use tokio_postgres::{Client, Row};
+
+use super::judgement::{Column, Entry, Look, Seen};
+use crate::Error;
+
+/// All tables at once, and all of a table as one snapshot shows it: what one statement changed is seen together.
+const LOOK: &str = "SELECT w.place, c.oid, \
+    md5(coalesce(p.files, nullif(c.relfilenode, 0)::text, '')), coalesce(p.leaves, '{}'), coalesce(p.empty, '{}'), \
+    coalesce(p.members, '{}'), coalesce(p.attached, '{}'), \
+    a.numbers, a.names, a.types, a.typmods, a.told, a.written, a.missing, a.defaults, \
+    coalesce(m.names, '{}'), \
+    md5(coalesce((SELECT string_agg(i.indisprimary::text || i.indkey::text, ',' ORDER BY i.indexrelid) \
+    FROM pg_index i WHERE i.indrelid = c.oid AND i.indisvalid AND (i.indisprimary OR i.indisreplident)), '')) \
+    FROM unnest($1::text[]) WITH ORDINALITY w(name, place) JOIN pg_class c ON c.oid = to_regclass(w.name) \
+    CROSS JOIN LATERAL (SELECT string_agg(l.oid::text || ':' || coalesce(nullif(l.relfilenode, 0)::text, ''), ',' \
+    ORDER BY l.oid) FILTER (WHERE t.isleaf) AS files, \
+    array_agg(l.oid ORDER BY l.oid) FILTER (WHERE t.isleaf AND c.relkind = 'p') AS leaves, \
+    array_agg(l.oid) FILTER (WHERE t.isleaf AND c.relkind = 'p' AND pg_relation_size(l.oid) = 0) AS empty, \
+    array_agg(l.oid ORDER BY l.oid) FILTER (WHERE i.inhrelid IS NOT NULL) AS members, \
+    array_agg(i.xmin::text::bigint ORDER BY l.oid) FILTER (WHERE i.inhrelid IS NOT NULL) AS attached \
+    FROM pg_partition_tree(c.oid) t JOIN pg_class l ON l.oid = t.relid \
+    LEFT JOIN pg_inherits i ON i.inhrelid = t.relid AND t.level > 0) p \
+    CROSS JOIN LATERAL (SELECT array_agg(DISTINCT attname::text) AS names FROM pg_partition_tree(c.oid) t \
+    JOIN pg_attribute ON attrelid = t.relid AND attnum > 0 WHERE c.relkind = 'p' AND t.isleaf AND atthasmissing) m \
+    CROSS JOIN LATERAL (SELECT coalesce(array_agg(attnum ORDER BY attnum), '{}') AS numbers, \
+    coalesce(array_agg(attname::text ORDER BY attnum), '{}') AS names, \
+    coalesce(array_agg(atttypid ORDER BY attnum), '{}') AS types, \
+    coalesce(array_agg(atttypmod ORDER BY attnum), '{}') AS typmods, \
+    coalesce(array_agg(t.typdelim = ',' ORDER BY attnum), '{}') AS told, \
+    coalesce(array_agg(pg_attribute.xmin::text::bigint ORDER BY attnum), '{}') AS written, \
+    coalesce(array_agg(atthasmissing ORDER BY attnum), '{}') AS missing, \
+    coalesce(array_agg(coalesce(d.oid, 0::oid) ORDER BY attnum), '{}') AS defaults \
+    FROM pg_attribute JOIN pg_type t ON t.oid = atttypid \
+    LEFT JOIN pg_attrdef d ON d.adrelid = attrelid AND d.adnum = attnum \
+    WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped AND attgenerated = '') a";
+
+const INSERT_LSN: &str = "SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() \
+    ELSE pg_current_wal_insert_lsn() END::text";
+
+/// Every configured table that is there, and a place in the WAL behind everything that was found.
+pub(super) async fn look(client: &Client, tables: &[Table]) -> Result<(Vec<Look>, Lsn), Error> {
+    let names: Vec<_> = tables.iter().map(|table| table.name.quoted()).collect();
+    let rows = client.query(LOOK, &[&names]).await?;
+    let found = |row: &Row| {
+        let place = usize::try_from(row.get::<_, i64>(0)).ok()?;
+        Some(found(row, tables.get(place.checked_sub(1)?)?))
+    };
+    let looks = rows.iter().filter_map(found).collect();
+    // Asked for afterwards: what was found committed below it.
+    let lsn: Option<String> = client.query_one(INSERT_LSN, &[]).await?.get(0);
+    let lsn = lsn.unwrap_or_default().parse().unwrap_or(Lsn::ZERO);
+    Ok((looks, lsn))
+}
+
+fn found(row: &Row, table: &Table) -> Look {
+    let (members, attached): (Vec<u32>, Vec<i64>) = (row.get(5), row.get(6));
+    let attached = members.into_iter().zip(attached.into_iter().map(xid));
+    Look {
+        seen: Seen {
+            table: table.name.clone(),
+            oid: row.get(1),
+            files: row.get(2),
+            leaves: row.get(3),
+            attached: Some(attached.collect()),
+            columns: columns(row, table),
+            names: Vec::new(),
+            keys: row.get(16),
+            due: None,
+        },
+        empty: row.get(4),
+    }
+}
+
+fn columns(row: &Row, table: &Table) -> Vec<Column> {
+    let (numbers, names): (Vec<i16>, Vec<String>) = (row.get(7), row.get(8));
+    let (types, typmods): (Vec<u32>, Vec<i32>) = (row.get(9), row.get(10));
+    let (told, written): (Vec<bool>, Vec<i64>) = (row.get(11), row.get(12));
+    let (missing, defaults): (Vec<bool>, Vec<u32>) = (row.get(13), row.get(14));
+    let untold: Vec<String> = row.get(15);
+    let columns = numbers.into_iter().zip(names).enumerate();
+    let columns = columns.filter(|(_, (_, name))| !table.columns.exclude.contains(name));
+    let column = |(at, (number, name)): (usize, (i16, String))| {
+        let masked = table.columns.mask.iter().any(|(column, _)| *column == name);
+        // A partitioned table has no rows, and its partitions' older rows may differ.
+        let hidden = (missing[at] && (masked || !told[at])) || untold.contains(&name);
+        Column {
+            number,
+            name,
+            type_oid: types[at],
+            typmod: typmods[at],
+            hidden,
+            entry: Some(Entry {
+                xid: xid(written[at]),
+                missing: missing[at],
+                default: defaults[at],
+            }),
+        }
+    };
+    columns.map(column).collect()
+}
+
+/// A transaction id as Postgres prints it.
+fn xid(printed: i64) -> u32 {
+    u32::try_from(printed).unwrap_or_default()
+}
