@@ -26,11 +26,12 @@ demo: setup
 	$(CARGO) build --release --locked
 	target/release/millrace demo $(DEMO_ARGS)
 
+# Scenarios wait more than they compute: one more of them at a time than there are processors.
 test: setup-tests
-	$(CARGO) test --locked
+	RUST_TEST_THREADS=$$(( $$(nproc) + 1 )) $(CARGO) test --locked
 
 test-long: setup-tests
-	$(CARGO) test --locked --test line -- --ignored --nocapture
+	$(CARGO) test --release --locked --test line -- --ignored --nocapture
 
 bench: setup
 	$(CARGO) build --release --locked

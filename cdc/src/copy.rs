@@ -34,6 +34,7 @@ use std::convert::Infallible;
 use std::time::{Duration, Instant};
 
 use async_nats::jetstream::kv;
+use futures_util::StreamExt as _;
 use futures_util::future::try_join_all;
 use millrace_config::{Condition, Config};
 use millrace_event::work::{CopyRequest, CopyStatus, TableRequest, Wanted};
@@ -51,7 +52,7 @@ use crate::source::{self, SourceTable};
 use crate::status::{CopyTrouble, Status};
 use crate::stream;
 
-/// How often requests are looked for.
+/// How often requests are looked for, should nothing tell of them.
 const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Answers the sinks' requests.
@@ -122,8 +123,21 @@ impl Asked<'_> {
         self.show();
         let mut ticks = tokio::time::interval(LOOK_INTERVAL);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let key = format!("request.{}", self.sink);
+        let mut told = self.copier.stream.copies.watch(key).await.ok();
         loop {
-            ticks.tick().await;
+            let request = async {
+                match &mut told {
+                    Some(told) => told.next().await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                _ = ticks.tick() => {}
+                request = request => if !matches!(request, Some(Ok(_))) {
+                    told = None;
+                },
+            }
             if !self.setbacks.allow(self.copier.began.elapsed()) {
                 continue;
             }

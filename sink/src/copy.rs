@@ -23,14 +23,11 @@ use crate::asking::{self, Debts};
 use crate::batch::{Batch, Checkpoint};
 use crate::copying::Copying;
 use crate::error::Error;
-use crate::life::{LOOK_INTERVAL, Life, now_us};
+use crate::life::{Life, now_us};
 use crate::progress::{CopyProgress, CopyState};
 
 /// How often orders, debts and capture's progress are looked at while nothing is awaited.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
-
-/// The same before anything was read.
-const BEGIN_INTERVAL: Duration = Duration::from_millis(20);
 
 /// What a sink asks for, and the answer.
 #[derive(Default)]
@@ -38,8 +35,6 @@ pub(crate) struct Copies {
     telling: Option<Telling>,
     answer: Option<Answer>,
     looked_at: Option<Instant>,
-    /// Whether a look has had anything to look at yet.
-    knows: bool,
     /// Whether the bucket has no request of ours.
     withdrawn: bool,
     /// The incomplete rows that are being asked for.
@@ -78,28 +73,41 @@ pub(crate) enum Looked {
 impl Copies {
     /// When to look again.
     pub(crate) fn due(&self) -> Option<Instant> {
-        let answer = self.answer.as_ref();
-        let waits = answer.is_some_and(|answer| answer.reader.is_none());
-        let interval = match (self.knows, waits) {
-            (false, _) => BEGIN_INTERVAL,
-            (true, true) => LOOK_INTERVAL,
-            (true, false) => CHECK_INTERVAL,
-        };
-        self.looked_at.map(|at| at + interval)
+        let looked_at = self.looked_at?;
+        let news = self.telling.as_ref().is_some_and(Telling::has_news);
+        // What was taken comes first: nothing may be looked at before.
+        Some(if news && self.is_at_rest() {
+            looked_at
+        } else {
+            looked_at + CHECK_INTERVAL
+        })
     }
 
-    /// Waits until a message may be taken, or is known to be lost. Safe to cancel.
+    /// Waits until a message may be taken, or is known to be lost, or there is news to look at. Safe to cancel.
     pub(crate) async fn ready(&mut self, position: Position) {
-        let Some(answer) = &mut self.answer else {
-            return std::future::pending().await;
+        let at_rest = self.is_at_rest();
+        let news = async {
+            match &mut self.telling {
+                Some(telling) if at_rest => telling.news().await,
+                _ => std::future::pending().await,
+            }
         };
-        match (&answer.next, &mut answer.reader) {
-            (Some(next), _) if reach_of(next) <= position => {}
-            (None, Some(reader)) if !answer.lost => match reader.next().await {
-                Ok(next) => answer.next = Some(next),
-                Err(gap) => answer.lose(&gap),
-            },
-            _ => std::future::pending().await,
+        let message = async {
+            let Some(answer) = &mut self.answer else {
+                return std::future::pending().await;
+            };
+            match (&answer.next, &mut answer.reader) {
+                (Some(next), _) if reach_of(next) <= position => {}
+                (None, Some(reader)) if !answer.lost => match reader.next().await {
+                    Ok(next) => answer.next = Some(next),
+                    Err(gap) => answer.lose(&gap),
+                },
+                _ => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = message => {}
+            () = news => {}
         }
     }
 
@@ -127,7 +135,6 @@ impl Copies {
         let Some(Told { orders, status }) = telling.latest() else {
             return Ok(Looked::Nothing);
         };
-        self.knows = true;
         let ordered = asking::follow_orders(&life.progress, &orders, collected, now_us());
         if let Some(progress) = ordered {
             // A request that an order has changed the sense of must not be gone on with.
@@ -297,6 +304,7 @@ impl Copies {
             }
         };
         self.withdrawn = false;
+        self.telling.iter().for_each(Telling::hurry);
         let keeps_deleted: HashSet<_> = life
             .tables
             .values()

@@ -24,9 +24,6 @@ use crate::sink::{Applied, Elected, Sink, SinkError};
 use crate::status::Status;
 use crate::worker::BatchLimits;
 
-/// How often something is looked for that capture has to make first.
-pub(crate) const LOOK_INTERVAL: Duration = Duration::from_millis(200);
-
 /// How often a sink's report is renewed at most.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 

@@ -14,7 +14,7 @@ use crate::batch::Batch;
 use crate::beside::Beside;
 use crate::copy::withdraw;
 use crate::error::Error;
-use crate::life::{LOOK_INTERVAL, Life, now_us};
+use crate::life::{Life, now_us};
 use crate::progress::{CopyProgress, CopyState};
 use crate::rejoin;
 use crate::sink::{CopyTooOld, Sink};
@@ -26,6 +26,10 @@ const TICK: Duration = Duration::from_millis(250);
 
 /// How often a standby tries to take over.
 const STANDBY_INTERVAL: Duration = Duration::from_secs(2);
+
+/// How soon it is looked again whether capture has done what a sink waits for; each time it takes twice as long.
+const LOOK_FIRST: Duration = Duration::from_millis(20);
+const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 
 /// How often the target is asked whether it takes a parked table again.
 const PROBE_INTERVAL: Duration = Duration::from_secs(5);
@@ -55,12 +59,16 @@ pub async fn run(
     // The table that the target has just refused.
     let mut parking = None;
     let mut waited_for: Option<String> = None;
+    let mut waits = Duration::ZERO;
     loop {
         let error = match live(config, settings, status, parking.take(), stop).await {
             Ok(Ended::Stopped) => return Ok(()),
             Ok(Ended::Rejoin) => continue,
             Err(error) => error,
         };
+        if !matches!(error, Error::Waiting(_)) {
+            waits = Duration::ZERO;
+        }
         let streamed = status.snapshot().state == State::Streaming;
         failures = if streamed { 1 } else { failures + 1 };
         let wait = match error {
@@ -86,7 +94,8 @@ pub async fn run(
                     tracing::info!(part = "sink", sink, "waiting for capture to {what}");
                 }
                 waited_for = Some(what);
-                LOOK_INTERVAL
+                waits = (waits * 2).clamp(LOOK_FIRST, LOOK_INTERVAL);
+                waits
             }
             Error::Refused(_) | Error::Retry { .. } => {
                 let reason = error.chain();

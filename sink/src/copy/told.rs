@@ -1,17 +1,21 @@
 //! What others tell a sink in the bucket of copies, read beside the sink's loop: the broker may be far.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::jetstream::kv;
 use millrace_event::work::{BackfillOrder, CopyStatus, orders_key};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 
 /// How often it is read.
 const READ_INTERVAL: Duration = Duration::from_millis(300);
 
+/// The same just after something was asked for; each time it takes twice as long, up to the usual.
+const HURRIED_INTERVAL: Duration = Duration::from_millis(10);
+
 /// What was read last.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Told {
     /// What operators and capture have ordered.
     pub(super) orders: Vec<BackfillOrder>,
@@ -24,6 +28,7 @@ pub(super) struct Told {
 pub(super) struct Telling {
     task: JoinHandle<()>,
     told: watch::Receiver<Option<Told>>,
+    hurried: Arc<Notify>,
 }
 
 impl Drop for Telling {
@@ -36,26 +41,56 @@ impl Telling {
     pub(super) fn begin(copies: kv::Store, sink: &str) -> Self {
         let (sender, told) = watch::channel(None);
         let keys = (orders_key(sink), format!("status.{sink}"));
+        let hurried = Arc::new(Notify::new());
+        let hurries = Arc::clone(&hurried);
         let task = tokio::spawn(async move {
-            let mut ticks = tokio::time::interval(READ_INTERVAL);
-            ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+            let mut interval = READ_INTERVAL;
             while !sender.is_closed() {
-                ticks.tick().await;
                 match read(&copies, &keys.0, &keys.1).await {
-                    Ok(told) => {
-                        sender.send_replace(Some(told));
+                    Ok(now) => {
+                        sender.send_if_modified(|told| {
+                            let news = told.as_ref() != Some(&now);
+                            *told = Some(now);
+                            news
+                        });
                     }
                     // The stream's own reader notices a broker that is away, and tells of it.
                     Err(error) => tracing::debug!(%error, "the bucket of copies cannot be read"),
                 }
+                tokio::select! {
+                    () = tokio::time::sleep(interval) => interval = (interval * 2).min(READ_INTERVAL),
+                    () = hurries.notified() => interval = HURRIED_INTERVAL,
+                }
             }
         });
-        Self { task, told }
+        Self {
+            task,
+            told,
+            hurried,
+        }
+    }
+
+    /// Reads at once, and for a while more often: an answer is awaited.
+    pub(super) fn hurry(&self) {
+        self.hurried.notify_one();
+    }
+
+    /// Whether something was read that [`Telling::latest`] has not given yet.
+    pub(super) fn has_news(&self) -> bool {
+        self.told.has_changed().unwrap_or(false)
+    }
+
+    /// Waits for that. Safe to cancel.
+    pub(super) async fn news(&mut self) {
+        if self.told.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+        self.told.mark_changed();
     }
 
     /// What was read last; `None` before anything was.
-    pub(super) fn latest(&self) -> Option<Told> {
-        self.told.borrow().clone()
+    pub(super) fn latest(&mut self) -> Option<Told> {
+        self.told.borrow_and_update().clone()
     }
 }
 

@@ -57,6 +57,18 @@ pub struct Postgres {
     place: Place,
 }
 
+/// How long an immediate shutdown may take.
+const QUIT_DEADLINE: Duration = Duration::from_secs(5);
+
+impl Drop for Postgres {
+    fn drop(&mut self) {
+        // By SIGKILL it would leave its shared memory behind, of which a machine has only so many pieces.
+        if let Some(process) = &mut self.process {
+            process.end_by(Signal::SIGQUIT, QUIT_DEADLINE);
+        }
+    }
+}
+
 impl Postgres {
     /// Makes a cluster and starts it on a free port of 127.0.0.1.
     ///

@@ -74,6 +74,17 @@ impl Process {
         }
     }
 
+    /// Ends it by a signal that lets it clean up after itself, or by SIGKILL where that takes too long.
+    pub(crate) fn end_by(&mut self, signal: Signal, within: Duration) {
+        let deadline = Instant::now() + within;
+        if self.signal(signal).is_ok() {
+            while matches!(self.ended(), Ok(None)) && Instant::now() < deadline {
+                std::thread::sleep(POLL);
+            }
+        }
+        self.kill_now();
+    }
+
     /// SIGKILL to the process and to every child it has, then reaps it. Postgres' backends lead
     /// sessions of their own, so the process group alone would miss them.
     pub(crate) fn kill_now(&mut self) {

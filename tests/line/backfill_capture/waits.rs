@@ -1,0 +1,206 @@
+//! What a backfill waits for: commits that are not visible yet, open transactions, locks.
+
+use std::time::Instant;
+
+use millrace_event::Lsn;
+use millrace_event::work::CopyStatus;
+
+use super::stand::{Line, chunks, filled, ids, rows, slowly, until, version_of};
+use crate::stage::{PATIENCE, Setting, Stage};
+
+/// Waits until the server has taken the setting over: its checkpointer reads it, whenever it gets to it.
+async fn until_commits_wait(stage: &Stage) {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let client = stage.postgres.connect("source").await.expect("connects");
+        let probe = tokio::spawn(async move {
+            let probe = "SELECT pg_logical_emit_message(true, 'probe', '')";
+            client.batch_execute(probe).await.expect("commits");
+        });
+        while !probe.is_finished() {
+            // A commit that waits no more is a commit all the same.
+            let cancel = "SELECT count(pg_cancel_backend(pid))::text FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
+            if stage.source_text(cancel).await != "0" {
+                return probe.await.expect("commits");
+            }
+        }
+        assert!(Instant::now() < deadline, "no commit waits for a standby");
+    }
+}
+
+/// A transaction whose commit waits for a standby that is not there.
+pub(crate) async fn in_limbo(stage: &Stage, sql: &'static str) -> tokio::task::JoinHandle<()> {
+    stage
+        .postgres
+        .set("synchronous_standby_names", "nobody")
+        .await
+        .expect("set");
+    let client = stage.postgres.connect("source").await.expect("connects");
+    until_commits_wait(stage).await;
+    let task = tokio::spawn(async move {
+        client.batch_execute(sql).await.expect("commits at last");
+    });
+    until(
+        stage,
+        "SELECT count(*) = 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'",
+    )
+    .await;
+    task
+}
+
+pub(crate) async fn release(stage: &Stage) {
+    stage
+        .postgres
+        .set("synchronous_standby_names", "")
+        .await
+        .expect("set");
+}
+
+#[tokio::test]
+async fn a_commit_that_is_not_visible_yet_wins_over_the_chunk_that_lacks_it() {
+    let line = filled(3_000).await;
+    line.ask("r1", &[("t", slowly(Some(1_000)))]).await;
+    line.parts(1).await;
+    let held = in_limbo(
+        &line.stage,
+        "UPDATE t SET v = 'late' WHERE id > 2900; DELETE FROM t WHERE id = 2800",
+    )
+    .await;
+    line.copied("r1", 1).await;
+    let messages = line.copy_stream().await;
+    let old = rows(&messages, "t");
+    assert!(old.iter().all(|row| row["after"]["v"] != "late"));
+    // The stream told of it before: the chunks since then must not rise above it.
+    let versions: Vec<Lsn> = old.iter().map(|row| version_of(row)).collect();
+    assert_eq!(versions.iter().max(), versions.last());
+    release(&line.stage).await;
+    held.await.expect("commits");
+    let replica = line.replica().await;
+    assert_eq!(replica.values().filter(|v| *v == "late").count(), 100);
+    assert_eq!(replica, line.source().await);
+}
+
+#[tokio::test]
+async fn nothing_is_read_while_a_commit_from_before_is_not_visible_even_by_a_new_capture() {
+    let mut line = filled(100).await;
+    let held = in_limbo(&line.stage, "UPDATE t SET v = 'late' WHERE id = 7").await;
+    line.capture.kill9();
+    let line = Line::on(line.stage).await;
+    line.ask("r1", &[("t", chunks())]).await;
+    let told = |status: &CopyStatus| {
+        let mut told = status.troubles.iter();
+        told.any(|(_, text)| text.contains("E1122") && text.contains("SyncRep"))
+    };
+    line.told("r1", told).await;
+    assert!(
+        line.capture.logs().contains("E1122"),
+        "{}",
+        line.capture.logs()
+    );
+    assert!(ids(&line.copy_stream().await).is_empty());
+    release(&line.stage).await;
+    held.await.expect("commits");
+    let status = line.copied("r1", 1).await;
+    assert!(status.troubles.is_empty(), "{status:?}");
+    let messages = line.copy_stream().await;
+    let late = rows(&messages, "t");
+    let late = late.iter().find(|row| row["after"]["id"] == 7);
+    assert_eq!(late.expect("the row")["after"]["v"], "late");
+}
+
+#[tokio::test]
+async fn an_open_transaction_is_waited_for_and_named() {
+    let line = filled(100).await;
+    let other = line
+        .stage
+        .postgres
+        .connect("source")
+        .await
+        .expect("connects");
+    let begin = "SET application_name = 'the import'; BEGIN; UPDATE t SET v = 'open' WHERE id = 1";
+    other.batch_execute(begin).await.expect("begins");
+    line.ask("r1", &[("t", chunks())]).await;
+    let told = |status: &CopyStatus| {
+        let mut told = status.troubles.iter();
+        told.any(|(_, text)| text.contains("E1122") && text.contains("the import"))
+    };
+    line.told("r1", told).await;
+    assert!(ids(&line.copy_stream().await).is_empty());
+    other.batch_execute("COMMIT").await.expect("commits");
+    line.copied("r1", 1).await;
+    assert_eq!(line.replica().await, line.source().await);
+}
+
+#[tokio::test]
+async fn a_table_that_is_rewritten_before_the_lock_is_granted_is_read_as_it_is_then() {
+    let line = filled(1_000).await;
+    let other = line
+        .stage
+        .postgres
+        .connect("source")
+        .await
+        .expect("connects");
+    let rewrite = "BEGIN; ALTER TABLE t ALTER COLUMN v TYPE text USING v || '!'";
+    // The barrier must not wait for the ALTER: it begins between two chunks.
+    line.ask("r1", &[("t", slowly(Some(1_000)))]).await;
+    line.parts(1).await;
+    other.batch_execute(rewrite).await.expect("rewrites");
+    until(
+        &line.stage,
+        "SELECT count(*) = 1 FROM pg_locks WHERE NOT granted AND mode = 'AccessShareLock'",
+    )
+    .await;
+    let before = ids(&line.copy_stream().await);
+    other.batch_execute("COMMIT").await.expect("commits");
+    line.copied("r1", 1).await;
+    let messages = line.copy_stream().await;
+    assert_eq!(ids(&messages), (1..=1_000).collect::<Vec<i64>>());
+    let rewritten = rows(&messages, "t");
+    let rewritten = rewritten
+        .iter()
+        .filter(|row| row["after"]["v"].as_str().is_some_and(|v| v.ends_with('!')));
+    assert_eq!(rewritten.count(), 1_000 - before.len());
+    assert!(
+        line.capture.logs().contains("its chunk is read again"),
+        "{}",
+        line.capture.logs()
+    );
+}
+
+#[tokio::test]
+async fn a_first_chunk_that_waited_for_a_rewrite_has_its_rows() {
+    let line = Line::start(Setting {
+        schema: "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE TABLE u (id int PRIMARY KEY, v text)",
+        tables: &[("public.t", ""), ("public.u", "")],
+        ..Setting::default()
+    })
+    .await;
+    line.stage
+        .sql(
+            "INSERT INTO t SELECT i, 'row ' || i FROM generate_series(1, 100) i;
+             INSERT INTO u SELECT i, 'row ' || i FROM generate_series(1, 1500) i",
+        )
+        .await;
+    let other = line.stage.postgres.connect("source").await;
+    let other = other.expect("connects");
+    line.ask("r1", &[("u", slowly(Some(1_000))), ("t", chunks())])
+        .await;
+    // The barrier must not wait for it.
+    line.parts(1).await;
+    let rewrite = "BEGIN; ALTER TABLE t ALTER COLUMN v TYPE text USING v || '!'";
+    other.batch_execute(rewrite).await.expect("rewrites");
+    until(
+        &line.stage,
+        "SELECT count(*) = 1 FROM pg_locks WHERE NOT granted AND mode = 'AccessShareLock'",
+    )
+    .await;
+    other.batch_execute("COMMIT").await.expect("commits");
+    line.copied("r1", 2).await;
+    let messages = line.copy_stream().await;
+    let rewritten = rows(&messages, "t");
+    let rewritten = rewritten
+        .iter()
+        .filter(|row| row["after"]["v"].as_str().is_some_and(|v| v.ends_with('!')));
+    // Under a snapshot from before the rewrite the table has no rows.
+    assert_eq!(rewritten.count(), 100);
+}
