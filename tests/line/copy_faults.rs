@@ -63,7 +63,7 @@ async fn attempt(jetstream: &jetstream::Context, number: u32, capture: &Pipeline
 
 /// A table of more than the copy stream can hold then.
 async fn filled() -> Stage {
-    let stage = Stage::set(Setting::default()).await;
+    let stage = Stage::set(Setting::apart()).await;
     stage
         .sql(
             "INSERT INTO t SELECT i, (SELECT string_agg(md5(i::text || j), '') FROM generate_series(1, 256) j)
@@ -288,7 +288,7 @@ async fn a_table_that_may_not_be_read_holds_nothing_else_up_and_is_copied_once_i
 
 #[tokio::test]
 async fn a_copy_whose_connection_ends_is_made_again_beside_the_streaming() {
-    let stage = Stage::set(Setting::default()).await;
+    let stage = Stage::set(Setting::apart()).await;
     stage
         .sql("INSERT INTO t SELECT i, repeat(md5(i::text), 32) FROM generate_series(1, 30000) i")
         .await;

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use async_nats::jetstream;
 use millrace_event::subject;
-use millrace_lab::{Compared, Pipeline, PostgresOptions};
+use millrace_lab::{Compared, Pipeline};
 use rand::Rng as _;
 
 use crate::backfill::{self, becomes, corrupt, is, rows, says};
@@ -42,11 +42,7 @@ impl Line {
 
     /// With a target that takes no part in what waits at the source.
     async fn apart(rows: u64) -> Self {
-        let setting = Setting {
-            target_postgres: Some(PostgresOptions::default()),
-            ..Setting::default()
-        };
-        Self::whole(setting, rows).await
+        Self::whole(Setting::apart(), rows).await
     }
 
     /// Makes the replica wrong, and waits until a slow repair of it has begun.
@@ -208,7 +204,7 @@ async fn rows_that_wait_to_be_applied_do_not_outlive_their_end() {
 
 #[tokio::test]
 async fn a_load_that_waits_to_be_applied_does_not_outlive_a_truncate() {
-    let stage = Stage::set(Setting::default()).await;
+    let stage = Stage::set(Setting::apart()).await;
     stage
         .sql("INSERT INTO t SELECT i, 'old' FROM generate_series(1, 20000) i")
         .await;
@@ -379,7 +375,7 @@ async fn chunks_come_again_after_their_stream_lost_its_end() {
 }
 
 async fn a_load_survives(loss: Loss) {
-    let stage = Stage::set(Setting::default()).await;
+    let stage = Stage::set(Setting::apart()).await;
     stage
         .sql("INSERT INTO t SELECT i, repeat(md5(i::text), 20) FROM generate_series(1, 20000) i")
         .await;

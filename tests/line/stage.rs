@@ -74,6 +74,17 @@ impl Default for Setting<'_> {
     }
 }
 
+impl Setting<'_> {
+    /// With a cluster of its own for the target: a sink that is held within a transaction there holds nothing up at
+    /// the source.
+    pub(crate) fn apart() -> Self {
+        Self {
+            target_postgres: Some(PostgresOptions::default()),
+            ..Self::default()
+        }
+    }
+}
+
 impl Pieces {
     fn config(&self, source: &str, target: &str, nats: &str) -> ConfigDir {
         let dir = ConfigDir::new("shop", source, nats)
