@@ -228,6 +228,10 @@ async fn a_sink_that_is_added_is_loaded_alone() {
         .expect("database");
     let mut pipeline = stage.start();
     stage.equal(&pipeline).await;
+    // Its rows are there before it has said so.
+    let joined = "\"from\":\"snapshotting\",\"to\":\"streaming\"";
+    let said = pipeline.wait_for_log(joined, PATIENCE).await;
+    said.expect("told");
     let client = stage.postgres.connect("source").await.expect("connects");
     let busy = tokio::spawn(traffic(client, Duration::from_secs(5)));
     let url = stage.postgres.url("second");
