@@ -206,7 +206,7 @@ pub enum CopyState {
     /// when the load was cut off: by a crash of capture, say. A crash of the sink goes on with the next message.
     Loading {
         /// The consistent point of the snapshot that is being read.
-        #[serde(with = "lsn_text")]
+        #[serde(with = "millrace_event::as_text")]
         lsn: Lsn,
         /// Rows applied.
         rows: u64,
@@ -217,7 +217,7 @@ pub enum CopyState {
     /// left to `Copied` once it is where its sink is. When the stream no longer holds what it needs, to `Chunks`.
     Loaded {
         /// The consistent point: changes committed below it are part of the load.
-        #[serde(with = "lsn_text")]
+        #[serde(with = "millrace_event::as_text")]
         lsn: Lsn,
         /// How far it is.
         claim: Claim,
@@ -228,14 +228,14 @@ pub enum CopyState {
     /// It has everything and is where its sink is.
     Copied {
         /// Changes committed below it are part of the load.
-        #[serde(with = "lsn_text")]
+        #[serde(with = "millrace_event::as_text")]
         lsn: Lsn,
     },
     /// The target refuses the table: entered from `Copied`, and left to `Loaded` once the target takes it, or to
     /// `Lapsed` when the stream no longer holds what it has not applied. A crash goes on from the claim.
     Parked {
         /// The consistent point of its copy.
-        #[serde(with = "lsn_text")]
+        #[serde(with = "millrace_event::as_text")]
         lsn: Lsn,
         /// How far it is.
         claim: Claim,
@@ -340,21 +340,6 @@ impl From<CopyProgress> for Stored {
             left: progress.left,
             shapes: progress.shapes.into_iter().collect(),
         }
-    }
-}
-
-mod lsn_text {
-    use millrace_event::Lsn;
-    use serde::{Deserialize, Deserializer, Serializer};
-
-    pub(super) fn serialize<S: Serializer>(lsn: &Lsn, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(lsn)
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Lsn, D::Error> {
-        String::deserialize(from)?
-            .parse()
-            .map_err(serde::de::Error::custom)
     }
 }
 

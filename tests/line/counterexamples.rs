@@ -70,14 +70,6 @@ impl Line {
         self.sink.kill9();
         self.sink = self.stage.start_with(&SINK);
     }
-
-    async fn logs(pipeline: &Pipeline, text: &str) {
-        let deadline = Instant::now() + PATIENCE;
-        while !pipeline.logs().contains(text) {
-            assert!(Instant::now() < deadline, "{text}\n{}", pipeline.logs());
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-    }
 }
 
 impl Drop for Line {
@@ -117,7 +109,7 @@ async fn a_new_capture_reads_nothing_while_a_commit_is_in_limbo() {
     let held = in_limbo(&line.stage, LATE).await;
     line.stage.target_shows(&line.sink, SHOWN, "100 0 1").await;
     line.restart_capture();
-    Line::logs(&line.capture, "E1122").await;
+    Stage::logs(&line.capture, "E1122").await;
     let came = rows(&backfill::line(&line.stage, "replica").await);
     tokio::time::sleep(Duration::from_secs(1)).await;
     let more = rows(&backfill::line(&line.stage, "replica").await);
@@ -146,7 +138,7 @@ async fn deletes_that_were_forgotten_during_a_chunk_bring_nothing_back() {
         )
         .await;
     line.sink = line.stage.start_with(&SINK);
-    Line::logs(&line.sink, "asking for the rows again").await;
+    Stage::logs(&line.sink, "asking for the rows again").await;
     assert_eq!(line.stage.target_text(SHOWN).await, "100 0 1");
     release(&line.stage).await;
     held.await.expect("commits");
@@ -211,9 +203,9 @@ async fn a_load_that_waits_to_be_applied_does_not_outlive_a_truncate() {
     let mut capture = stage.start_with(&CAPTURE);
     Stage::readyz(&mut capture, 200, "streaming").await;
     let mut sink = stage.start_with(&SINK);
-    Line::logs(&sink, "copy requested").await;
+    Stage::logs(&sink, "copy requested").await;
     sink.pause().expect("signal");
-    Line::logs(&capture, "table copied").await;
+    Stage::logs(&capture, "table copied").await;
     stage
         .sql("TRUNCATE t; INSERT INTO t SELECT i, 'new' FROM generate_series(1, 30000, 100) i")
         .await;
@@ -306,7 +298,7 @@ async fn a_table_is_published_while_a_transaction_that_wrote_it_is_open() {
     line.capture = line.stage.start_with(&CAPTURE);
     line.sink = line.stage.start_with(&SINK);
     says(&line.stage, &["start", "t"], 0, &[]).await;
-    Line::logs(&line.sink, "copy requested").await;
+    Stage::logs(&line.sink, "copy requested").await;
     tokio::time::sleep(Duration::from_secs(2)).await;
     let early =
         "UPDATE late SET v = 'early' WHERE id > 450; UPDATE t SET v = 'early' WHERE id > 90";
@@ -382,9 +374,9 @@ async fn a_load_survives(loss: Loss) {
     let mut capture = stage.start_with(&CAPTURE);
     Stage::readyz(&mut capture, 200, "streaming").await;
     let mut sink = stage.start_with(&SINK);
-    Line::logs(&sink, "copy requested").await;
+    Stage::logs(&sink, "copy requested").await;
     sink.pause().expect("signal");
-    Line::logs(&capture, "table copied").await;
+    Stage::logs(&capture, "table copied").await;
     lose(&stage, &loss).await;
     stage
         .sql("UPDATE t SET v = 'meanwhile' WHERE id % 50 = 0; DELETE FROM t WHERE id % 50 = 1")
@@ -455,7 +447,7 @@ async fn a_load_that_the_stream_does_not_wait_for_goes_on_in_chunks() {
     stage.folder = config.write().expect("folder");
     *capture = stage.start_with(&CAPTURE);
     *sink = stage.start_with(&SINK);
-    Line::logs(sink, "copy requested").await;
+    Stage::logs(sink, "copy requested").await;
     for sql in [
         "UPDATE late SET v = 'before the load' WHERE id <= 100",
         "DO $$ BEGIN FOR i IN 1001..2400 LOOP
@@ -470,5 +462,5 @@ async fn a_load_that_the_stream_does_not_wait_for_goes_on_in_chunks() {
     open.batch_execute("COMMIT").await.expect("commits");
     let tables = [Compared::same("public.t"), Compared::same("public.late")];
     assert_eq!(stage.equal_as(sink, &tables).await.rows, 3_410);
-    Line::logs(sink, "they are copied again, in chunks").await;
+    Stage::logs(sink, "they are copied again, in chunks").await;
 }

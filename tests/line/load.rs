@@ -3,22 +3,13 @@
 use std::fs;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
 
-use millrace_lab::{Compared, Pipeline};
+use millrace_lab::Compared;
 
-use crate::stage::{PATIENCE, Setting, Stage};
+use crate::stage::{Setting, Stage};
 
 /// Rows of about 2 KiB that fill more than two ranges of blocks (64 MiB).
 const WIDE_ROWS: u64 = 40_000;
-
-async fn says(pipeline: &Pipeline, what: &str) {
-    let deadline = Instant::now() + PATIENCE;
-    while !pipeline.logs().contains(what) {
-        assert!(Instant::now() < deadline, "{what}: {}", pipeline.logs());
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
 
 #[tokio::test]
 async fn rows_that_move_between_blocks_while_their_ranges_are_read_arrive_once() {
@@ -55,7 +46,7 @@ async fn rows_that_move_between_blocks_while_their_ranges_are_read_arrive_once()
         n
     });
     let pipeline = stage.start();
-    says(&pipeline, "table copied").await;
+    Stage::logs(&pipeline, "table copied").await;
     stop.store(true, Ordering::Relaxed);
     assert!(traffic.await.expect("traffic") > 1);
     stage.equal(&pipeline).await;
@@ -97,7 +88,7 @@ async fn rows_of_a_child_that_is_no_partition_are_not_the_parents() {
         .sql("INSERT INTO t VALUES (1, 'own'); INSERT INTO child VALUES (2, 'of the child')")
         .await;
     let pipeline = stage.start();
-    says(&pipeline, "table copied").await;
+    Stage::logs(&pipeline, "table copied").await;
     assert!(
         pipeline.logs().contains("\"rows\":1"),
         "{}",
@@ -122,13 +113,13 @@ async fn a_rewrite_between_snapshot_and_lock_is_noticed() {
         ))
         .await;
     let pipeline = stage.start();
-    says(&pipeline, "\"copying\"").await;
+    Stage::logs(&pipeline, "\"copying\"").await;
     // While the other table is read, this one is not locked yet. The snapshot sees none of its new rows.
     stage
         .sql("ALTER TABLE t ALTER v TYPE text USING upper(v)")
         .await;
     stage.equal(&pipeline).await;
-    says(&pipeline, "was rewritten").await;
+    Stage::logs(&pipeline, "was rewritten").await;
 }
 
 #[tokio::test]

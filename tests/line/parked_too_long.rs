@@ -1,10 +1,10 @@
 //! A table that stays parked for longer than the stream keeps changes holds nobody up, and is copied again.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use millrace_lab::Pipeline;
 
-use crate::stage::{PATIENCE, Setting, Stage};
+use crate::stage::{Setting, Stage};
 
 const SCHEMA: &str = "CREATE TABLE t (id int PRIMARY KEY, v text);
     CREATE TABLE u (id int PRIMARY KEY, v text)";
@@ -48,14 +48,6 @@ async fn shows(stage: &Stage, pipeline: &Pipeline, id: u32) {
     stage.target_shows(pipeline, &sql, &id.to_string()).await;
 }
 
-async fn says(pipeline: &Pipeline, text: &str) {
-    let deadline = Instant::now() + PATIENCE;
-    while !pipeline.logs().contains(text) {
-        assert!(Instant::now() < deadline, "{text}\n{}", pipeline.logs());
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-}
-
 /// Removes all but the newest message, as the stream does at its limits.
 async fn forgets(stage: &Stage) {
     let client = stage.nats.client().await.expect("client");
@@ -83,8 +75,8 @@ async fn a_parked_table_does_not_keep_the_stream_full() {
         )
         .await;
     shows(&stage, &pipeline, 2400).await;
-    says(&pipeline, "E1208").await;
-    says(&pipeline, "E1314").await;
+    Stage::logs(&pipeline, "E1208").await;
+    Stage::logs(&pipeline, "E1314").await;
     Stage::readyz(&mut pipeline, 200, "streaming").await;
 
     stage.target_sql("ALTER TABLE t ADD PRIMARY KEY (id)").await;
@@ -102,7 +94,7 @@ async fn a_parked_table_whose_changes_are_gone_waits_until_it_is_taken_again() {
     let (stage, mut pipeline) = set("confirm = \"acked\"", "required = false").await;
     parks(&stage, &pipeline).await;
     forgets(&stage).await;
-    says(&pipeline, "E1314").await;
+    Stage::logs(&pipeline, "E1314").await;
     // It is not copied while the target still refuses it, and the others go on.
     tokio::time::sleep(A_FEW_LOOKS).await;
     stage
@@ -132,7 +124,7 @@ async fn a_gap_found_while_catching_up_costs_that_table_a_copy_only() {
         .await;
     let pipeline = stage.start();
     stage.equal(&pipeline).await;
-    says(&pipeline, "E1314").await;
+    Stage::logs(&pipeline, "E1314").await;
 }
 
 #[tokio::test]
@@ -140,7 +132,7 @@ async fn a_copy_that_the_target_refuses_parks_the_table_again() {
     let (stage, mut pipeline) = set("confirm = \"acked\"", "required = false").await;
     parks(&stage, &pipeline).await;
     forgets(&stage).await;
-    says(&pipeline, "E1314").await;
+    Stage::logs(&pipeline, "E1314").await;
     // Nothing about the table's shape tells that it refuses every row.
     stage
         .target_sql(
@@ -150,7 +142,7 @@ async fn a_copy_that_the_target_refuses_parks_the_table_again() {
              ALTER TABLE t ADD PRIMARY KEY (id)",
         )
         .await;
-    says(&pipeline, "E1308").await;
+    Stage::logs(&pipeline, "E1308").await;
     tokio::time::sleep(A_FEW_LOOKS).await;
     stage
         .sql("INSERT INTO t VALUES (3, 'c'); INSERT INTO u VALUES (3, 'c')")

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use millrace_lab::Pipeline;
 
@@ -76,18 +76,6 @@ async fn follows(stage: &Stage, pipeline: &Pipeline, statements: &[&str]) {
     }
     traffic.end().await;
     stage.equal(pipeline).await;
-}
-
-async fn logs(pipeline: &Pipeline, text: &str) {
-    let deadline = Instant::now() + PATIENCE;
-    while !pipeline.logs().contains(text) {
-        assert!(
-            Instant::now() < deadline,
-            "{text:?} is not said:\n{}",
-            pipeline.logs()
-        );
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
 }
 
 #[tokio::test]
@@ -180,7 +168,7 @@ async fn a_parked_table_waits_for_its_operator() {
         stage
             .sql(&format!("{change}; INSERT INTO t (id) VALUES ({id})"))
             .await;
-        logs(&pipeline, &remedy.replace('"', "\\\"")).await;
+        Stage::logs(&pipeline, &remedy.replace('"', "\\\"")).await;
         stage
             .sql("INSERT INTO u VALUES (1, 'on') ON CONFLICT (id) DO UPDATE SET v = u.v || 'on'")
             .await;
@@ -263,7 +251,7 @@ async fn a_type_that_no_assignment_takes_is_altered_by_the_operator() {
         .sql("INSERT INTO t (id, a) VALUES (60, '2026-11-21')")
         .await;
     let remedy = "ALTER TABLE \"public\".\"t\" ALTER COLUMN \"a\" TYPE date USING \"a\"::date;";
-    logs(&pipeline, &remedy.replace('"', "\\\"")).await;
+    Stage::logs(&pipeline, &remedy.replace('"', "\\\"")).await;
     // Its own operator knows the rule; the rows come again in any case.
     stage
         .target_sql("ALTER TABLE t ALTER COLUMN a TYPE date USING NULL")
@@ -359,7 +347,7 @@ async fn another_key_and_another_identity() {
         )
         .await;
     let remedy = "ALTER TABLE \"public\".\"t\" DROP CONSTRAINT \"t_pkey\", ADD PRIMARY KEY (\"region\", \"id\")";
-    logs(&pipeline, &remedy.replace('"', "\\\"")).await;
+    Stage::logs(&pipeline, &remedy.replace('"', "\\\"")).await;
     stage.target_sql(remedy).await;
     traffic.end().await;
     stage.equal(&pipeline).await;

@@ -1,28 +1,14 @@
 //! What the catalog tells of a table's history: rows that changed without an event, and columns of other days.
 
-use std::time::{Duration, Instant};
-
 use millrace_event::TableSchema;
 use millrace_lab::{Compared, Pipeline, PostgresOptions};
 
 use crate::backfill_capture::{in_limbo, release};
-use crate::stage::{PATIENCE, Setting, Stage};
-
-async fn logs(pipeline: &Pipeline, text: &str) {
-    let deadline = Instant::now() + PATIENCE;
-    while !pipeline.logs().contains(text) {
-        assert!(
-            Instant::now() < deadline,
-            "{text:?} is not said:\n{}",
-            pipeline.logs()
-        );
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-}
+use crate::stage::{Setting, Stage};
 
 /// Waits until capture has begun anew because of this, and streams.
 async fn next_life(stage: &Stage, pipeline: &Pipeline, said: &str) {
-    logs(pipeline, said).await;
+    Stage::logs(pipeline, said).await;
     stage
         .sql("INSERT INTO u SELECT count(*), 'on' FROM u")
         .await;
@@ -191,7 +177,7 @@ async fn a_table_is_described_once_its_change_is_visible_and_short_lived_columns
     )
     .await;
     // The replication connection and the other tables' lives go on meanwhile; the next life looks again.
-    logs(&pipeline, "cannot be described until then").await;
+    Stage::logs(&pipeline, "cannot be described until then").await;
     release(&stage).await;
     held.await.expect("commits");
     stage.equal(&pipeline).await;

@@ -316,6 +316,19 @@ impl Stage {
         }
     }
 
+    /// Waits until a process has logged a text.
+    pub(crate) async fn logs(pipeline: &Pipeline, text: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        while !pipeline.logs().contains(text) {
+            assert!(
+                Instant::now() < deadline,
+                "{text:?} is not said:\n{}",
+                pipeline.logs()
+            );
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
     /// Gives the configuration other keys of the source and another file of table `t`.
     pub(crate) fn rewrite(&self, source: &str, table: &str) {
         let (url, nats) = (self.postgres.url("source"), self.nats.url());

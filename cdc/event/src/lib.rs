@@ -2,6 +2,7 @@
 //!
 //! Pure: no I/O, no clock, no client of any server. `FORMAT.md` beside this crate says what each byte means.
 
+pub mod as_text;
 mod control;
 mod decode;
 mod encode;

@@ -20,7 +20,7 @@ pub struct LoadHead {
     /// The table at the source.
     pub load: TableName,
     /// The version of every row.
-    #[serde(with = "digits")]
+    #[serde(with = "crate::as_text")]
     pub version: Version,
     /// The fingerprint of the table's schema, as in an event.
     pub table_version: String,
@@ -161,25 +161,6 @@ pub fn as_streamed(type_oid: u32, text: &[u8]) -> Result<Cow<'_, [u8]>, LoadErro
     let value = Value::from_json(raw).map_err(|_| LoadError::Row)?;
     let text = value.as_text().ok_or(LoadError::Row)?;
     Ok(Cow::Owned(text.as_bytes().to_vec()))
-}
-
-mod digits {
-    use serde::{Deserialize, Deserializer, Serializer};
-
-    use crate::Version;
-
-    pub(super) fn serialize<S: Serializer>(
-        version: &Version,
-        serializer: S,
-    ) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(version)
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Version, D::Error> {
-        String::deserialize(from)?
-            .parse()
-            .map_err(serde::de::Error::custom)
-    }
 }
 
 #[cfg(test)]

@@ -60,7 +60,7 @@ pub(super) struct Entry {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Due {
     pub(super) id: String,
-    #[serde(with = "lsn_text")]
+    #[serde(with = "millrace_event::as_text")]
     pub(super) lsn: Lsn,
 }
 
@@ -188,21 +188,6 @@ fn is_rewritten(before: Option<Entry>, now: Option<Entry>) -> bool {
     let compacted =
         before.missing && !now.missing && before.default == now.default && now.default != 0;
     before.xid != now.xid && !compacted
-}
-
-mod lsn_text {
-    use millrace_event::Lsn;
-    use serde::{Deserialize, Deserializer, Serializer};
-
-    pub(super) fn serialize<S: Serializer>(lsn: &Lsn, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(lsn)
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Lsn, D::Error> {
-        String::deserialize(from)?
-            .parse()
-            .map_err(serde::de::Error::custom)
-    }
 }
 
 #[cfg(test)]

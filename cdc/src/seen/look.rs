@@ -6,6 +6,7 @@ use tokio_postgres::{Client, Row};
 
 use super::judgement::{Column, Entry, Look, Seen};
 use crate::Error;
+use crate::source::wal_position;
 
 /// All tables at once, and all of a table as one snapshot shows it: what one statement changed is seen together.
 const LOOK: &str = "SELECT w.place, c.oid, \
@@ -38,9 +39,6 @@ const LOOK: &str = "SELECT w.place, c.oid, \
     LEFT JOIN pg_attrdef d ON d.adrelid = attrelid AND d.adnum = attnum \
     WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped AND attgenerated = '') a";
 
-const INSERT_LSN: &str = "SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() \
-    ELSE pg_current_wal_insert_lsn() END::text";
-
 /// Every configured table that is there, and a place in the WAL behind everything that was found.
 pub(super) async fn look(client: &Client, tables: &[Table]) -> Result<(Vec<Look>, Lsn), Error> {
     let names: Vec<_> = tables.iter().map(|table| table.name.quoted()).collect();
@@ -51,8 +49,7 @@ pub(super) async fn look(client: &Client, tables: &[Table]) -> Result<(Vec<Look>
     };
     let looks = rows.iter().filter_map(found).collect();
     // Asked for afterwards: what was found committed below it.
-    let lsn: Option<String> = client.query_one(INSERT_LSN, &[]).await?.get(0);
-    let lsn = lsn.unwrap_or_default().parse().unwrap_or(Lsn::ZERO);
+    let lsn = wal_position(client).await?;
     Ok((looks, lsn))
 }
 
