@@ -222,7 +222,7 @@ impl Asked<'_> {
             }
             return Ok(());
         };
-        status.attempt += 1;
+        status.attempt = next_attempt(status.attempt, crate::life::now_us());
         if stage == Stage::Load {
             self.reading = None;
             let tables: Vec<_> = due.into_iter().map(|wanted| wanted.table).collect();
@@ -234,7 +234,7 @@ impl Asked<'_> {
     /// The status of a request that nothing is known of yet.
     async fn first_status(&self, request: &CopyRequest) -> Result<CopyStatus, Failure> {
         let mut status = CopyStatus::new(request.id.clone());
-        for TableRequest { table, rows } in &request.tables {
+        for TableRequest { table, rows, .. } in &request.tables {
             if !matches!(rows, Wanted::Keys { .. }) && self.copier.table(table).is_some() {
                 let rows = source::estimate_rows(&self.copier.source.client, table).await?;
                 status.estimates.push((table.clone(), rows));
@@ -299,6 +299,12 @@ impl Asked<'_> {
             .status
             .set_copy_troubles(self.sink, troubles.collect());
     }
+}
+
+/// The number of an attempt behind `last`. A status that the broker has lost is no reason to give a number twice: a sink
+/// takes what it has read of that attempt for read.
+fn next_attempt(last: u64, now_us: i64) -> u64 {
+    u64::try_from(now_us).unwrap_or(0).max(last + 1)
 }
 
 /// What is done with a part of a request. Keys come before loads, and loads before chunks.

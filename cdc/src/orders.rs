@@ -129,8 +129,7 @@ fn added(
     }
     // The oldest may be under way, which its sink remembers by itself. What an operator paces or pauses stays.
     let ours = |order: &BackfillOrder| {
-        OURS.iter().any(|begin| order.id.starts_with(begin))
-            && *order == BackfillOrder::new(order.id.clone(), table.clone())
+        OURS.iter().any(|begin| order.id.starts_with(begin)) && *order == owed(&order.id, table)
     };
     let count = orders.iter().filter(|order| ours(order)).count();
     let mut surplus = (count + 1).saturating_sub(ORDERS_OF_TABLE_MAX);
@@ -139,8 +138,16 @@ fn added(
         surplus -= usize::from(goes);
         !goes
     });
-    orders.push(BackfillOrder::new(id.to_owned(), table.clone()));
+    orders.push(owed(id, table));
     Some(orders)
+}
+
+/// An order that nobody but the table's end ends.
+fn owed(id: &str, table: &TableName) -> BackfillOrder {
+    BackfillOrder {
+        owed: true,
+        ..BackfillOrder::new(id.to_owned(), table.clone())
+    }
 }
 
 #[cfg(test)]
@@ -185,7 +192,7 @@ mod tests {
     #[test]
     fn a_sink_that_never_returns_has_a_list_that_ends() {
         let (a, b) = (table("a"), table("b"));
-        let mut paused = BackfillOrder::new("selection-public.a-0".to_owned(), a.clone());
+        let mut paused = owed("selection-public.a-0", &a);
         paused.paused = true;
         let own = BackfillOrder::new("19ab-0".to_owned(), a.clone());
         let mut orders = vec![paused, own];

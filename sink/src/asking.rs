@@ -18,6 +18,7 @@ pub(crate) fn wanted(progress: &CopyProgress, debts: &Debts) -> Vec<TableRequest
         if let Some(CopyState::Copied { .. }) = progress.tables.get(table) {
             wanted.push(TableRequest {
                 table: table.clone(),
+                began_us: 0,
                 rows: Wanted::Keys { keys: keys.clone() },
             });
         }
@@ -25,12 +26,16 @@ pub(crate) fn wanted(progress: &CopyProgress, debts: &Debts) -> Vec<TableRequest
     let mut chunks = Vec::new();
     for (table, state) in &progress.tables {
         match state {
-            CopyState::Pending { .. } | CopyState::Loading { .. } => wanted.push(TableRequest {
-                table: table.clone(),
-                rows: Wanted::Load,
-            }),
+            CopyState::Pending { began_us, .. } | CopyState::Loading { began_us, .. } => {
+                wanted.push(TableRequest {
+                    table: table.clone(),
+                    began_us: *began_us,
+                    rows: Wanted::Load,
+                });
+            }
             CopyState::Chunks(state) => chunks.push(TableRequest {
                 table: table.clone(),
+                began_us: state.began_us,
                 rows: by_chunks(state),
             }),
             _ => {}
@@ -50,11 +55,14 @@ fn by_chunks(state: &Chunks) -> Wanted {
     }
 }
 
-/// Whether a request that is being answered brings all that is wanted, in the way that it is wanted.
+/// Whether a request that is being answered brings all that is wanted, in the way that it is wanted. One that was made
+/// for an earlier copy of a table does not: what came of that one is given up.
 pub(crate) fn brings(asked: &[TableRequest], wanted: &[TableRequest]) -> bool {
     let brings = |wanted: &TableRequest| {
         let asked = asked.iter().find(|asked| asked.table == wanted.table);
-        asked.is_some_and(|asked| is_same(&asked.rows, &wanted.rows))
+        asked.is_some_and(|asked| {
+            asked.began_us == wanted.began_us && is_same(&asked.rows, &wanted.rows)
+        })
     };
     wanted.iter().all(brings)
 }
@@ -84,7 +92,7 @@ pub(crate) fn must_stay(asked: &[TableRequest], progress: &CopyProgress) -> bool
         asked.rows == Wanted::Load
             && matches!(
                 progress.tables.get(&asked.table),
-                Some(CopyState::Loading { .. })
+                Some(CopyState::Loading { began_us, .. }) if *began_us == asked.began_us
             )
     })
 }
@@ -152,15 +160,15 @@ pub(crate) fn follow_orders(
                 };
                 // What began by itself must become whole, whoever paces it.
                 let adopts = chunks.order.as_ref().is_none_or(|own| own.adopts);
-                if own && order.cancelled && adopts {
+                if own && order.is_cancelled() && adopts {
                     chunks.order = None;
-                } else if own && order.cancelled {
+                } else if own && order.is_cancelled() {
                     // Each row that came is right, and each that did not is as it was.
                     let lsn = millrace_event::Lsn::ZERO;
                     let copied = CopyState::Copied { lsn };
                     next.tables.insert(order.table.clone(), copied);
                     next.finished.insert(order.id.clone());
-                } else if own && !order.cancelled {
+                } else if own && !order.is_cancelled() {
                     // What must be whole is not narrowed by an order that came later.
                     let filter = chunks.order.as_ref().and_then(|own| own.filter.clone());
                     chunks.order = Some(BackfillOrder {
@@ -170,7 +178,7 @@ pub(crate) fn follow_orders(
                     });
                 }
             }
-            Some(state @ CopyState::Copied { .. }) if !order.cancelled && !order.adopts => {
+            Some(state @ CopyState::Copied { .. }) if !order.is_cancelled() && !order.adopts => {
                 let order = Some(order.clone());
                 *state = CopyState::Chunks(Chunks::begin(position, order, now_us));
             }
@@ -178,7 +186,7 @@ pub(crate) fn follow_orders(
                 next.finished.insert(order.id.clone());
             }
             // It waits until the table is where its sink is.
-            Some(_) if order.cancelled => {
+            Some(_) if order.is_cancelled() => {
                 next.finished.insert(order.id.clone());
             }
             Some(_) => {}

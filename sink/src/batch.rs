@@ -68,6 +68,8 @@ pub enum Step {
         table: Arc<TableLayout>,
         /// The copy's version.
         below: Version,
+        /// Whether the rows stay all the same: those that the source has deleted or truncated are kept.
+        keeps_rows: bool,
     },
 }
 

@@ -91,6 +91,14 @@ impl Beside {
         self.copies.applied();
     }
 
+    /// Tells capture what of the copy stream is applied, if it is much.
+    ///
+    /// # Errors
+    /// The broker is away.
+    pub(crate) async fn tell(&mut self, life: &Life<'_>) -> Result<(), Error> {
+        self.copies.tell(life).await
+    }
+
     async fn catch_up(
         &mut self,
         life: &mut Life<'_>,

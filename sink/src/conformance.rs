@@ -279,7 +279,7 @@ async fn floors_and_tombstones<T: Target>(target: &T) {
         ..CopyProgress::default()
     };
     let layout = Arc::clone(&bench.layout);
-    bench.fold.sweep(&layout, Version::new(1, Lsn(2), 0));
+    bench.fold.sweep(&layout, Version::new(1, Lsn(2), 0), false);
     let batch = Batch {
         copy: Some(copy.clone()),
         ..bench.batch(true)
@@ -306,7 +306,7 @@ async fn floors_and_tombstones<T: Target>(target: &T) {
     bench.push(5, 1, put(3, 3, text("c")));
     bench.push(6, 1, put(4, 4, text("d")));
     bench.apply(true).await;
-    bench.fold.sweep(&layout, Version::new(1, Lsn(6), 0));
+    bench.fold.sweep(&layout, Version::new(1, Lsn(6), 0), false);
     bench.apply(true).await;
     assert_eq!(
         target.rows(&bench.layout).await,

@@ -8,7 +8,7 @@ mod told;
 use std::collections::HashSet;
 use std::time::Duration;
 
-use millrace_config::OnDelete;
+use millrace_config::{OnDelete, OnTruncate};
 use millrace_consumer::{Delivery, Ordering, ReadError, Reader, ReaderOptions, Start};
 use millrace_event::work::{CopyApplied, CopyRequest, CopyStatus, Wanted};
 use millrace_event::{Position, TableName, subject};
@@ -28,6 +28,10 @@ use crate::progress::{CopyProgress, CopyState};
 
 /// How often orders, debts and capture's progress are looked at while nothing is awaited.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
+
+/// After so many messages of the copy stream capture is told that they are applied, also between two looks. They have
+/// 256 KiB each.
+const TELL_MESSAGES: u64 = 32;
 
 /// What a sink asks for, and the answer.
 #[derive(Default)]
@@ -247,10 +251,11 @@ impl Copies {
         let tables = life
             .progress
             .those(|state| matches!(state, CopyState::Copied { .. }));
+        let mut room = healing::KEYS_BYTES_MAX;
         for table in tables {
             let after = self.healing.place(&table);
-            let found = life.incomplete(&table, after, healing::ROWS_MAX).await?;
-            self.healing.found(&table, &found);
+            let mut found = life.incomplete(&table, after, healing::ROWS_MAX).await?;
+            self.healing.found(&table, &mut found, &mut room);
             let keys = life.key_texts(&table, &found).await?;
             let fresh = self.healing.ask(&table, keys, now);
             if !fresh.is_empty() {
@@ -278,17 +283,24 @@ impl Copies {
         if self.clearing {
             return Ok(());
         }
-        if let Some(answer) = &self.answer {
-            let asked = &answer.machine.request().tables;
-            if asking::brings(asked, &wanted) || asking::must_stay(asked, &life.progress) {
-                return Ok(());
-            }
+        let goes_on = |asked: &CopyRequest| {
+            asking::brings(&asked.tables, &wanted)
+                || asking::must_stay(&asked.tables, &life.progress)
+        };
+        let answer = self.answer.as_ref();
+        let answer = answer.filter(|answer| goes_on(answer.machine.request()));
+        let asked = answer.map(|answer| answer.machine.request().clone());
+        // Once capture answers, it has the request; until then the broker may have lost it.
+        if answer.is_some_and(|answer| answer.status.is_some()) {
+            return Ok(());
         }
         let stored: Option<CopyRequest> = read(life, &request_key(life)).await?;
-        let goes_on = |stored: &CopyRequest| {
-            asking::brings(&stored.tables, &wanted)
-                || asking::must_stay(&stored.tables, &life.progress)
-        };
+        if let Some(asked) = asked {
+            if stored.is_none_or(|stored| stored.id != asked.id) {
+                put(life, &request_key(life), &asked).await?;
+            }
+            return Ok(());
+        }
         let request = match stored.filter(goes_on) {
             // A crash left it behind: it is gone on with.
             Some(stored) if self.answer.is_none() => stored,
@@ -305,13 +317,15 @@ impl Copies {
         };
         self.withdrawn = false;
         self.telling.iter().for_each(Telling::hurry);
-        let keeps_deleted: HashSet<_> = life
+        let keeps_rows: HashSet<_> = life
             .tables
             .values()
-            .filter(|table| table.on_delete == OnDelete::Ignore)
+            .filter(|table| {
+                table.on_delete == OnDelete::Ignore || table.on_truncate == OnTruncate::Ignore
+            })
             .map(|table| table.name.clone())
             .collect();
-        let machine = Copying::new(request, life.limits, keeps_deleted, life.progress.clone());
+        let machine = Copying::new(request, life.limits, keeps_rows, life.progress.clone());
         self.answer = Some(Answer {
             machine,
             reader: None,
@@ -326,8 +340,8 @@ impl Copies {
         Ok(())
     }
 
-    /// Whether everything was put on the copy stream and read, or the broker lost the stream's end, and yet
-    /// something is missing.
+    /// Whether all of a table was put on the copy stream, and the stream is read to its end, and yet something of the
+    /// table is missing: the broker lost the stream's end.
     async fn is_lost(&mut self, life: &Life<'_>) -> Result<bool, Error> {
         let Some(answer) = &self.answer else {
             return Ok(false);
@@ -335,16 +349,17 @@ impl Copies {
         let Some(status) = &answer.status else {
             return Ok(false);
         };
-        let asked = &answer.machine.request().tables;
-        let told = asked
-            .iter()
-            .all(|asked| status.copied.contains(&asked.table));
-        if !told || answer.next.is_some() || !answer.machine.is_at_rest() {
+        if answer.next.is_some() || !answer.machine.is_at_rest() {
             return Ok(false);
         }
-        // Rows that were healed are not awaited any more.
-        let is_left = asked.iter().any(|asked| {
-            !matches!(asked.rows, Wanted::Keys { .. }) && is_awaited(life, &asked.table)
+        let mut asked = answer.machine.request().tables.iter();
+        // Rows of single keys are not awaited, nor is a copy that was given up.
+        let is_left = asked.any(|asked| {
+            let state = life.progress.tables.get(&asked.table);
+            let awaited = state.and_then(CopyState::copy_began_us);
+            !matches!(asked.rows, Wanted::Keys { .. })
+                && status.copied.contains(&asked.table)
+                && awaited == Some(asked.began_us)
         });
         if !is_left {
             return Ok(false);
@@ -375,6 +390,15 @@ impl Copies {
         };
         let key = format!("applied.{}", life.settings.name);
         put(life, &key, &applied).await
+    }
+
+    /// Tells capture so, once enough was applied since: it reads no further ahead than a little.
+    pub(crate) async fn tell(&mut self, life: &Life<'_>) -> Result<(), Error> {
+        let answer = self.answer.as_ref();
+        match answer.is_some_and(|answer| answer.applied_seq >= answer.told_seq + TELL_MESSAGES) {
+            true => self.tell_applied(life).await,
+            false => Ok(()),
+        }
     }
 
     /// The next batch of copied rows, as far as the stream was applied for them. Nothing may be in flight; the sink
@@ -486,9 +510,4 @@ impl Answer {
         tracing::warn!(%gap, "copied rows are missing");
         self.lost = true;
     }
-}
-
-fn is_awaited(life: &Life<'_>, table: &TableName) -> bool {
-    let state = life.progress.tables.get(table);
-    state.is_some_and(|state| !state.is_copied())
 }

@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use millrace_event::work::{Copied, CopyRequest, Part, Wanted};
+use millrace_event::work::{Copied, CopyRequest, Part, TableRequest, Wanted};
 use millrace_event::{ChangeEvent, LoadHead, TableName, Version, count_load_rows};
 
 use crate::batch::{Batch, Checkpoint, Step};
@@ -21,7 +21,7 @@ pub struct CopyMark<'a> {
     /// The request's id.
     pub request: &'a str,
     /// The attempt.
-    pub attempt: u32,
+    pub attempt: u64,
     /// The message's number in the attempt, from 1.
     pub number: u64,
 }
@@ -77,11 +77,11 @@ pub enum CopyError {
 pub struct Copying {
     request: CopyRequest,
     limits: BatchLimits,
-    /// Tables whose rows stay when they are deleted at the source.
-    keeps_deleted: HashSet<TableName>,
+    /// Tables whose rows stay when they are deleted, or the table truncated, at the source.
+    keeps_rows: HashSet<TableName>,
     layouts: HashMap<TableName, Arc<TableLayout>>,
     progress: CopyProgress,
-    attempt: u32,
+    attempt: u64,
     number: u64,
     fold: Fold,
     loads: Vec<Load>,
@@ -95,7 +95,7 @@ impl Copying {
     pub fn new(
         request: CopyRequest,
         limits: BatchLimits,
-        keeps_deleted: HashSet<TableName>,
+        keeps_rows: HashSet<TableName>,
         progress: CopyProgress,
     ) -> Self {
         let reading = progress.reading.as_ref();
@@ -104,7 +104,7 @@ impl Copying {
         Self {
             request,
             limits,
-            keeps_deleted,
+            keeps_rows,
             layouts: HashMap::new(),
             progress,
             attempt,
@@ -262,21 +262,26 @@ impl Copying {
     }
 
     /// How a table was asked for.
-    fn wanted(&self, table: &TableName) -> Option<&Wanted> {
-        let asked = self.request.tables.iter();
-        let asked = asked.filter(|asked| asked.table == *table);
-        asked.map(|asked| &asked.rows).next()
+    fn asked(&self, table: &TableName) -> Option<&TableRequest> {
+        self.request
+            .tables
+            .iter()
+            .find(|asked| asked.table == *table)
     }
 
-    /// Whether rows of this table are applied: its state is the one that they were asked for in.
+    /// Whether rows of this table are applied: its state is the one that they were asked for in. Of a copy that was
+    /// given up and begun again, the rows before that did not come.
     fn takes(&self, table: &TableName) -> bool {
-        let (Some(wanted), Some(state)) = (self.wanted(table), self.progress.tables.get(table))
+        let (Some(asked), Some(state)) = (self.asked(table), self.progress.tables.get(table))
         else {
             return false;
         };
-        match wanted {
-            Wanted::Load => matches!(state, CopyState::Pending { .. } | CopyState::Loading { .. }),
-            Wanted::Chunks { .. } => matches!(state, CopyState::Chunks(_)),
+        let is_same = state.copy_began_us() == Some(asked.began_us);
+        match asked.rows {
+            Wanted::Load => {
+                is_same && matches!(state, CopyState::Pending { .. } | CopyState::Loading { .. })
+            }
+            Wanted::Chunks { .. } => is_same && matches!(state, CopyState::Chunks(_)),
             Wanted::Keys { .. } => state.is_followed(),
         }
     }
@@ -301,10 +306,14 @@ impl Copying {
         match self.progress.tables.get_mut(table) {
             Some(state @ CopyState::Pending { .. }) => {
                 let claim = state.claim().expect("a pending table has one");
+                let began_us = state
+                    .copy_began_us()
+                    .expect("a pending table awaits its copy");
                 *state = CopyState::Loading {
                     lsn: version.commit_lsn,
                     rows: count,
                     claim,
+                    began_us,
                 };
             }
             Some(CopyState::Loading { rows, .. }) => *rows += count,
@@ -327,7 +336,8 @@ impl Copying {
                     lsn: copied.lsn,
                     claim,
                 };
-                self.fold.sweep(&layout, below);
+                let keeps_rows = self.keeps_rows.contains(table);
+                self.fold.sweep(&layout, below, keeps_rows);
             }
             (Part::Chunk { after, last }, Some(CopyState::Chunks(chunks))) => {
                 if after.is_some() {
@@ -354,7 +364,8 @@ impl Copying {
         let order = chunks.order.as_ref();
         // Chunks of a part of the table say nothing about the rest.
         if order.is_none_or(|order| order.filter.is_none()) {
-            self.fold.sweep(layout, chunks.lower);
+            let keeps_rows = self.keeps_rows.contains(&layout.source);
+            self.fold.sweep(layout, chunks.lower, keeps_rows);
         }
         self.progress
             .finished
@@ -365,10 +376,11 @@ impl Copying {
     /// what is open about them. Below the version at which they were looked for it cannot harm a row that came
     /// again.
     fn keys(&mut self, layout: &Arc<TableLayout>, at: Version) -> Result<(), CopyError> {
-        let Some(Wanted::Keys { keys }) = self.wanted(&layout.source) else {
+        let asked = self.asked(&layout.source);
+        let Some(Wanted::Keys { keys }) = asked.map(|asked| &asked.rows) else {
             return Ok(());
         };
-        if self.keeps_deleted.contains(&layout.source) {
+        if self.keeps_rows.contains(&layout.source) {
             return Ok(());
         }
         for key in keys.clone() {

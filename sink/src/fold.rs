@@ -219,11 +219,12 @@ impl Fold {
     }
 
     /// Adds the end of a table's copy.
-    pub fn sweep(&mut self, layout: &Arc<TableLayout>, below: Version) {
+    pub fn sweep(&mut self, layout: &Arc<TableLayout>, below: Version, keeps_rows: bool) {
         self.flush(None);
         self.steps.push(Step::Sweep {
             table: Arc::clone(layout),
             below,
+            keeps_rows,
         });
     }
 

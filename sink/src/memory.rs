@@ -371,10 +371,14 @@ impl State {
                 for (layout, version) in tables {
                     let floor = &mut self.table(layout).floor;
                     *floor = (*floor).max(*version);
-                    self.below(layout, *version);
+                    self.below(layout, *version, false);
                 }
             }
-            Step::Sweep { table, below } => self.below(table, *below),
+            Step::Sweep {
+                table,
+                below,
+                keeps_rows,
+            } => self.below(table, *below, *keeps_rows),
         }
         Ok(())
     }
@@ -383,9 +387,11 @@ impl State {
         self.tables.entry(layout.target.clone()).or_default()
     }
 
-    fn below(&mut self, layout: &TableLayout, version: Version) {
+    fn below(&mut self, layout: &TableLayout, version: Version, keeps_rows: bool) {
         let table = self.table(layout);
-        table.rows.retain(|_, (stored, _)| *stored >= version);
+        table
+            .rows
+            .retain(|_, (stored, _)| keeps_rows || *stored >= version);
         table.tombstones.retain(|_, stored| *stored >= version);
         for letter in &mut self.letters {
             letter.open &= letter.table != layout.target || letter.version >= version;

@@ -5,6 +5,7 @@ mod commands;
 mod fault;
 mod inserts;
 mod isolate;
+mod keys;
 mod labels;
 mod load;
 mod parameters;
@@ -22,6 +23,7 @@ use millrace_event::{TableName, TableSchema, Version};
 
 pub use session::{Connect, Connecting, migration_sql, status};
 
+use self::keys::Keyless;
 use self::parameters::Uuid;
 use self::session::{PARTITION, Session, Transaction};
 use crate::batch::Batch;
@@ -44,6 +46,8 @@ pub struct PostgresSink {
     /// The relations that this sink writes: others in the same database are not its business.
     relations: BTreeSet<String>,
     session: Option<Session>,
+    /// The tables that get their key later, while there is no session.
+    keyless: Keyless,
 }
 
 impl PostgresSink {
@@ -59,6 +63,7 @@ impl PostgresSink {
             on_row_error: HashMap::new(),
             relations: BTreeSet::new(),
             session: None,
+            keyless: Keyless::default(),
         }
     }
 
@@ -145,7 +150,9 @@ where
 impl Sink for PostgresSink {
     async fn open(&mut self) -> Result<Elected, SinkError> {
         // The old connection must be gone before the new one can win the election.
-        self.session = None;
+        if let Some(session) = self.session.take() {
+            self.keyless = session.keyless;
+        }
         let opened = session::open(
             &self.connect,
             &self.name,
@@ -157,6 +164,7 @@ impl Sink for PostgresSink {
             return Ok(Elected::No);
         };
         session.inserts = inserts::Inserts::of_at_least(self.plain_insert_rows);
+        session.keyless = std::mem::take(&mut self.keyless);
         self.session = Some(session);
         Ok(Elected::Yes(position))
     }

@@ -37,7 +37,7 @@ pub struct Reading {
     /// The request that is being answered.
     pub request: String,
     /// The attempt at it; another one counts its messages anew.
-    pub attempt: u32,
+    pub attempt: u64,
     /// The number of the last message applied, from 1.
     pub number: u64,
 }
@@ -157,13 +157,27 @@ impl CopyState {
     #[must_use]
     pub fn claim(&self) -> Option<Claim> {
         match self {
-            Self::Pending { claim }
+            Self::Pending { claim, .. }
             | Self::Loading { claim, .. }
             | Self::Loaded { claim, .. }
             | Self::Parked { claim, .. } => Some(*claim),
             Self::Chunks(_) | Self::Copied { .. } | Self::Lapsed { .. } | Self::Refused { .. } => {
                 None
             }
+        }
+    }
+
+    /// Which copy of the table is awaited: when it began. `None` where none is.
+    #[must_use]
+    pub fn copy_began_us(&self) -> Option<i64> {
+        match self {
+            Self::Pending { began_us, .. } | Self::Loading { began_us, .. } => Some(*began_us),
+            Self::Chunks(chunks) => Some(chunks.began_us),
+            Self::Loaded { .. }
+            | Self::Copied { .. }
+            | Self::Parked { .. }
+            | Self::Lapsed { .. }
+            | Self::Refused { .. } => None,
         }
     }
 
@@ -201,6 +215,10 @@ pub enum CopyState {
     Pending {
         /// Where its changes begin.
         claim: Claim,
+        /// When it was entered: the sink's clock, microseconds since 1970. It names this copy of the table, which the
+        /// rows of an earlier one do not complete.
+        #[serde(default)]
+        began_us: i64,
     },
     /// Rows of its load are being applied, and no changes. Left to `Loaded` with the last of them, or to `Chunks`
     /// when the load was cut off: by a crash of capture, say. A crash of the sink goes on with the next message.
@@ -212,6 +230,9 @@ pub enum CopyState {
         rows: u64,
         /// Where its changes begin.
         claim: Claim,
+        /// When the copy began, as in `Pending`.
+        #[serde(default)]
+        began_us: i64,
     },
     /// All rows of its load are here, and its changes up to the claim. It catches up beside the others, and is
     /// left to `Copied` once it is where its sink is. When the stream no longer holds what it needs, to `Chunks`.
@@ -265,7 +286,8 @@ pub struct Chunks {
     pub lower: Version,
     /// Rows of chunks that came.
     pub rows: u64,
-    /// When it began: the sink's clock, microseconds since 1970.
+    /// When it began: the sink's clock, microseconds since 1970. It names this copy of the table, which the rows of
+    /// an earlier one do not complete.
     pub began_us: i64,
     /// Who wanted it.
     pub order: Option<BackfillOrder>,
@@ -359,13 +381,17 @@ mod tests {
             ..BackfillOrder::new("o".into(), TableName::new("a", "f"))
         };
         let tables = BTreeMap::from([
-            (TableName::new("a", "b"), CopyState::Pending { claim }),
+            (
+                TableName::new("a", "b"),
+                CopyState::Pending { claim, began_us: 7 },
+            ),
             (
                 TableName::new("a", "c"),
                 CopyState::Loading {
                     lsn: Lsn(17),
                     rows: 3,
                     claim,
+                    began_us: 7,
                 },
             ),
             (

@@ -87,7 +87,10 @@ pub(crate) fn register<'t>(
         let new = match left.remove(table) {
             // Nobody followed its changes meanwhile: every row is read again, and what is gone goes here too.
             true => CopyState::Chunks(Chunks::begin(claim.position, None, now_us)),
-            false => CopyState::Pending { claim },
+            false => CopyState::Pending {
+                claim,
+                began_us: now_us,
+            },
         };
         progress.tables.entry(table.clone()).or_insert(new);
     }
@@ -97,7 +100,10 @@ pub(crate) fn register<'t>(
 
 fn on_another_stream(state: &CopyState, claim: Claim, now_us: i64) -> CopyState {
     match state {
-        CopyState::Pending { .. } => CopyState::Pending { claim },
+        CopyState::Pending { .. } => CopyState::Pending {
+            claim,
+            began_us: now_us,
+        },
         CopyState::Loading { .. }
         | CopyState::Loaded { .. }
         | CopyState::Copied { .. }
@@ -134,7 +140,7 @@ mod tests {
 
     fn pending(position: Position) -> CopyState {
         let claim = claim(position);
-        CopyState::Pending { claim }
+        CopyState::Pending { claim, began_us: 0 }
     }
 
     fn stored(states: &[(&str, CopyState)], copied_to: u64) -> CopyProgress {
@@ -239,6 +245,7 @@ mod tests {
             lsn: Lsn(8),
             rows: 1,
             claim: behind,
+            began_us: 3,
         };
         let lapsed = CopyState::Lapsed { refused_at_us: 4 };
         let stored = stored(

@@ -172,7 +172,10 @@ async fn take_back(life: &mut Life<'_>, table: &TableName) -> Result<(), Error> 
         }
         Some(state @ CopyState::Refused { .. }) if state.may_copy_again(now_us()) => {
             let claim = life.checkpoint.into();
-            let pending = CopyState::Pending { claim };
+            let pending = CopyState::Pending {
+                claim,
+                began_us: now_us(),
+            };
             progress.tables.insert(table.clone(), pending);
         }
         Some(state @ CopyState::Lapsed { .. }) if state.may_copy_again(now_us()) => {

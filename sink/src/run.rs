@@ -341,7 +341,8 @@ impl Following<'_> {
         if let Some(batch) = batch {
             self.begin(batch, Whose::Besides);
         }
-        Ok(())
+        // While the target works.
+        self.beside.tell(&self.life).await
     }
 
     fn begin(&mut self, batch: Batch, whose: Whose) {

@@ -445,26 +445,41 @@ pub fn delete_below(layout: &TableLayout) -> String {
     )
 }
 
-/// `CREATE TABLE` with the given columns (name, type and modifiers, not null) and key.
+/// `CREATE TABLE` with the given columns (name, type and modifiers, not null) and key; without columns of it, without a
+/// key.
 #[must_use]
 pub fn create_table(
     target: &TableName,
     columns: &[(String, String, bool)],
     key: &[String],
 ) -> String {
-    let mut text = format!("CREATE TABLE {} (\n", target.quoted());
-    for (column, type_name, not_null) in columns {
-        let not_null = if *not_null { " NOT NULL" } else { "" };
-        let _ = writeln!(
-            text,
-            "    {} {type_name}{not_null},",
-            quote_identifier(column)
-        );
+    let mut lines: Vec<_> = columns
+        .iter()
+        .map(|(column, type_name, not_null)| {
+            let not_null = if *not_null { " NOT NULL" } else { "" };
+            format!("{} {type_name}{not_null}", quote_identifier(column))
+        })
+        .collect();
+    lines.push(version_definition());
+    if !key.is_empty() {
+        lines.push(primary_key(key));
     }
-    let _ = writeln!(text, "    {},", version_definition());
+    format!(
+        "CREATE TABLE {} (\n    {}\n)",
+        target.quoted(),
+        lines.join(",\n    ")
+    )
+}
+
+/// `ALTER TABLE .. ADD PRIMARY KEY`.
+#[must_use]
+pub fn add_key(target: &TableName, key: &[String]) -> String {
+    format!("ALTER TABLE {} ADD {}", target.quoted(), primary_key(key))
+}
+
+fn primary_key(key: &[String]) -> String {
     let key = join(key.iter().map(|column| quote_identifier(column)), ", ");
-    let _ = write!(text, "    PRIMARY KEY ({key})\n)");
-    text
+    format!("PRIMARY KEY ({key})")
 }
 
 /// `ALTER TABLE .. ADD COLUMN`. Without NOT NULL: the rows that are there have no value.

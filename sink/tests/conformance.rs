@@ -1,5 +1,8 @@
 //! The suite of `trait Sink` on every target.
 
+#[path = "conformance/keys.rs"]
+mod keys;
+
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -293,6 +296,7 @@ async fn a_copy_from_before_forgotten_deletes_is_refused_aloud() {
             lsn: Lsn(lsn),
             rows: 1,
             claim: delete.to.into(),
+            began_us: 1,
         };
         let tables = std::collections::BTreeMap::from([(schema.name.clone(), state)]);
         Batch {

@@ -14,6 +14,7 @@ mod broker_loss;
 mod broker_too_old;
 mod catching_up;
 mod column_selection;
+mod copies_anew;
 mod copy;
 mod copy_faults;
 mod counterexamples;

@@ -18,7 +18,7 @@ pub(crate) struct Place {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Mark {
     pub(crate) request: String,
-    pub(crate) attempt: u32,
+    pub(crate) attempt: u64,
     pub(crate) number: u64,
 }
 

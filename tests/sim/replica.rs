@@ -139,7 +139,7 @@ impl World {
             copy.stream = "the only one".to_owned();
             for spec in self.source.specs.iter().filter(|spec| spec.configured) {
                 let claim = to.into();
-                let pending = CopyState::Pending { claim };
+                let pending = CopyState::Pending { claim, began_us: 0 };
                 copy.tables.insert(spec.name.clone(), pending);
             }
             let batch = Batch {
@@ -233,6 +233,12 @@ impl World {
         let row = self.replica.position().unwrap_or_default();
         let wanted = request.tables.iter().map(|table| TableRequest {
             table: table.clone(),
+            began_us: row
+                .copy
+                .tables
+                .get(table)
+                .and_then(CopyState::copy_began_us)
+                .unwrap_or_default(),
             rows: Wanted::Load,
         });
         let wanted = CopyRequest {

@@ -69,6 +69,10 @@ pub struct TableRequest {
     /// The table.
     #[serde(flatten)]
     pub table: TableName,
+    /// Which copy of the table the rows are for: when it began, by the sink's clock, microseconds since 1970. 0 for
+    /// single keys, which are for none.
+    #[serde(default)]
+    pub began_us: i64,
     /// Which rows, and how they are read.
     #[serde(flatten)]
     pub rows: Wanted,
@@ -128,6 +132,10 @@ pub struct BackfillOrder {
     /// it cannot be cancelled, because the table must become whole.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub adopts: bool,
+    /// Without it the replica would stay wrong: capture has seen why. It may be paced and paused, and its end is that of
+    /// the table.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub owed: bool,
 }
 
 impl BackfillOrder {
@@ -142,7 +150,14 @@ impl BackfillOrder {
             paused: false,
             cancelled: false,
             adopts: false,
+            owed: false,
         }
+    }
+
+    /// Whether it is to end where it is, and may.
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        self.cancelled && !self.owed
     }
 }
 
@@ -157,8 +172,9 @@ pub fn orders_key(sink: &str) -> String {
 pub struct CopyStatus {
     /// The request's id.
     pub request: String,
-    /// Rises with each attempt that the request needed.
-    pub attempt: u32,
+    /// Rises with each attempt that the request needed, also where the broker has lost this status meanwhile: when the
+    /// attempt began, by capture's clock, microseconds since 1970, or one more than the last.
+    pub attempt: u64,
     /// The tables whose rows are all on the copy stream.
     pub copied: Vec<TableName>,
     /// The copy stream's last sequence after them.

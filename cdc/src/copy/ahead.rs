@@ -11,6 +11,10 @@ const RECORD_BYTES: u64 = 256;
 /// which may be a large row in many chunks: a stream that refuses messages ends the attempt.
 const PART_OF_LIMIT: u64 = 4;
 
+/// So many bytes may lie before the sink at most. What is read sooner than it is applied costs the source, the broker and
+/// us processors that the target may need: where they share a machine, a load is as fast as its target.
+const BYTES_MAX: u64 = 48 * 1024 * 1024;
+
 /// Counts what is on its way or on the stream, and not known to be applied.
 #[derive(Debug)]
 pub(super) struct Ahead {
@@ -25,7 +29,7 @@ impl Ahead {
     /// left counts until the sink has passed `stream_seq`, the sequence behind it.
     pub(super) fn new(limit: u64, found: u64, stream_seq: u64) -> Self {
         Self {
-            bytes_max: limit.min(COPY_BYTES_MAX) / PART_OF_LIMIT,
+            bytes_max: (limit.min(COPY_BYTES_MAX) / PART_OF_LIMIT).min(BYTES_MAX),
             bytes: found,
             stored: VecDeque::from([(stream_seq, found)]),
         }
@@ -111,7 +115,9 @@ mod tests {
     #[test]
     fn a_stream_without_a_limit_is_filled_no_further_than_ours() {
         let mut ahead = Ahead::new(u64::MAX, 0, 1);
-        ahead.sent(COPY_BYTES_MAX / PART_OF_LIMIT);
+        ahead.sent(BYTES_MAX - 1);
+        assert!(!ahead.is_full());
+        ahead.sent(1);
         assert!(ahead.is_full());
     }
 }

@@ -157,17 +157,16 @@ impl Turn<'_, '_> {
             let Some(chunk) = self.chunk(progress, wanted).await? else {
                 unreachable!("only keys can be too many");
             };
-            let last = !chunk.cut && chunk.taken.rows < u64::from(limit);
-            let taken = chunk.taken;
+            let (last, count, taken) = (chunk.is_last, chunk.rows, chunk.taken);
             let part = Part::Chunk {
                 after: chunk.last_key.clone(),
                 last,
             };
             after = chunk.last_key.clone().or(after);
             self.publish(progress.table, chunk).await?;
-            self.whole(progress.table, taken.rows, part).await?;
+            self.whole(progress.table, count, part).await?;
             throttle.read(taken, self.asked.copier.began.elapsed());
-            rows += taken.rows;
+            rows += count;
             if last {
                 break;
             }
@@ -188,7 +187,7 @@ impl Turn<'_, '_> {
                 continue;
             };
             rest = later;
-            rows += chunk.taken.rows;
+            rows += chunk.rows;
             self.publish(progress.table, chunk).await?;
         }
         self.whole(progress.table, rows, Part::Keys).await?;
@@ -260,7 +259,7 @@ impl Turn<'_, '_> {
         let (mark, _) = self.reading.mark().await?;
         let reach = self.seen(mark).await?;
         tracing::debug!(
-            table = %table.name, version = %chunk.version, %reach, rows = chunk.taken.rows, "chunk"
+            table = %table.name, version = %chunk.version, %reach, rows = chunk.rows, "chunk"
         );
         let source = &self.asked.copier.config.source.name;
         let subject = subject::copy(source, self.asked.sink, &table.name);

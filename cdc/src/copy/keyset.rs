@@ -46,7 +46,12 @@ impl Keyset {
         }
     }
 
-    /// At most `limit` rows behind a key, or from the first one, for which the condition holds.
+    /// Whether only some of the table's rows are read.
+    pub(super) fn is_filtered(&self, filter: Option<&str>) -> bool {
+        self.published.is_some() || filter.is_some()
+    }
+
+    /// At most `limit` rows behind a key, or from the first one.
     ///
     /// The source compares: nobody else knows its collations.
     ///
@@ -55,15 +60,62 @@ impl Keyset {
     pub(super) fn chunk(
         &self,
         after: Option<&[String]>,
-        filter: Option<&str>,
         limit: u32,
     ) -> Result<String, KeyMismatch> {
-        let behind = match after {
-            None => None,
-            Some(after) => Some(format!("({}) > {}", self.key_list(), self.row(after)?)),
-        };
         let rest = format!(" ORDER BY {} LIMIT {limit}", self.key_list());
-        Ok(self.copy(behind, filter, &rest))
+        Ok(self.copy(self.behind(after)?, None, &rest))
+    }
+
+    /// The `number`-th key behind a key, of all rows, as texts. Rows of which few are wanted are read up to it: how many
+    /// are looked at must not depend on how many of them are.
+    ///
+    /// # Errors
+    /// The key is not one of this table.
+    pub(super) fn key_behind(
+        &self,
+        after: Option<&[String]>,
+        number: u32,
+    ) -> Result<String, KeyMismatch> {
+        let texts = self.key.iter();
+        let texts = texts.map(|column| format!("{}::text", quote_identifier(&column.name)));
+        let behind = self.behind(after)?;
+        Ok(format!(
+            "SELECT {} FROM {}{} ORDER BY {} OFFSET {} LIMIT 1",
+            texts.collect::<Vec<_>>().join(", "),
+            self.table.quoted(),
+            behind.map_or_else(String::new, |behind| format!(" WHERE {behind}")),
+            self.key_list(),
+            number.saturating_sub(1)
+        ))
+    }
+
+    /// The rows behind a key and up to another one, or to the last, for which the condition holds.
+    ///
+    /// # Errors
+    /// A key is not one of this table.
+    pub(super) fn range(
+        &self,
+        after: Option<&[String]>,
+        to: Option<&[String]>,
+        filter: Option<&str>,
+    ) -> Result<String, KeyMismatch> {
+        let up_to = match to {
+            None => None,
+            Some(to) => Some(format!("({}) <= {}", self.key_list(), self.row(to)?)),
+        };
+        let between: Vec<_> = self.behind(after)?.into_iter().chain(up_to).collect();
+        let between = (!between.is_empty()).then(|| between.join(" AND "));
+        let rest = format!(" ORDER BY {}", self.key_list());
+        Ok(self.copy(between, filter, &rest))
+    }
+
+    fn behind(&self, after: Option<&[String]>) -> Result<Option<String>, KeyMismatch> {
+        let Some(after) = after else { return Ok(None) };
+        Ok(Some(format!(
+            "({}) > {}",
+            self.key_list(),
+            self.row(after)?
+        )))
     }
 
     /// The rows of these keys.
@@ -146,13 +198,13 @@ mod tests {
 
     #[test]
     fn a_chunk_begins_behind_a_key_or_at_the_first_row() {
-        let first = keyset().chunk(None, None, 10).unwrap();
+        let first = keyset().chunk(None, 10).unwrap();
         let select = "COPY (SELECT \"id\", \"k\" FROM \"s\".\"a\"\"b\"";
         assert_eq!(
             first,
             format!("{select} ORDER BY \"k\", \"id\" LIMIT 10) TO STDOUT")
         );
-        let next = keyset().chunk(Some(&key("it's\\", "7")), None, 10).unwrap();
+        let next = keyset().chunk(Some(&key("it's\\", "7")), 10).unwrap();
         assert_eq!(
             next,
             format!(
@@ -164,15 +216,18 @@ mod tests {
 
     #[test]
     fn a_condition_keeps_to_its_place() {
+        let (a, b) = (key("a", "1"), key("b", "2"));
         let filtered = keyset()
-            .chunk(Some(&key("a", "1")), Some("id > 3 OR true -- all"), 10)
+            .range(Some(&a), Some(&b), Some("id > 3 OR true -- all"))
             .unwrap();
-        let condition = " AND (id > 3 OR true -- all\n) ORDER BY";
+        let condition = " WHERE (\"k\", \"id\") > ('a'::pg_catalog.text, '1'::bigint) \
+                         AND (\"k\", \"id\") <= ('b'::pg_catalog.text, '2'::bigint) \
+                         AND (id > 3 OR true -- all\n) ORDER BY";
         assert!(filtered.contains(condition), "{filtered}");
-        let first = keyset().chunk(None, Some("id > 3"), 10).unwrap();
+        let first = keyset().range(None, None, Some("id > 3")).unwrap();
         assert!(first.contains(" WHERE (id > 3\n) ORDER BY"), "{first}");
         let part = publishing(Some("open"));
-        let both = part.chunk(None, Some("id > 3"), 10).unwrap();
+        let both = part.range(None, None, Some("id > 3")).unwrap();
         assert!(
             both.contains(" WHERE (open\n) AND (id > 3\n) ORDER"),
             "{both}"
@@ -181,6 +236,20 @@ mod tests {
         assert!(
             keys.ends_with("'1'::bigint)) AND (open\n)) TO STDOUT"),
             "{keys}"
+        );
+    }
+
+    #[test]
+    fn the_key_of_a_place_is_that_of_all_rows() {
+        let part = publishing(Some("open"));
+        assert!(part.is_filtered(None) && keyset().is_filtered(Some("true")));
+        assert!(!keyset().is_filtered(None));
+        let tenth = part.key_behind(Some(&key("a", "1")), 10).unwrap();
+        assert_eq!(
+            tenth,
+            "SELECT \"k\"::text, \"id\"::text FROM \"s\".\"a\"\"b\" \
+             WHERE (\"k\", \"id\") > ('a'::pg_catalog.text, '1'::bigint) \
+             ORDER BY \"k\", \"id\" OFFSET 9 LIMIT 1"
         );
     }
 
@@ -195,7 +264,7 @@ mod tests {
     #[test]
     fn a_key_of_other_columns_is_refused() {
         let short = vec!["a".to_owned()];
-        assert!(keyset().chunk(Some(&short), None, 1).is_err());
+        assert!(keyset().chunk(Some(&short), 1).is_err());
         assert!(keyset().rows_of(&[key("a", "1"), short]).is_err());
     }
 }

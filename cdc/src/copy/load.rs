@@ -6,7 +6,6 @@
 //! not tell of. So once the lock is held, what the catalog says now is compared with what it said to the snapshot.
 
 use std::pin::pin;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::Bytes;
 use futures_util::StreamExt;
@@ -16,12 +15,13 @@ use millrace_connect::postgres::{Dsn, connect};
 use millrace_event::{
     Datum, LoadColumn, LoadHead, Lsn, Version, fingerprint, quote_literal, subject,
 };
-use tokio::sync::mpsc;
+use tokio::sync::{Mutex, mpsc};
 use tokio_postgres::Client;
 
 use super::Asked;
 use super::failure::Failure;
 use super::ranges::{Range, ranges};
+use super::reading::check_columns;
 use super::session::session;
 use super::text::{CopyRow, CopyTextError, write_row};
 use super::writer::Writer;
@@ -38,8 +38,9 @@ const MESSAGE_SPARE_BYTES: usize = 4 * 1024;
 /// would only cost the source more at once.
 const READERS_MAX: usize = 2;
 
-/// Messages that are read and not yet published.
-const READ_AHEAD: usize = 2;
+/// Messages of one range that are read and not yet published: about a range of usual rows, so that its reader need not
+/// wait for its turn.
+const READ_AHEAD: usize = 16;
 
 /// The tables that hold the rows of one, with their files for the snapshot and now, and their blocks.
 const LEAVES: &str = "WITH RECURSIVE tree AS ( \
@@ -87,32 +88,33 @@ impl Asked<'_> {
         let version = Version::new(self.copier.source.epoch, reader.lsn, 0);
         let head = head_of(table, version).line();
         let subject = subject::copy(source, out.sink(), &table.name);
-        let (read, mut messages) = mpsc::channel(READ_AHEAD);
-        let next = AtomicUsize::new(0);
+        // One range may wait beside those that are read: what is read ahead has a limit.
+        let (turns, mut order) = mpsc::channel(1);
+        let count = ranges.len();
+        let ranges = Mutex::new(Ranges {
+            rest: ranges.into_iter(),
+            turns: Some(turns),
+        });
         let work = Work {
             table,
             head: &head,
             ranges: &ranges,
-            next: &next,
         };
-        let readers = READERS_MAX.min(ranges.len());
         let reading = async {
-            // Each has its end of the channel: the last that is done closes it.
-            let others = (1..readers).map(|_| work.on_own(reader, read.clone()));
-            let others: Vec<_> = others.collect();
-            let own = work.read(reader.client, read);
-            try_join(own, try_join_all(others)).await
+            let others = (1..READERS_MAX.min(count)).map(|_| work.on_own(reader));
+            try_join(work.read(reader.client), try_join_all(others)).await
         };
         let publishing = async {
             let mut rows = 0;
-            while let Some(message) = messages.recv().await {
-                let Message { payload, count } = message;
-                if rows == 0 {
-                    self.setbacks.table_goes_on(&table.name);
-                    self.show();
+            while let Some(mut messages) = order.recv().await {
+                while let Some(Message { payload, count }) = messages.recv().await {
+                    if rows == 0 {
+                        self.setbacks.table_goes_on(&table.name);
+                        self.show();
+                    }
+                    rows += count;
+                    out.publish(subject.clone(), payload).await?;
                 }
-                rows += count;
-                out.publish(subject.clone(), payload).await?;
             }
             Ok(rows)
         };
@@ -146,6 +148,7 @@ async fn look(client: &Client, table: &SourceTable) -> Result<Vec<Range>, Failur
             snapshot_lives: true,
         });
     }
+    check_columns(client, table).await?;
     let leaves = leaves.iter().flat_map(|leaf| {
         let blocks = leaf.get::<_, i64>(2);
         ranges(leaf.get(0), u32::try_from(blocks).unwrap_or(u32::MAX))
@@ -176,29 +179,56 @@ struct Message {
     count: u64,
 }
 
-/// The ranges of one table, which its readers share.
+/// What the readers of a table share.
 #[derive(Clone, Copy)]
 struct Work<'w> {
     table: &'w SourceTable,
     head: &'w [u8],
-    ranges: &'w [Range],
-    next: &'w AtomicUsize,
+    ranges: &'w Mutex<Ranges>,
+}
+
+/// The ranges that no reader has taken yet, and the order in which they were taken.
+///
+/// They are published in that order, however many readers there are: rows of a table often lie in the order of their
+/// key, and a target's index takes keys in order at less than half the cost of any other.
+struct Ranges {
+    rest: std::vec::IntoIter<Range>,
+    turns: Option<mpsc::Sender<mpsc::Receiver<Message>>>,
+}
+
+impl Ranges {
+    /// The next range, and where its messages go.
+    async fn next(&mut self) -> Option<(Range, mpsc::Sender<Message>)> {
+        let range = self.rest.next();
+        if let (Some(range), Some(turns)) = (range, &self.turns) {
+            let (read, messages) = mpsc::channel(READ_AHEAD);
+            if turns.send(messages).await.is_ok() {
+                return Some((range, read));
+            }
+        }
+        // Whoever publishes is told that there is no other.
+        self.turns = None;
+        None
+    }
 }
 
 impl Work<'_> {
     /// Reads ranges on a connection of its own.
-    async fn on_own(self, reader: &Reader<'_>, read: mpsc::Sender<Message>) -> Result<(), Failure> {
+    async fn on_own(self, reader: &Reader<'_>) -> Result<(), Failure> {
         let client = connect(reader.dsn, session()).await.map_err(Error::from)?;
         client.batch_execute(&begin(reader.snapshot)).await?;
-        self.read(&client, read).await
+        self.read(&client).await
     }
 
     /// Reads ranges until none is left.
-    async fn read(self, client: &Client, read: mpsc::Sender<Message>) -> Result<(), Failure> {
-        while let Some(range) = self.ranges.get(self.next.fetch_add(1, Ordering::Relaxed)) {
-            self.range(client, range, &read).await?;
+    async fn read(self, client: &Client) -> Result<(), Failure> {
+        loop {
+            let next = self.ranges.lock().await.next().await;
+            let Some((range, read)) = next else {
+                return Ok(());
+            };
+            self.range(client, &range, &read).await?;
         }
-        Ok(())
     }
 
     async fn range(

@@ -1,8 +1,8 @@
 //! Which blocks of a table are read together. Pure.
 
-/// So many blocks are one range: large enough that beginning one costs nothing beside reading it (32 MiB with
-/// Postgres' usual blocks of 8 KiB), and small enough that the readers end at about the same time.
-pub(super) const RANGE_BLOCKS: u32 = 4_096;
+/// So many blocks are one range: large enough that beginning one costs little beside reading it (4 MiB with Postgres'
+/// usual blocks of 8 KiB), and small enough that it can be read before its turn to be published has come.
+pub(super) const RANGE_BLOCKS: u32 = 512;
 
 /// Blocks of one table of the source that holds rows: a whole table, or a partition.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,9 +58,9 @@ mod tests {
     #[test]
     fn the_last_range_has_no_end() {
         let expected = [
-            Some("ctid < '(4096,0)'".to_owned()),
-            Some("ctid >= '(4096,0)' AND ctid < '(8192,0)'".to_owned()),
-            Some("ctid >= '(8192,0)'".to_owned()),
+            Some("ctid < '(512,0)'".to_owned()),
+            Some("ctid >= '(512,0)' AND ctid < '(1024,0)'".to_owned()),
+            Some("ctid >= '(1024,0)'".to_owned()),
         ];
         assert_eq!(conditions(2 * RANGE_BLOCKS + 1), expected);
         assert_eq!(conditions(2 * RANGE_BLOCKS).len(), 2);

@@ -31,7 +31,7 @@ const SNAPSHOT: &str = "SELECT pg_current_snapshot()::text, coalesce((SELECT \
     FROM pg_class c WHERE c.oid = $1::text::regclass";
 
 /// The columns, with their types as SQL without modifiers.
-const COLUMNS: &str = "SELECT attname::text, atttypid, atttypmod, format_type(atttypid, -1) FROM pg_attribute \
+const COLUMNS: &str = "SELECT attnum, attname::text, atttypid, atttypmod, format_type(atttypid, -1) FROM pg_attribute \
     WHERE attrelid = $1::text::regclass AND attnum > 0 AND NOT attisdropped ORDER BY attnum";
 
 /// Takes a transaction id and leaves a mark in the WAL. The message makes the transaction one that the reader sees.
@@ -55,11 +55,13 @@ pub(super) enum Rows<'a> {
 #[derive(Debug)]
 pub(super) struct Chunk {
     pub(super) messages: Vec<Bytes>,
-    /// The key of the last row; `None` where there is none.
+    /// Behind which key the next one begins; `None` where this one has no row.
     pub(super) last_key: Option<Vec<String>>,
-    /// Whether it was ended before its last row, because of its bytes.
-    pub(super) cut: bool,
+    /// Whether there is no row behind it.
+    pub(super) is_last: bool,
     pub(super) version: Lsn,
+    pub(super) rows: u64,
+    /// What it cost: of a part of the table also the rows that do not belong to it.
     pub(super) taken: Taken,
 }
 
@@ -82,8 +84,68 @@ pub(super) struct Looks {
     columns: Option<Vec<Column>>,
 }
 
-/// Name, type OID, type modifier, type as SQL.
-type Column = (String, u32, i32, String);
+/// A column of a table as a snapshot shows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Column {
+    number: i16,
+    name: String,
+    type_oid: u32,
+    typmod: i32,
+    /// The type as SQL.
+    type_name: String,
+}
+
+async fn columns(client: &Client, table: &SourceTable) -> Result<Vec<Column>, Failure> {
+    let rows = client.query(COLUMNS, &[&table.name.quoted()]).await;
+    let rows = rows.map_err(|error| Failure::of_table(&table.name, error))?;
+    let column = |row: &tokio_postgres::Row| Column {
+        number: row.get(0),
+        name: row.get(1),
+        type_oid: row.get(2),
+        typmod: row.get(3),
+        type_name: row.get(4),
+    };
+    Ok(rows.iter().map(column).collect())
+}
+
+/// Checks that a table has the columns that capture knows, and no others. What is read of it lacks a column that capture
+/// does not know, and the sink takes changes that its snapshot shows for read.
+fn are_known(table: &SourceTable, found: &[Column]) -> bool {
+    let found_names = found
+        .iter()
+        .map(|column| (column.number, column.name.as_str()));
+    let known_names = table
+        .known
+        .iter()
+        .map(|(number, name)| (*number, name.as_str()));
+    let are_same = table.columns.iter().all(|(name, type_oid, typmod)| {
+        // A masked column travels with another type than it has.
+        let column = found.iter().find(|column| column.name == *name);
+        column.is_some_and(|column| {
+            !table.selection.leaves(name)
+                || (column.type_oid, column.typmod) == (*type_oid, *typmod)
+        })
+    });
+    are_same && found_names.eq(known_names)
+}
+
+/// Checks the same of the table that a transaction's snapshot shows.
+///
+/// # Errors
+/// [`Failure::Life`]: capture must look at the table anew.
+pub(super) async fn check_columns(client: &Client, table: &SourceTable) -> Result<(), Failure> {
+    match are_known(table, &columns(client, table).await?) {
+        true => Ok(()),
+        false => Err(has_changed(table)),
+    }
+}
+
+fn has_changed(table: &SourceTable) -> Failure {
+    Failure::Life(Error::retry_because(format!(
+        "table {} has changed since capture began",
+        table.name
+    )))
+}
 
 /// The reading of one request's tables, for as long as capture lives and the request stands.
 pub(super) struct Reading<'c> {
@@ -238,22 +300,25 @@ impl<'c> Reading<'c> {
                 return Ok(judged.map_or_else(Tried::Wait, |_| Tried::Rewritten));
             }
         };
-        let found = client.query(COLUMNS, &[&name]).await.map_err(of_table)?;
-        let found = found
-            .iter()
-            .map(|row| (row.get(0), row.get(1), row.get(2), row.get(3)))
-            .collect();
-        looks.columns(table, found)?;
+        looks.columns(table, columns(client, table).await?)?;
         let keyset = looks.keyset(table);
+        let of_key = |error| Failure::of_key(&table.name, &error);
+        let mut up_to: Option<Vec<String>> = None;
         let sql = match rows {
             Rows::Behind {
                 after,
                 filter,
                 limit,
-            } => keyset.chunk(after, filter, limit),
+            } if keyset.is_filtered(filter) => {
+                let sql = keyset.key_behind(after, limit).map_err(of_key)?;
+                let row = client.query_opt(&sql, &[]).await.map_err(of_table)?;
+                up_to = row.map(|row| (0..row.len()).map(|at| row.get(at)).collect());
+                keyset.range(after, up_to.as_deref(), filter)
+            }
+            Rows::Behind { after, limit, .. } => keyset.chunk(after, limit),
             Rows::Of(keys) => keyset.rows_of(keys),
         };
-        let sql = sql.map_err(|error| Failure::of_key(&table.name, &error))?;
+        let sql = sql.map_err(of_key)?;
         let filter = match rows {
             Rows::Behind { filter, .. } => filter,
             Rows::Of(_) => None,
@@ -276,8 +341,8 @@ impl<'c> Reading<'c> {
             Rows::Behind { limit, .. } => u64::from(limit),
             Rows::Of(keys) => keys.len() as u64,
         };
-        // The last row that was asked for may be the one that fills it.
-        cut &= packer.rows() < most;
+        // The last row that was asked for may be the one that fills it. Of a part nobody knows which is the last.
+        cut &= up_to.is_some() || packer.rows() < most;
         if cut {
             // The source would go on sending: the statement ends with a word on another session.
             let other = &self.copier.source.client;
@@ -289,12 +354,25 @@ impl<'c> Reading<'c> {
         } else {
             client.batch_execute("COMMIT").await?;
         }
+        let is_filtered = match rows {
+            Rows::Behind { filter, .. } => keyset.is_filtered(filter),
+            Rows::Of(_) => false,
+        };
+        let (is_last, looked_at) = match &up_to {
+            _ if cut => (false, packer.rows()),
+            Some(_) => (false, most),
+            None => (is_filtered || packer.rows() < most, packer.rows()),
+        };
         Ok(Tried::Read(Chunk {
-            last_key: packer.last_key(),
-            cut,
+            last_key: match up_to {
+                Some(key) if !cut => Some(key),
+                _ => packer.last_key(),
+            },
+            is_last,
             version,
+            rows: packer.rows(),
             taken: Taken {
-                rows: packer.rows(),
+                rows: looked_at,
                 bytes: packer.bytes(),
                 time: began.elapsed(),
             },
@@ -306,32 +384,22 @@ impl<'c> Reading<'c> {
 impl Looks {
     /// Checks that the table has the columns that capture knows, as it had them at the chunk before.
     fn columns(&mut self, table: &SourceTable, found: Vec<Column>) -> Result<(), Failure> {
-        let known = table.columns.iter().all(|(name, type_oid, typmod)| {
-            let column = found.iter().find(|(found, ..)| found == name);
-            column.is_some_and(|(_, found_oid, found_typmod, _)| {
-                // A masked column travels with another type than it has.
-                !table.selection.leaves(name) || (found_oid, found_typmod) == (type_oid, typmod)
-            })
-        });
         let changed = self.columns.as_ref().is_some_and(|before| *before != found);
+        let known = are_known(table, &found);
         self.columns = Some(found);
         match known && !changed {
             true => Ok(()),
-            false => Err(Failure::Life(Error::retry_because(format!(
-                "table {} has changed since capture began",
-                table.name
-            )))),
+            false => Err(has_changed(table)),
         }
     }
 
     fn keyset(&self, table: &SourceTable) -> Keyset {
         let columns = self.columns.as_deref().unwrap_or_default();
         let key = table.key.iter().map(|name| {
-            let column = columns.iter().find(|(found, ..)| found == name);
-            let (.., type_name) = column.expect("checked to be there");
+            let column = columns.iter().find(|column| column.name == *name);
             KeyColumn {
                 name: name.clone(),
-                type_name: type_name.clone(),
+                type_name: column.expect("checked to be there").type_name.clone(),
             }
         });
         Keyset::new(

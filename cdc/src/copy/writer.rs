@@ -21,7 +21,7 @@ use crate::stream;
 const UNACKED_MAX: usize = 32;
 
 /// How often the sink's progress is looked at while it is awaited.
-const LOOK_INTERVAL: Duration = Duration::from_millis(200);
+const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// One attempt's writer. Messages are numbered, so that the sink notices a loss.
 pub(super) struct Writer<'c> {

@@ -22,6 +22,7 @@ fn copied() -> CopyState {
 fn pending() -> CopyState {
     CopyState::Pending {
         claim: Claim::default(),
+        began_us: NOW_US,
     }
 }
 
@@ -30,6 +31,7 @@ fn loading() -> CopyState {
         lsn: Lsn(4),
         rows: 1,
         claim: Claim::default(),
+        began_us: NOW_US,
     }
 }
 
@@ -266,4 +268,43 @@ fn an_order_for_a_table_of_others_is_struck() {
     let before = progress(&[("a", copied())]);
     let after = follow_orders(&before, &[order("o", "elsewhere")], at(9), NOW_US);
     assert!(after.expect("is finished").finished.contains("o"));
+}
+
+#[test]
+fn a_request_for_an_earlier_copy_of_a_table_does_not_bring_the_next_one() {
+    for state in [pending(), chunks(None)] {
+        let asked = wanted(&progress(&[("t", state.clone())]), &Debts::new());
+        assert!(brings(&asked, &asked));
+        let later = match state {
+            CopyState::Pending { claim, .. } => CopyState::Pending {
+                claim,
+                began_us: NOW_US + 1,
+            },
+            _ => CopyState::Chunks(Chunks::begin(at(9), None, NOW_US + 1)),
+        };
+        let wanted = wanted(&progress(&[("t", later)]), &Debts::new());
+        assert!(!brings(&asked, &wanted));
+    }
+}
+
+#[test]
+fn what_a_replica_needs_is_not_cancelled() {
+    let owed = BackfillOrder {
+        owed: true,
+        cancelled: true,
+        ..order("o", "t")
+    };
+    let begun = follow_orders(
+        &progress(&[("t", copied())]),
+        std::slice::from_ref(&owed),
+        at(9),
+        NOW_US,
+    );
+    let begun = begun.expect("it begins");
+    assert!(matches!(begun.tables[&table("t")], CopyState::Chunks(_)));
+    let orders = [owed];
+    let again = follow_orders(&begun, &orders, at(9), NOW_US);
+    assert_eq!(again, None, "it goes on");
+    let waiting = progress(&[("t", pending())]);
+    assert_eq!(follow_orders(&waiting, &orders, at(9), NOW_US), None);
 }

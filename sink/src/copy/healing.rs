@@ -9,6 +9,9 @@ use tokio::time::Instant;
 /// So many incomplete rows of a table are asked for at once.
 pub(super) const ROWS_MAX: usize = 500;
 
+/// Their keys have so many bytes in all tables together: a request is one message, whose size the broker bounds.
+pub(super) const KEYS_BYTES_MAX: usize = 128 * 1024;
+
 /// A row that was asked for and is still incomplete, because it was changed again meanwhile, is asked for again after
 /// this. Each time it takes twice as long, since a row that is gone stays incomplete where deletes are ignored.
 const WAIT_FIRST: Duration = Duration::from_secs(1);
@@ -48,12 +51,22 @@ impl Healing {
         self.searched.get(table).map_or("", String::as_str)
     }
 
-    /// Up to [`ROWS_MAX`] keys were found there. Rows that nothing heals must not keep those behind them from it.
-    pub(super) fn found(&mut self, table: &TableName, keys: &[String]) {
-        match keys.last().filter(|_| keys.len() >= ROWS_MAX) {
-            Some(last) => self.searched.insert(table.clone(), last.clone()),
-            None => self.searched.remove(table),
-        };
+    /// Up to [`ROWS_MAX`] keys were found there; those that `room` has bytes for stay. Rows that nothing heals must not
+    /// keep those behind them from it.
+    pub(super) fn found(&mut self, table: &TableName, keys: &mut Vec<String>, room: &mut usize) {
+        let found = keys.len();
+        let fits = keys.iter().take_while(|key| {
+            let left = room.checked_sub(key.len());
+            *room = left.unwrap_or(0);
+            left.is_some()
+        });
+        let fits = fits.count();
+        keys.truncate(fits);
+        if found < ROWS_MAX && fits == found {
+            self.searched.remove(table);
+        } else if let Some(last) = keys.last() {
+            self.searched.insert(table.clone(), last.clone());
+        }
     }
 
     /// Those that are to be asked for now.
@@ -109,9 +122,29 @@ mod tests {
         let (mut healing, table) = (Healing::default(), TableName::new("public", "t"));
         let keys: Vec<String> = (0..ROWS_MAX).map(|key| format!("{key:04}")).collect();
         assert_eq!(healing.place(&table), "");
-        healing.found(&table, &keys);
+        healing.found(&table, &mut keys.clone(), &mut { usize::MAX });
         assert_eq!(healing.place(&table), "0499");
-        healing.found(&table, &keys[..7]);
+        healing.found(&table, &mut keys[..7].to_vec(), &mut { usize::MAX });
         assert_eq!(healing.place(&table), "");
+    }
+
+    #[test]
+    fn long_keys_are_asked_for_in_turns() {
+        let mut healing = Healing::default();
+        let (a, b) = (TableName::new("public", "a"), TableName::new("public", "b"));
+        let all = ["x1", "x2", "x3"].map(|key| key.repeat(10)).to_vec();
+        let mut room = 50;
+        let mut now = all.clone();
+        healing.found(&a, &mut now, &mut room);
+        assert_eq!(now, all[..2]);
+        assert_eq!(healing.place(&a), all[1]);
+        let mut other = all.clone();
+        healing.found(&b, &mut other, &mut room);
+        assert!(other.is_empty());
+        assert_eq!(healing.place(&b), "");
+        let mut rest = all[2..].to_vec();
+        healing.found(&a, &mut rest, &mut 50);
+        assert_eq!(rest, all[2..]);
+        assert_eq!(healing.place(&a), "");
     }
 }

@@ -98,7 +98,7 @@ pub(super) async fn take(
         .map_err(Taken::Lost)
 }
 
-fn mark_of(delivery: &Delivery) -> Option<(String, u32, u64)> {
+fn mark_of(delivery: &Delivery) -> Option<(String, u64, u64)> {
     let headers = delivery.headers.as_ref()?;
     let (request, attempt) = headers.get(header::COPY)?.as_str().rsplit_once('/')?;
     let number = headers.get(header::COPY_NUMBER)?.as_str().parse().ok()?;

@@ -32,11 +32,20 @@ fn layout() -> Arc<TableLayout> {
     })
 }
 
+/// When the copies of these tests began.
+const BEGAN_US: i64 = 5;
+
+fn pending(claim: Claim) -> CopyState {
+    let began_us = BEGAN_US;
+    CopyState::Pending { claim, began_us }
+}
+
 fn machine(rows: Wanted, state: CopyState) -> Copying {
     let request = CopyRequest {
         id: "r".to_owned(),
         tables: vec![TableRequest {
             table: name(),
+            began_us: BEGAN_US,
             rows,
         }],
     };
@@ -50,7 +59,7 @@ fn machine(rows: Wanted, state: CopyState) -> Copying {
 }
 
 fn chunks(order: Option<BackfillOrder>) -> CopyState {
-    CopyState::Chunks(Chunks::begin(Position::new(1, Lsn(10), 0), order, 0))
+    CopyState::Chunks(Chunks::begin(Position::new(1, Lsn(10), 0), order, BEGAN_US))
 }
 
 fn all_chunks() -> Wanted {
@@ -123,14 +132,19 @@ fn a_load_ends_where_its_changes_begin() {
         stream_seq: 5,
         position: Position::new(1, Lsn(10), 0),
     };
-    let mut machine = machine(Wanted::Load, CopyState::Pending { claim });
+    let mut machine = machine(Wanted::Load, pending(claim));
     row(&mut machine, 1, 1, 20).expect("comes first");
     let at = Checkpoint::default();
     assert!(machine.poll(at, false).is_none(), "more is waiting");
     let batch = machine.poll(at, true).expect("nothing more is waiting");
     let stored = batch.copy.as_ref().expect("goes with the rows");
     let (lsn, rows) = (Lsn(20), 1);
-    let loading = CopyState::Loading { lsn, rows, claim };
+    let loading = CopyState::Loading {
+        lsn,
+        rows,
+        claim,
+        began_us: BEGAN_US,
+    };
     assert_eq!(stored.tables[&name()], loading);
     let reading = stored.reading.as_ref().expect("says where it is");
     assert_eq!((reading.attempt, reading.number), (1, 1));
@@ -184,6 +198,62 @@ fn chunks_go_on_where_they_were_and_end_with_a_sweep_of_what_was_there_before() 
 }
 
 #[test]
+fn rows_that_outlive_their_delete_outlive_a_copy() {
+    let mut kept = machine(all_chunks(), chunks(None));
+    kept.keeps_rows.insert(name());
+    let last = || Part::Chunk {
+        after: None,
+        last: true,
+    };
+    end(&mut kept, 1, last());
+    let keeps = |machine: &mut Copying| {
+        let batch = machine.poll(Checkpoint::default(), true).expect("the end");
+        let mut steps = batch.steps.into_iter();
+        steps.find_map(|step| match step {
+            Step::Sweep { keeps_rows, .. } => Some(keeps_rows),
+            _ => None,
+        })
+    };
+    assert_eq!(keeps(&mut kept), Some(true));
+    let mut others = machine(all_chunks(), chunks(None));
+    end(&mut others, 1, last());
+    assert_eq!(keeps(&mut others), Some(false));
+}
+
+#[test]
+fn rows_of_a_copy_that_was_given_up_do_not_complete_the_next_one() {
+    let at = Checkpoint::default();
+    let anew = |state| match state {
+        CopyState::Chunks(chunks) => CopyState::Chunks(Chunks {
+            began_us: BEGAN_US + 1,
+            ..chunks
+        }),
+        CopyState::Pending { claim, .. } => CopyState::Pending {
+            claim,
+            began_us: BEGAN_US + 1,
+        },
+        other => other,
+    };
+    let last = Part::Chunk {
+        after: None,
+        last: true,
+    };
+    for (wanted, state, part) in [
+        (all_chunks(), chunks(None), last),
+        (Wanted::Load, pending(Claim::default()), Part::Load),
+    ] {
+        let mut machine = machine(wanted, anew(state.clone()));
+        row(&mut machine, 1, 2, 20).expect("is ours");
+        end(&mut machine, 2, part);
+        let batch = machine.poll(at, true).expect("its place is stored");
+        assert!(ops(&batch).is_empty());
+        assert_eq!(sweep(&batch), None);
+        let stored = batch.copy.expect("is stored");
+        assert_eq!(stored.tables[&name()], anew(state));
+    }
+}
+
+#[test]
 fn chunks_of_a_part_of_a_table_sweep_nothing() {
     let order = BackfillOrder {
         filter: Some("id < 5".to_owned()),
@@ -225,7 +295,7 @@ fn a_key_without_a_row_is_gone() {
 
     // Where rows outlive their delete at the source, nothing is known of one that is not there.
     let mut heal = machine(wanted(), copied());
-    heal.keeps_deleted.insert(name());
+    heal.keeps_rows.insert(name());
     end(&mut heal, 1, Part::Keys);
     let batch = heal.poll(Checkpoint::default(), true).expect("the end");
     assert!(self::ops(&batch).is_empty());

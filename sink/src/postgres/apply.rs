@@ -12,6 +12,7 @@ use tokio_postgres::{Client, Error, Statement};
 use super::commands::{Command, Commands, Counts, Sorted, is_above_floor};
 use super::fault::{self, Cause};
 use super::isolate;
+use super::keys;
 use super::load::{self, Refused};
 use super::parameters::{Parameter, Uuid};
 use super::session::{PARTITION, Session, Transaction};
@@ -64,6 +65,8 @@ pub(super) async fn apply(
         laid_out = batch.laid_out().map_err(load::unreadable)?;
         batch = &laid_out;
     }
+    keys::make(session, batch).await?;
+    session.keyless.take(batch);
     // Until this call has ended, an abandoned one leaves a transaction in an unknown state.
     let before = std::mem::replace(&mut session.transaction, Transaction::Broken);
     let (fresh, floors) = match before {
@@ -89,6 +92,14 @@ pub(super) async fn apply(
         if batch.has_load() {
             rows = batch.laid_out().map_err(load::unreadable)?;
             batch = &rows;
+            if fresh && !session.keyless.due(batch).is_empty() {
+                // What was refused ends here; its rows are written with guards, which need the key.
+                let ended = session.client.batch_execute("ROLLBACK").await;
+                ended.map_err(|error| fault::general("rolling back", error))?;
+                session.transaction = Transaction::Closed;
+            }
+            keys::make(session, batch).await?;
+            session.transaction = Transaction::Broken;
         }
         session.floors.clone_from(&floors);
         applied = Applied::default();

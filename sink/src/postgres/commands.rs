@@ -165,7 +165,9 @@ impl<'a, 's> Commands<'a, 's> {
     pub(super) async fn load(&mut self, load: &'a Load) -> Result<(), SinkError> {
         let layout = &*load.layout;
         // Writes nothing, and fails where the key has no unique index: COPY would not notice.
-        self.group(layout, Group::Full, &[]).await?;
+        if !self.session.keyless.has(&layout.relation()) {
+            self.group(layout, Group::Full, &[]).await?;
+        }
         let format = match self.session.load_texts.contains(&layout.relation()) {
             true => Format::Text,
             false => Format::of(layout),
@@ -288,12 +290,12 @@ impl<'a, 's> Commands<'a, 's> {
             .await
     }
 
-    /// The statements of a truncate or a sweep; `floor` says which.
+    /// The statements of a truncate or a sweep.
     pub(super) async fn below(
         &mut self,
         layout: &'a TableLayout,
         version: Version,
-        floor: bool,
+        below: Below,
     ) -> Result<(), SinkError> {
         // It reads the whole table, however large: no timeout for the rest of this transaction.
         let unbounded = || sql::UNBOUNDED.to_owned();
@@ -305,15 +307,17 @@ impl<'a, 's> Commands<'a, 's> {
             Vec::new(),
         )
         .await?;
-        let sql = || sql::delete_below(layout);
-        let parameters: Vec<Parameter<'a>> = vec![Box::new(Uuid(version))];
-        self.add(layout, Counts::Nothing, Kind::DeleteBelow, sql, parameters)
-            .await?;
+        if below != Below::Records {
+            let sql = || sql::delete_below(layout);
+            let parameters: Vec<Parameter<'a>> = vec![Box::new(Uuid(version))];
+            self.add(layout, Counts::Nothing, Kind::DeleteBelow, sql, parameters)
+                .await?;
+        }
         let mut general = vec![
             (Kind::TombstonesBelow, sql::TOMBSTONES_BELOW),
             (Kind::LettersBelow, sql::LETTERS_BELOW),
         ];
-        if floor {
+        if below == Below::Ever {
             general.push((Kind::Floor, sql::TRUNCATE_FLOOR));
             self.session.floors.insert(layout.relation(), version);
         }
@@ -342,7 +346,7 @@ impl<'a, 's> Commands<'a, 's> {
         if floor.is_some_and(|floor| version <= *floor) {
             return Ok(());
         }
-        self.below(layout, version, true).await
+        self.below(layout, version, Below::Ever).await
     }
 
     /// The statements of a step that is not about single rows; false for one that is.
@@ -354,7 +358,18 @@ impl<'a, 's> Commands<'a, 's> {
                     self.truncate(layout, *version).await?;
                 }
             }
-            Step::Sweep { table, below } => self.below(table, *below, false).await?,
+            Step::Sweep {
+                table,
+                below,
+                keeps_rows,
+            } => {
+                let what = if *keeps_rows {
+                    Below::Records
+                } else {
+                    Below::Now
+                };
+                self.below(table, *below, what).await?;
+            }
         }
         Ok(true)
     }
@@ -419,6 +434,17 @@ pub(super) fn event(layout: &TableLayout, op: &RowOp) -> serde_json::Value {
         })
         .collect::<serde_json::Map<_, _>>()
         .into()
+}
+
+/// What goes of a table below a version.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Below {
+    /// Tombstones and dead letters.
+    Records,
+    /// Rows too.
+    Now,
+    /// And whatever still comes.
+    Ever,
 }
 
 /// The table a command is about.

@@ -12,6 +12,7 @@ use tokio_postgres::{Client, Row, Statement};
 
 use super::fault::{self, general};
 use super::inserts::Inserts;
+use super::keys::Keyless;
 use super::parameters::Uuid;
 use crate::batch::{Checkpoint, PositionRow};
 use crate::progress::CopyProgress;
@@ -108,6 +109,8 @@ pub(super) struct Session {
     pub(super) buried: HashMap<String, Version>,
     /// Which tables' new rows may be written without a guard.
     pub(super) inserts: Inserts,
+    /// Tables that get their key behind the rows of their load.
+    pub(super) keyless: Keyless,
     /// Relations of which a load had a value without a known binary form.
     pub(super) load_texts: HashSet<String>,
     /// The tables of which this sink has begun a copy.
@@ -248,6 +251,7 @@ async fn load(
         tombstones,
         buried: HashMap::new(),
         inserts: Inserts::default(),
+        keyless: Keyless::default(),
         load_texts: HashSet::new(),
         copied: position.copy.clone(),
         evolving: HashSet::new(),

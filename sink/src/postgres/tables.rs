@@ -76,6 +76,7 @@ pub(super) async fn ensure(
     }
     let copied = session.copied.tables.get(&schema.name);
     let begun = copied.is_some_and(CopyState::is_begun);
+    let relation = settings.target.to_string();
     let ensuring = Ensuring {
         client: &session.client,
         sink,
@@ -85,9 +86,25 @@ pub(super) async fn ensure(
         create,
         begun,
         holds: copied.is_some_and(CopyState::holds_rows),
+        is_keyless: session.keyless.has(&relation),
+        keyed: match copied {
+            Some(CopyState::Pending { .. }) if may_wait(session, schema, settings) => Keyed::Later,
+            Some(
+                CopyState::Pending { .. }
+                | CopyState::Loading { .. }
+                | CopyState::Chunks(_)
+                | CopyState::Lapsed { .. }
+                | CopyState::Refused { .. },
+            ) => Keyed::Now,
+            None
+            | Some(
+                CopyState::Loaded { .. } | CopyState::Copied { .. } | CopyState::Parked { .. },
+            ) => Keyed::Already,
+        },
         // A label that an open transaction adds could not be used before its end.
         labels: evolves && matches!(session.transaction, Transaction::Closed),
     };
+    let keyed = ensuring.keyed;
     let failed = |error| ensuring.failed(error);
     // A large source transaction may first touch a table while the target's transaction is open: it must stay.
     let (begin, keep, undo) = match session.transaction {
@@ -109,6 +126,9 @@ pub(super) async fn ensure(
     let ended = end(shaped.is_ok()).await;
     let shaped = shaped?;
     ended?;
+    if shaped.created && keyed == Keyed::Later {
+        session.keyless.created(relation);
+    }
     // What was altered stays, whatever else is refused: its remedy counts on it.
     begin().await?;
     let ensured = ensuring.fit(shaped).await;
@@ -116,6 +136,32 @@ pub(super) async fn ensure(
     let ensured = ensured?;
     ended?;
     Ok(ensured)
+}
+
+/// Whether a table that is created for its load may get its key behind the rows: the source has no key twice, and
+/// neither has the target, which has the same key, of the same values.
+fn may_wait(session: &Session, schema: &TableSchema, settings: &Table) -> bool {
+    let is_masked = |name: &String| {
+        settings
+            .columns
+            .mask
+            .iter()
+            .any(|(masked, _)| masked == name)
+    };
+    matches!(session.transaction, Transaction::Closed)
+        && settings.key.is_none()
+        && !schema.key.iter().any(is_masked)
+}
+
+/// When a table that lacks its key gets it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Keyed {
+    /// It has had one: whoever took it away is told.
+    Already,
+    /// At once: it may have been created for a load that was cut off.
+    Now,
+    /// Behind the rows of its load, if it is created now; else at once.
+    Later,
 }
 
 /// A target table of the shape that is wanted, as far as it could be given it.
@@ -139,6 +185,10 @@ struct Ensuring<'a> {
     begun: bool,
     /// Whether it has rows that will not come again by themselves.
     holds: bool,
+    /// Whether it was created without its key, which it gets behind the rows of its load.
+    is_keyless: bool,
+    /// When it gets its key otherwise, where it has none.
+    keyed: Keyed,
     /// Whether enums that the target has are given the labels that they lack.
     labels: bool,
 }
@@ -412,7 +462,7 @@ impl Ensuring<'_> {
                 (
                     column.target.clone(),
                     column.type_name.clone(),
-                    column.not_null,
+                    column.not_null || key.contains(&column.target),
                 )
             })
             .collect();
@@ -437,6 +487,10 @@ impl Ensuring<'_> {
             ));
         }
         self.create_schema(target).await?;
+        let sql = match self.keyed {
+            Keyed::Already | Keyed::Now => sql,
+            Keyed::Later => sql::create_table(target, &columns, &[]),
+        };
         self.client
             .batch_execute(&sql)
             .await

@@ -111,6 +111,15 @@ fn created_tables_have_the_version_and_the_key() {
          PRIMARY KEY (\"id\")\n)"
     );
     assert_eq!(
+        create_table(&target, &columns[..1], &[]),
+        "CREATE TABLE \"shop\".\"orders\" (\n    \"id\" bigint NOT NULL,\n    \
+         \"_millrace_version\" uuid NOT NULL DEFAULT '00000000-0000-0000-0000-000000000000'\n)"
+    );
+    assert_eq!(
+        add_key(&target, &["id".to_owned(), "n".to_owned()]),
+        "ALTER TABLE \"shop\".\"orders\" ADD PRIMARY KEY (\"id\", \"n\")"
+    );
+    assert_eq!(
         add_column(&target, "x", "numeric(12,2)"),
         "ALTER TABLE \"shop\".\"orders\" ADD COLUMN \"x\" numeric(12,2)"
     );

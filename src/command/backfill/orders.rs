@@ -102,7 +102,10 @@ impl<'a> At<'a> {
 
     /// Whether the table's rows come because the replica needs them, whoever paces them.
     fn is_owed(&self) -> bool {
-        let by_itself = |chunks: &Chunks| chunks.order.as_ref().is_none_or(|order| order.adopts);
+        let by_itself = |chunks: &Chunks| {
+            let order = chunks.order.as_ref();
+            order.is_none_or(|order| order.adopts || order.owed)
+        };
         self.chunks().is_some_and(by_itself)
     }
 
@@ -115,7 +118,7 @@ impl<'a> At<'a> {
         let open = |order: &BackfillOrder| order.table == *self.table && !finished(&order.id);
         let live = orders
             .iter()
-            .rposition(|order| open(order) && !order.cancelled);
+            .rposition(|order| open(order) && !order.is_cancelled());
         live.or_else(|| orders.iter().rposition(open))
     }
 
@@ -171,7 +174,7 @@ pub(super) fn start(orders: &[BackfillOrder], at: &At<'_>, new: &BackfillOrder) 
         (_, Some(CopyState::Chunks(chunks))) => {
             let ends = chunks.order.as_ref().is_some_and(|own| {
                 let listed = orders.iter().find(|order| order.id == own.id);
-                !own.adopts && listed.is_some_and(|order| order.cancelled)
+                !own.adopts && listed.is_some_and(BackfillOrder::is_cancelled)
             });
             match ends {
                 true => Ok(added(orders, at, new)),
@@ -226,7 +229,7 @@ pub(super) fn change(
         }
         (None, None) => return Err(not_there(at)),
     };
-    if order.cancelled && change != Change::Cancel {
+    if order.is_cancelled() && change != Change::Cancel {
         let what = "is at its end: its backfill was cancelled";
         return Err(at.refused(Code::BackfillNone, what, at.show()));
     }
@@ -234,7 +237,7 @@ pub(super) fn change(
     let said = match change {
         Change::Pause => pause(order),
         Change::Resume(pace) => resume(order, pace),
-        Change::Cancel if at.is_owed() || order.adopts => {
+        Change::Cancel if at.is_owed() || order.adopts || order.owed => {
             let what = "is copied because its replica lacks rows: that cannot be cancelled";
             let remedy = format!(
                 "let it end, or hold it with `millrace backfill pause {} --sink {}`; without it the replica \

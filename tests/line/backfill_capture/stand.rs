@@ -59,6 +59,7 @@ impl Line {
     pub(super) async fn ask(&self, id: &str, tables: &[(&str, Wanted)]) {
         let tables = tables.iter().map(|(table, rows)| TableRequest {
             table: TableName::new("public", *table),
+            began_us: 0,
             rows: rows.clone(),
         });
         let request = CopyRequest {

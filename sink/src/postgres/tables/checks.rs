@@ -1,10 +1,11 @@
 //! Whether a target table that is already there can take the source's rows.
 
-use millrace_config::Code;
+use millrace_config::{Code, Create};
 use millrace_event::quote_identifier;
 use tokio_postgres::types::ToSql;
 
-use super::{Ensuring, Found, Origin, Wanted};
+use super::{Ensuring, Found, Keyed, Origin, Wanted};
+use crate::postgres::keys;
 use crate::postgres::session::PARTITION;
 use crate::sink::SinkError;
 use crate::sql::{self, VERSION_COLUMN};
@@ -19,7 +20,7 @@ impl Ensuring<'_> {
         warnings: &mut Vec<String>,
     ) -> Result<(), SinkError> {
         self.check_columns(wanted, found)?;
-        self.check_key(key, warnings).await?;
+        self.check_key(key, found, warnings).await?;
         self.check_origins(wanted, key, found)?;
         self.check_privileges().await?;
         self.check_rows(found).await
@@ -158,7 +159,12 @@ impl Ensuring<'_> {
     }
 
     /// `ON CONFLICT` needs a unique index over exactly the key, checked at once.
-    async fn check_key(&self, key: &[String], warnings: &mut Vec<String>) -> Result<(), SinkError> {
+    async fn check_key(
+        &self,
+        key: &[String],
+        found: &[Found],
+        warnings: &mut Vec<String>,
+    ) -> Result<(), SinkError> {
         let target = &self.settings.target;
         let rows = self
             .client
@@ -173,7 +179,7 @@ impl Ensuring<'_> {
             )
             .await
             .map_err(|error| self.failed(error))?;
-        let (mut matches, mut primary) = (false, None);
+        let (mut matches, mut primary, mut has_primary) = (false, None, false);
         for row in &rows {
             let read = || Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?));
             let (mut columns, immediate, index): (Vec<String>, bool, String) =
@@ -182,6 +188,7 @@ impl Ensuring<'_> {
             sorted.sort();
             columns.sort();
             let constraint: Option<String> = row.try_get(3).map_err(|error| self.failed(error))?;
+            has_primary |= constraint.is_some();
             if columns == sorted && immediate {
                 matches = true;
             } else if let (Some(constraint), true) = (constraint, self.begun) {
@@ -193,8 +200,13 @@ impl Ensuring<'_> {
                 ));
             }
         }
-        if matches {
+        if matches || self.is_keyless {
             return Ok(());
+        }
+        let is_ours = found.iter().any(|found| found.name == VERSION_COLUMN);
+        let may_add = self.keyed != Keyed::Already && self.create == Create::Auto;
+        if is_ours && !has_primary && may_add {
+            return self.add_key(key).await;
         }
         let columns: Vec<_> = key.iter().map(|column| quote_identifier(column)).collect();
         if let Some(primary) = primary {
@@ -220,12 +232,13 @@ impl Ensuring<'_> {
                 "target table {target} has no unique key over ({})",
                 columns.join(", ")
             ),
-            format!(
-                "ALTER TABLE {} ADD PRIMARY KEY ({});",
-                target.quoted(),
-                columns.join(", ")
-            ),
+            format!("{};", sql::add_key(target, key)),
         ))
+    }
+
+    /// Gives a table of ours its key: it was created for a load that was cut off.
+    async fn add_key(&self, key: &[String]) -> Result<(), SinkError> {
+        keys::add(self.client, &self.schema.name, &self.settings.target, key).await
     }
 
     /// A table that this sink has never written must be empty, unless it may be adopted. Rows that another sink

@@ -20,6 +20,7 @@ fn loading() -> CopyState {
         lsn: Lsn(7),
         rows: 3,
         claim: Claim::default(),
+        began_us: 0,
     }
 }
 
@@ -121,7 +122,7 @@ fn a_table_is_not_read_twice_at_once() {
 fn a_table_that_is_not_whole_is_not_read_again() {
     let claim = Claim::default();
     for state in [
-        CopyState::Pending { claim },
+        CopyState::Pending { claim, began_us: 0 },
         loading(),
         CopyState::Loaded { lsn: Lsn(7), claim },
         CopyState::Parked { lsn: Lsn(7), claim },

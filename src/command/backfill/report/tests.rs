@@ -100,11 +100,15 @@ fn the_states_are_told_apart() {
         lsn,
         rows: 5,
         claim,
+        began_us: 0,
     };
     let copied = || Some(CopyState::Copied { lsn });
     for (state, stage) in [
         (None, Stage::New),
-        (Some(CopyState::Pending { claim }), Stage::Queued),
+        (
+            Some(CopyState::Pending { claim, began_us: 0 }),
+            Stage::Queued,
+        ),
         (Some(loading), Stage::Loading),
         (Some(CopyState::Loaded { lsn, claim }), Stage::CatchingUp),
         (Some(CopyState::Parked { lsn, claim }), Stage::Parked),
