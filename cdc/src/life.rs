@@ -17,7 +17,7 @@ use millrace_event::{Control, ControlKind, Lsn, Position, StreamOrigin, subject}
 use tokio_postgres::Client;
 
 use self::publishing::Publishing;
-pub(crate) use self::publishing::Without;
+pub(crate) use self::publishing::{NOT_CONFIGURED, Without, relieve};
 use crate::Error;
 use crate::assemble::MessageLimits;
 use crate::birth::{self, Found, Plan, SlotFound, SlotPlan, StreamFound, TailFound};
@@ -32,9 +32,9 @@ use crate::replication::{
     StartOptions, SystemIdentity, WalReader,
 };
 use crate::schemas;
-use crate::seen::Watched;
+use crate::seen::{FirstLook, Watched};
 use crate::selection::Salt;
-use crate::source::{self, SourceFacts, SourceTable};
+use crate::source::{self, Inspected, SourceFacts, SourceTable};
 use crate::stream::{self, StreamShape, StreamState, Tail};
 
 /// Replies to capture arrive below this subject, so that permissions can name it.
@@ -115,19 +115,32 @@ pub(crate) async fn open(config: &Config, now: Duration) -> Result<Life, Error> 
     let client = connect(&dsn, session).await?;
     let facts = source::inspect(&client).await?;
     let salt = salt(config)?;
-    let mut tables = source::inspect_tables(&client, &facts, &config.tables, salt.as_ref()).await?;
+    let first = FirstLook::take(config, &client).await?;
+    let inspected = source::inspect_tables(&client, &facts, &config.tables, salt.as_ref()).await?;
 
     let admin = nats::connect(&config.stream, "millrace capture", INBOX, Reconnect::Always).await?;
     let max_payload = admin.server_info().max_payload;
     let jetstream = jetstream::new(admin);
     stream::require_level(&jetstream).await?;
+    let inspected =
+        match inspected.refused.is_empty() || captured_before(config, &jetstream).await? {
+            true => inspected,
+            // Nothing is made for a capture that does not begin.
+            false => Inspected {
+                tables: inspected.all()?,
+                refused: Vec::new(),
+            },
+        };
     let stream = open_buckets(config, jetstream).await?;
-    let watched = Watched::begin(config, &client, &stream.state).await?;
+    let publication = source::publication_name(&config.source.name);
+    let members = source::published_tables(&client, facts.version, &publication).await?;
+    let known = Earlier::read(&stream).await?;
+    let (mut tables, refused) = known.admit(inspected, &members, |_| true)?;
+    let watched = Watched::begin(first, &refused, &stream.state).await?;
     let left_out = LeftOut::read(&stream.state, &client).await?;
     let mut earlier = Earlier::read(&stream).await?;
     earlier.carry_over(&mut tables)?;
     if facts.in_recovery {
-        let publication = source::publication_name(&config.source.name);
         source::adopt_filters(&client, facts.version, &publication, &mut tables).await?;
     }
     let tables = Arc::new(tables);
@@ -150,6 +163,7 @@ pub(crate) async fn open(config: &Config, now: Duration) -> Result<Life, Error> 
         client: &client,
         version: facts.version,
         tables: &tables,
+        refused: &refused,
         stream: &stream,
     };
     let without = prepare(&publishing, &mut earlier, &mut replication, plan).await?;
@@ -168,7 +182,6 @@ pub(crate) async fn open(config: &Config, now: Duration) -> Result<Life, Error> 
     schemas::describe_tables(&client, &stream.schemas, &tables).await?;
 
     let slot = source::slot_name(&config.source.name);
-    let publication = source::publication_name(&config.source.name);
     let origin_none =
         config.source.origin == OriginFilter::None && facts.version >= ORIGIN_VERSION_MIN;
     let options = StartOptions {
@@ -277,6 +290,16 @@ pub(crate) async fn open_buckets(
         copies,
         state,
     })
+}
+
+/// Whether anything was ever captured of this source, as far as the broker shows it.
+pub(crate) async fn captured_before(
+    config: &Config,
+    jetstream: &jetstream::Context,
+) -> Result<bool, Error> {
+    let state = subject::bucket_name(&config.source.name, work::STATE);
+    let found = stream::find_stream(jetstream, &format!("KV_{state}")).await?;
+    Ok(found.is_some())
 }
 
 async fn stream_tail(

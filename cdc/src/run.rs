@@ -97,7 +97,7 @@ async fn live(config: &Config, status: &Status, stop: &CancellationToken) -> Res
         left_out,
         without,
     } = life;
-    status.set_parked([&*without.lost, &*without.locked].concat());
+    status.set_parked(without.parked());
     status.set_state(State::Streaming, None);
     status.set_confirmed(capture.confirmed());
     let commits = Commits::default();
@@ -129,7 +129,7 @@ async fn live(config: &Config, status: &Status, stop: &CancellationToken) -> Res
         ended = line.run(wal, acks, stop) => ended,
         // The line itself ends first at `stop`; these only end with a failure.
         Err(error) = heartbeat::beat(&source.dsn, config.source.heartbeat_interval) => Err(error),
-        Err(error) = watch(config, &source, &stream, watched, &left_out, &without.locked, status) => Err(error),
+        Err(error) = watch(config, &source, &stream, watched, &left_out, without, status) => Err(error),
         Err(error) = copier.serve() => Err(error),
         Err(error) = retention.keep() => Err(error),
     }

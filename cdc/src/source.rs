@@ -14,11 +14,12 @@ use millrace_config::{Code, Condition};
 use millrace_event::Lsn;
 use tokio_postgres::Client;
 
-pub use catalog::{SourceTable, estimate_rows, inspect_tables};
+pub(crate) use catalog::together;
+pub use catalog::{Harm, Inspected, Refused, SourceTable, estimate_rows, inspect_tables};
 pub use describe::describe;
 pub(crate) use describe::{describe_now, describe_selected, settled};
 pub use membership::{Alteration, Clause, Member, is_free, published_tables, withdraw};
-pub(crate) use membership::{left_publication, locked_out};
+pub(crate) use membership::{left_publication, locked_out, parked_refused};
 pub(crate) use publication::publication_gone;
 pub use publication::{
     PublicationChange, adopt_filters, check_names, check_options, find_publication,

@@ -32,6 +32,7 @@ mod kill;
 mod large_transactions;
 mod least_privilege;
 mod load;
+mod lost_identity;
 mod lost_targets;
 mod own_consumer;
 mod parked_too_long;

@@ -7,7 +7,7 @@ mod selected;
 use std::collections::HashMap;
 
 use async_nats::jetstream::kv::{self, Operation};
-use millrace_config::{Code, Config};
+use millrace_config::{Code, Config, Table};
 use millrace_event::{TableName, subject, work};
 use serde::{Deserialize, Serialize};
 
@@ -122,7 +122,7 @@ impl Earlier {
     }
 
     /// Tables that were captured and are not configured any more.
-    fn removed<'e>(&'e self, tables: &'e [SourceTable]) -> impl Iterator<Item = &'e Remembered> {
+    fn removed<'e>(&'e self, tables: &'e [Table]) -> impl Iterator<Item = &'e Remembered> {
         self.members.values().filter(|member| {
             member.standing != Standing::Beside
                 && !tables.iter().any(|table| table.name == member.table)
@@ -145,9 +145,8 @@ impl Earlier {
         &mut self,
         config: &Config,
         stream: &Stream,
-        tables: &[SourceTable],
     ) -> Result<Vec<TableName>, Error> {
-        let removed = self.removed(tables);
+        let removed = self.removed(&config.tables);
         let removed: Vec<_> = removed.map(|member| member.table.clone()).collect();
         let mut news = false;
         for table in &removed {
@@ -184,7 +183,7 @@ impl Earlier {
         self.write_own(stream).await
     }
 
-    /// Remembers that tables have left the publication.
+    /// Remembers that tables have left the publication, or cannot be captured any more.
     ///
     /// # Errors
     /// The broker is away.
@@ -199,8 +198,18 @@ impl Earlier {
             let Some(member) = self.members.get_mut(table) else {
                 continue;
             };
-            if member.standing.is_published() {
+            if matches!(
+                member.standing,
+                Standing::Published | Standing::Refused { .. }
+            ) {
                 member.standing = Standing::Lost { since_us: now_us };
+                news = true;
+            }
+        }
+        for table in &drift.refused {
+            let member = self.members.get_mut(table);
+            if let Some(member) = member.filter(|member| member.standing.is_published()) {
+                member.standing = Standing::Refused { since_us: now_us };
                 news = true;
             }
         }
@@ -265,7 +274,7 @@ impl Earlier {
     ) -> Result<(), Error> {
         let mut changes = Vec::new();
         let publication = now.publication;
-        let lost = |table: &TableName| drift.has_lost(table);
+        let lost = |table: &TableName| drift.has_parked(table);
         let members = now.members.into_iter().filter(|(name, _)| !lost(name));
         let members = members.map(|(name, member)| {
             let before = self.members.get(&name);
@@ -309,7 +318,7 @@ impl Earlier {
         for table in &drift.back {
             tracing::warn!(
                 %table, code = Code::PublicationDrift.as_str(),
-                "table {table} was out of the publication for a while: its rows are read again"
+                "changes of table {table} were not captured for a while: its rows are read again"
             );
             let id = Cause::Published.order_id(table, self.revision);
             order_backfill(config, stream, table, &id).await?;
@@ -340,7 +349,8 @@ pub(crate) struct Published {
     pub(crate) members: HashMap<TableName, Member>,
 }
 
-/// The tables that somebody took out of the publication, as capture has noticed: their replicas lack changes.
+/// The tables that somebody took out of the publication, or that lost what they are captured by, as capture has
+/// noticed: their replicas lack changes.
 ///
 /// # Errors
 /// The broker is away, or what it holds is not understood.
@@ -359,7 +369,7 @@ pub async fn unpublished(
         .map_err(|error| Error::retry("what was stored beside the stream cannot be read", error))?;
     let members: Option<Vec<Remembered>> = read(&state, PUBLISHED_KEY).await?;
     let members = members.unwrap_or_default().into_iter();
-    let lost = members.filter(|member| matches!(member.standing, Standing::Lost { .. }));
+    let lost = members.filter(|member| member.standing.is_parked());
     Ok(lost.map(|member| member.table).collect())
 }
 
