@@ -277,7 +277,9 @@ pub(crate) async fn open_buckets(
     let bucket = async |kind: &str| {
         stream::bucket(&jetstream, source, kind, replicas)
             .await
-            .map_err(|error| Error::retry("a KV bucket cannot be opened", error))
+            .map_err(|error| {
+                Error::retry("what is stored beside the stream cannot be opened", error)
+            })
     };
     let (schemas, sinks) = (bucket(work::SCHEMAS).await?, bucket(work::SINKS).await?);
     let (copies, state) = (bucket(work::COPIES).await?, bucket(work::STATE).await?);
