@@ -34,6 +34,7 @@ mod least_privilege;
 mod load;
 mod lost_identity;
 mod lost_targets;
+mod once_stopped;
 mod own_consumer;
 mod parked_too_long;
 mod parking;
