@@ -21,6 +21,7 @@ mod run;
 mod schemas;
 mod seen;
 mod status;
+mod stored;
 mod tuple;
 mod watch;
 
@@ -41,3 +42,4 @@ pub use identity::published::unpublished;
 pub use relation::{RelationError, SubjectId};
 pub use run::run;
 pub use status::{CopyTrouble, Status};
+pub use stored::understood;

@@ -59,6 +59,7 @@ mod source_replaced;
 mod source_restart;
 mod stage;
 mod status_unseen;
+mod stored_unreadable;
 mod tables_and_names;
 mod transactions;
 mod truncate;

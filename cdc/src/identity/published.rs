@@ -19,6 +19,7 @@ use crate::Error;
 use crate::life::Stream;
 use crate::orders::{Cause, order_backfill};
 use crate::source::{Clause, Member, SourceTable};
+use crate::stored::understood;
 
 /// The key of the tables that were in the publication.
 const PUBLISHED_KEY: &str = "published";
@@ -71,8 +72,7 @@ impl Earlier {
         let revision = entry.as_ref().map_or(0, |entry| entry.revision);
         let entry = entry.filter(|entry| entry.operation == Operation::Put);
         let members: Vec<Remembered> = match entry {
-            Some(entry) => serde_json::from_slice(&entry.value)
-                .map_err(|error| Error::retry("what was published is not understood", error))?,
+            Some(entry) => understood(&stream.state.name, PUBLISHED_KEY, &entry.value)?,
             None => Vec::new(),
         };
         let members = members.into_iter();

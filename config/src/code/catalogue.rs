@@ -246,6 +246,11 @@ codes! {
     StreamStorage = "E1210", "NATS has not enough storage for the stream",
         "The server or account may not store as much as `retention.max_bytes` asks for. Raise `max_file_store` \
         or the account's limit, or lower `max_bytes`. With replicas each server needs the room.";
+    StoredUnreadable = "E1211", "what is stored beside the stream is not understood",
+        "A value in one of the buckets `MILLRACE_<source>_*` is not what Millrace writes there: somebody else wrote \
+        it, or another release. What it said is not known, so it is neither taken for empty nor overwritten: orders \
+        of backfills would be lost. The bucket and the key are shown beside this code. Let the release read it that \
+        wrote it, or remove it and do what is shown beside this code.";
 
     SinkUnreachable = "E1301", "the target cannot be reached",
         "No connection to the sink's database could be made, or it broke. Millrace tries again for ever, and \
