@@ -38,7 +38,7 @@ pub mod stream;
 pub use check::check;
 pub use commits::Committed;
 pub use error::Error;
-pub use identity::published::unpublished;
+pub use identity::published::{Captured, captured};
 pub use relation::{RelationError, SubjectId};
 pub use run::run;
 pub use status::{CopyTrouble, Status};

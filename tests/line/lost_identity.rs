@@ -113,7 +113,8 @@ async fn a_table_without_identity_is_parked_alone_and_its_application_goes_on() 
 
     // Neither a crash nor a start puts it back.
     pipeline.kill9();
-    assert!(!told(&stage).await.2, "nobody runs, and it is not verified");
+    let unverified = ("parked".to_owned(), "E1107".to_owned(), false);
+    assert_eq!(told(&stage).await, unverified, "nobody runs");
     let once = stage.start_with(&["run", "--once"]);
     stage.ends(once, 3, &["E1107", "is parked"]).await;
     let mut pipeline = stage.start();

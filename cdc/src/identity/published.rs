@@ -349,15 +349,26 @@ pub(crate) struct Published {
     pub(crate) members: HashMap<TableName, Member>,
 }
 
-/// The tables that somebody took out of the publication, or that lost what they are captured by, as capture has
-/// noticed: their replicas lack changes.
+/// A configured table that was captured, as it is remembered beside the stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Captured {
+    /// The table.
+    pub table: TableName,
+    /// The OID of the membership that published it: another one says that it left the publication meanwhile.
+    pub oid: u32,
+    /// Whether capture has noticed that changes of it are missing: somebody took it out of the publication, or it
+    /// lost what it is captured by.
+    pub parked: bool,
+}
+
+/// The tables that capture remembers to have published.
 ///
 /// # Errors
 /// The broker is away, or what it holds is not understood.
-pub async fn unpublished(
+pub async fn captured(
     jetstream: &async_nats::jetstream::Context,
     source: &str,
-) -> Result<Vec<TableName>, Error> {
+) -> Result<Vec<Captured>, Error> {
     let bucket = subject::bucket_name(source, work::STATE);
     // Where there is no bucket yet nothing was ever published. Any other answer says nothing about it.
     let found = crate::stream::find_stream(jetstream, &format!("KV_{bucket}")).await?;
@@ -369,8 +380,12 @@ pub async fn unpublished(
         .map_err(|error| Error::retry("what was stored beside the stream cannot be read", error))?;
     let members: Option<Vec<Remembered>> = read(&state, PUBLISHED_KEY).await?;
     let members = members.unwrap_or_default().into_iter();
-    let lost = members.filter(|member| member.standing.is_parked());
-    Ok(lost.map(|member| member.table).collect())
+    let captured = members.filter_map(|member| {
+        let parked = member.standing.is_parked();
+        let (table, oid) = (member.table, member.oid);
+        (parked || member.standing.is_published()).then_some(Captured { table, oid, parked })
+    });
+    Ok(captured.collect())
 }
 
 /// Forgets that a table was published: another one has its name now, which is published as a new one is.

@@ -145,7 +145,8 @@ fn drop_statement(name: &str, tables: &[TableName]) -> String {
 
 /// Why tables are parked that cannot be captured as they are, though they were. `members` is what the publication
 /// has now.
-pub(crate) fn parked_refused(
+#[must_use]
+pub fn parked_refused(
     name: &str,
     refused: &[Refused],
     members: &HashMap<TableName, Member>,
@@ -173,7 +174,8 @@ fn unfit(name: &str, table: &Refused, member: Option<&Member>) -> Condition {
 }
 
 /// Why a table is parked that a publication does not publish, or not as it must.
-pub(crate) fn left_publication(name: &str, table: &SourceTable, published: bool) -> Condition {
+#[must_use]
+pub fn left_publication(name: &str, table: &SourceTable, published: bool) -> Condition {
     let (quoted, publication) = (table.name.quoted(), quote_identifier(name));
     let add = format!(
         "ALTER PUBLICATION {publication} ADD TABLE {}",

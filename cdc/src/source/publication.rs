@@ -303,7 +303,8 @@ pub async fn find_publication(client: &Client, name: &str) -> Result<Option<u32>
 
 /// Why capture cannot go on when its publication was dropped: a slot decodes older WAL with the publication that
 /// was there then.
-pub(crate) fn publication_gone(name: &str) -> Condition {
+#[must_use]
+pub fn publication_gone(name: &str) -> Condition {
     Condition::new(
         Code::PublicationDrift,
         format!("publication \"{name}\" was dropped"),
