@@ -5,8 +5,10 @@ use std::convert::Infallible;
 use std::time::Duration;
 
 use millrace_config::{Condition, Config, Table};
+use millrace_connect::postgres::{Session, connect};
 use millrace_event::TableName;
 use tokio::time::MissedTickBehavior;
+use tokio_postgres::Client;
 
 use crate::identity::published::Earlier;
 use crate::left_out::LeftOut;
@@ -27,6 +29,9 @@ struct Refusals {
     tables: Vec<Table>,
     /// Those that were taken out of the publication, or cannot be, and are still in it as far as was seen.
     settled: Vec<TableName>,
+    /// A session of its own: reading a table's `where` takes a transaction, and others ask on the life's session at
+    /// the same time.
+    client: Option<Client>,
 }
 
 impl Refusals {
@@ -37,6 +42,7 @@ impl Refusals {
             refused,
             tables,
             settled: Vec::new(),
+            client: None,
         }
     }
 
@@ -53,8 +59,19 @@ impl Refusals {
         }
         // Nothing is hashed here: any salt will do.
         let salt = Salt::new(&[0; Salt::BYTES_MIN]);
-        let (client, facts) = (&source.client, &source.facts);
-        let found = source::inspect_tables(client, facts, &self.tables, Some(&salt)).await?;
+        let client = match self.client.take().filter(|client| !client.is_closed()) {
+            Some(client) => client,
+            None => {
+                let session = Session {
+                    application_name: "millrace watch".to_owned(),
+                    options: Vec::new(),
+                };
+                connect(&source.dsn, session).await?
+            }
+        };
+        let client = self.client.insert(client);
+        let found =
+            source::inspect_tables(client, &source.facts, &self.tables, Some(&salt)).await?;
         if let Some(table) = found.tables.first() {
             // The next life publishes it, and orders its backfill.
             let reason = format!("table {} can be captured again", table.name);
