@@ -1,6 +1,7 @@
 //! The capture machine: from WAL frames to messages, and from their acknowledgements to what the slot may
 //! forget. It knows no network and no clock.
 
+mod changes;
 #[cfg(test)]
 mod tests;
 
@@ -9,17 +10,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use millrace_event::{
-    Before, Control, ControlKind, EncodeError, Lsn, Op, Position, Relation, TableName, Transaction,
-    subject,
+    Control, ControlKind, EncodeError, Lsn, Op, Position, Relation, TableName, Transaction, subject,
 };
 
 use crate::assemble::{Assembler, MessageLimits, Outgoing, RowTooLarge};
 use crate::commits::{self, CommitLog, Committed};
 use crate::frontier::{Boundary, ConfirmPolicy, Frontier};
-use crate::pgoutput::{self, Message, OldTuple, PgoutputError, Tuple};
-use crate::relation::{Announced, RelationError, Relations};
+use crate::pgoutput::{self, Message, PgoutputError};
+use crate::relation::{RelationError, Relations};
 use crate::selection::Selection;
-use crate::tuple::{MaskedTexts, RowChange, Writer};
+use crate::tuple::MaskedTexts;
 
 /// The prefix of the logical messages that are heartbeats.
 pub const HEARTBEAT_PREFIX: &str = "millrace.heartbeat";
@@ -473,105 +473,4 @@ impl Capture {
         let payload = serde_json::to_vec(&control).expect("a control message is plain JSON");
         self.assembler.message(subject, position, end_lsn, &payload);
     }
-
-    fn on_row(
-        &mut self,
-        op: Op,
-        relid: u32,
-        (old, new): (Option<OldTuple<'_>>, Option<Tuple<'_>>),
-        lsn: Lsn,
-        sent_at_us: i64,
-    ) -> Result<(), CaptureError> {
-        let State::InTransaction(open) = &mut self.state else {
-            return Err(CaptureError::Protocol("a change outside of a transaction"));
-        };
-        self.changes += 1;
-        // An update that carries an old row may be a key change, which is two changes. Whether it is depends
-        // on the configured key, and the numbers must not: it takes two in any case.
-        let first = open.seq + 1;
-        open.seq += if old.is_some() && new.is_some() { 2 } else { 1 };
-        let announced = announced(&self.relations, relid)?;
-        if Position::from(open.transaction.version(open.seq)) <= self.skip_to {
-            return Ok(());
-        }
-        let published = match announced {
-            Announced::Published(published) => published,
-            Announced::NotConfigured => return Ok(()),
-            Announced::LeftOut(error) => {
-                leave_out(&mut self.outputs, error.clone(), open.commit_lsn);
-                return Ok(());
-            }
-        };
-        let Some(row) = RowChange::new(published, old, new, &mut self.masked)? else {
-            let table = published.relation.name().clone();
-            let error = RelationError::KeyNull { table };
-            leave_out(&mut self.outputs, error, open.commit_lsn);
-            return Ok(());
-        };
-        let mut writer = Writer {
-            assembler: &mut self.assembler,
-            published,
-            transaction: &open.transaction,
-            skip_to: self.skip_to,
-            lsn,
-            sent_at_us,
-        };
-        row.write(op, first, &mut writer)?;
-        self.relations.count(relid, op);
-        Ok(())
-    }
-
-    fn on_truncate(
-        &mut self,
-        truncate: &pgoutput::Truncate<'_>,
-        lsn: Lsn,
-        sent_at_us: i64,
-    ) -> Result<(), CaptureError> {
-        let State::InTransaction(open) = &mut self.state else {
-            return Err(CaptureError::Protocol(
-                "a truncate outside of a transaction",
-            ));
-        };
-        for relid in truncate.relids.iter() {
-            self.changes += 1;
-            open.seq += 1;
-            let published = match announced(&self.relations, relid)? {
-                Announced::Published(published) => published,
-                Announced::NotConfigured => continue,
-                Announced::LeftOut(error) => {
-                    if Position::from(open.transaction.version(open.seq)) > self.skip_to {
-                        leave_out(&mut self.outputs, error.clone(), open.commit_lsn);
-                    }
-                    continue;
-                }
-            };
-            let mut writer = Writer {
-                assembler: &mut self.assembler,
-                published,
-                transaction: &open.transaction,
-                skip_to: self.skip_to,
-                lsn,
-                sent_at_us,
-            };
-            writer.write(Op::Truncate, Before::None, None, None, open.seq)?;
-            self.relations.count(relid, Op::Truncate);
-        }
-        Ok(())
-    }
-}
-
-/// Says it once where it is said of many changes in a row.
-fn leave_out(outputs: &mut VecDeque<Output>, error: RelationError, commit_lsn: Lsn) {
-    let said = outputs.back().is_some_and(|last| {
-        matches!(last, Output::LeftOut(last, lsn) if *lsn == commit_lsn && last.table() == error.table())
-    });
-    if !said {
-        outputs.push_back(Output::LeftOut(error, commit_lsn));
-    }
-}
-
-fn announced(relations: &Relations, relid: u32) -> Result<&Announced, CaptureError> {
-    relations.get(relid).ok_or(CaptureError::Protocol(
-        "a change of a relation that was not announced",
-    ))
 }

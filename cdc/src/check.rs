@@ -3,22 +3,23 @@
 use millrace_config::{Code, Condition, Config, Create};
 use millrace_connect::nats::{self, Reconnect};
 use millrace_connect::postgres::{ConnectError, Dsn, Session, connect};
-use millrace_event::{subject, work};
+use millrace_event::TableName;
 use tokio_postgres::Client;
 
 use crate::identity::published::Earlier;
 use crate::source::{self, PublicationChange, SourceTable};
-use crate::{Error, life, stream};
+use crate::{Error, life};
 
 /// What the servers' monitoring shows.
 const NAME: &str = "millrace check";
 
 /// Looks at the source, and at what was stored beside the stream, as a capture with this configuration would when it
-/// begins anew, on connections of its own. Nothing is changed, and what runs is not disturbed.
+/// begins anew, on connections of its own. Nothing is changed, and what runs with the configuration `running` is not
+/// disturbed. A table that would be parked is no reason against it, unless its own settings have changed.
 ///
 /// # Errors
 /// [`Error::Halt`] or [`Error::Refused`]: capture would not go on. [`Error::Retry`]: that cannot be found out now.
-pub async fn check(config: &Config) -> Result<(), Error> {
+pub async fn check(running: &Config, config: &Config) -> Result<(), Error> {
     let url = config.source.url.read()?;
     let dsn = Dsn::parse(url.expose()).map_err(ConnectError::from)?;
     let session = Session {
@@ -28,13 +29,12 @@ pub async fn check(config: &Config) -> Result<(), Error> {
     let client = connect(&dsn, session).await?;
     let facts = source::inspect(&client).await?;
     let salt = life::salt(config)?;
-    let mut tables = source::inspect_tables(&client, &facts, &config.tables, salt.as_ref()).await?;
+    let inspected = source::inspect_tables(&client, &facts, &config.tables, salt.as_ref()).await?;
 
     let nats = nats::connect(&config.stream, NAME, life::INBOX, Reconnect::Never).await?;
     let jetstream = async_nats::jetstream::new(nats);
-    let state = subject::bucket_name(&config.source.name, work::STATE);
-    let began = stream::find_stream(&jetstream, &format!("KV_{state}")).await?;
-    if began.is_none() {
+    if !life::captured_before(config, &jetstream).await? {
+        let tables = inspected.all()?;
         // Nothing was ever captured: no name of a column can be one that it had before.
         let unknown = tables.iter().find(|table| !table.absent.is_empty());
         return match unknown {
@@ -47,8 +47,14 @@ pub async fn check(config: &Config) -> Result<(), Error> {
     }
     let stream = life::open_buckets(config, jetstream).await?;
     let earlier = Earlier::read(&stream).await?;
-    earlier.carry_over(&mut tables)?;
     let publication = source::publication_name(&config.source.name);
+    let members = source::published_tables(&client, facts.version, &publication).await?;
+    let unchanged = |table: &TableName| {
+        let of = |config: &Config| config.tables.iter().find(|of| of.name == *table).cloned();
+        of(running) == of(config)
+    };
+    let (mut tables, _) = earlier.admit(inspected, &members, unchanged)?;
+    earlier.carry_over(&mut tables)?;
     if facts.in_recovery {
         source::adopt_filters(&client, facts.version, &publication, &mut tables).await?;
     }
@@ -57,8 +63,7 @@ pub async fn check(config: &Config) -> Result<(), Error> {
     if known.is_some_and(|known| found != Some(known)) {
         return Err(Error::halt(source::publication_gone(&publication)));
     }
-    let members = source::published_tables(&client, facts.version, &publication).await?;
-    let drift = earlier.check(&publication, &tables, &members)?;
+    let drift = earlier.check(&publication, &tables, &members, config.source.create)?;
     tables.retain(|table| !drift.has_lost(&table.name));
     let change = source::publication_change(&client, facts.version, &publication, &tables).await?;
     match change {

@@ -50,6 +50,7 @@ use crate::commits::Commits;
 use crate::life::{Source, Stream};
 use crate::source::{self, SourceTable};
 use crate::status::{CopyTrouble, Status};
+use crate::stored::understood;
 use crate::stream;
 
 /// How often requests are looked for, should nothing tell of them.
@@ -336,8 +337,6 @@ async fn read<T: serde::de::DeserializeOwned>(
         .get(key)
         .await
         .map_err(|error| Error::retry("copy requests cannot be read", error))?;
-    entry
-        .map(|value| serde_json::from_slice(&value))
-        .transpose()
-        .map_err(|error| Error::retry("a copy request cannot be understood", error))
+    let value = entry.map(|value| understood(&store.name, key, &value));
+    Ok(value.transpose()?)
 }

@@ -66,6 +66,12 @@ impl Error {
     }
 }
 
+impl From<Condition> for Error {
+    fn from(condition: Condition) -> Self {
+        Self::Halt(condition)
+    }
+}
+
 impl From<tokio_postgres::Error> for Error {
     fn from(error: tokio_postgres::Error) -> Self {
         let Some(server) = error.as_db_error() else {

@@ -9,6 +9,7 @@ use millrace_event::work::Origin;
 
 use crate::life::Stream;
 use crate::replication::{ReplicationConnection, SystemIdentity};
+use crate::stored::understood;
 use crate::stream::Tail;
 use crate::{Error, stream};
 
@@ -119,9 +120,7 @@ pub(crate) async fn read<T: serde::de::DeserializeOwned>(
     let Some(entry) = state.get(key).await.map_err(failed)? else {
         return Ok(None);
     };
-    serde_json::from_slice(&entry)
-        .map(Some)
-        .map_err(|error| Error::retry("what was stored beside the stream is not understood", error))
+    Ok(Some(understood(&state.name, key, &entry)?))
 }
 
 pub(crate) async fn store(state: &kv::Store, key: &str, value: Vec<u8>) -> Result<(), Error> {

@@ -14,6 +14,7 @@ use tokio_postgres::Client;
 use crate::life::Stream;
 use crate::orders::order_backfill;
 use crate::relation::RelationError;
+use crate::source::SourceTable;
 use crate::{Error, identity, source};
 
 /// Where it is remembered.
@@ -81,7 +82,7 @@ impl LeftOut {
     }
 
     /// Orders the backfills of tables of which nothing more can be left out, once the stream holds everything up to
-    /// `covered`.
+    /// `covered`. A table that is not among the captured `tables` waits: nobody reads it.
     ///
     /// # Errors
     /// The broker is away.
@@ -89,10 +90,14 @@ impl LeftOut {
         &self,
         config: &Config,
         stream: &Stream,
+        tables: &[SourceTable],
         covered: Lsn,
     ) -> Result<(), Error> {
         let mut entries = self.0.lock().await;
-        let is_due = |entry: &Entry| entry.below.is_some_and(|below| covered >= below);
+        let is_due = |entry: &Entry| {
+            entry.below.is_some_and(|below| covered >= below)
+                && tables.iter().any(|table| table.name == entry.table)
+        };
         let due: Vec<_> = entries.iter().filter(|entry| is_due(entry)).collect();
         if due.is_empty() {
             return Ok(());

@@ -21,6 +21,7 @@ mod run;
 mod schemas;
 mod seen;
 mod status;
+mod stored;
 mod tuple;
 mod watch;
 
@@ -37,7 +38,8 @@ pub mod stream;
 pub use check::check;
 pub use commits::Committed;
 pub use error::Error;
-pub use identity::published::unpublished;
+pub use identity::published::{Captured, captured};
 pub use relation::{RelationError, SubjectId};
 pub use run::run;
 pub use status::{CopyTrouble, Status};
+pub use stored::understood;

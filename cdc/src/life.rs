@@ -1,5 +1,6 @@
 //! One life of a capture: from nothing to streaming. What it finds decides how it begins.
 
+mod begin;
 mod publishing;
 
 use std::collections::HashMap;
@@ -8,19 +9,20 @@ use std::time::{Duration, Instant, SystemTime};
 
 use async_nats::jetstream::{self, kv};
 use millrace_config::{
-    Code, Condition, Config, Confirm, Create, Mask, Origin as OriginFilter, SyncInterval, limits,
+    Code, Condition, Config, Confirm, Mask, Origin as OriginFilter, SyncInterval, limits,
 };
 use millrace_connect::nats::{self, Reconnect};
 use millrace_connect::postgres::{Dsn, Session, connect};
-use millrace_event::work;
-use millrace_event::{Control, ControlKind, Lsn, Position, StreamOrigin, subject};
+use millrace_event::{Lsn, subject, work};
 use tokio_postgres::Client;
 
+pub(crate) use self::begin::slot_blocked;
+use self::begin::{decide, prepare, publish_start};
 use self::publishing::Publishing;
-pub(crate) use self::publishing::Without;
+pub(crate) use self::publishing::{NOT_CONFIGURED, Without, relieve};
 use crate::Error;
 use crate::assemble::MessageLimits;
-use crate::birth::{self, Found, Plan, SlotFound, SlotPlan, StreamFound, TailFound};
+use crate::birth::{self, Plan, TailFound};
 use crate::capture::{Capture, Resume, Settings};
 use crate::frontier::{Boundary, ConfirmPolicy};
 use crate::identity;
@@ -28,14 +30,13 @@ use crate::identity::published::Earlier;
 use crate::left_out::LeftOut;
 use crate::publish::{self, Acks, Sender};
 use crate::replication::{
-    NEAR_RECEIVE_BUFFER_BYTES, NEAR_ROUND_TRIP_MAX, ReplicationConnection, SlotKind, Snapshot,
-    StartOptions, SystemIdentity, WalReader,
+    NEAR_RECEIVE_BUFFER_BYTES, NEAR_ROUND_TRIP_MAX, ReplicationConnection, StartOptions, WalReader,
 };
 use crate::schemas;
-use crate::seen::Watched;
+use crate::seen::{FirstLook, Watched};
 use crate::selection::Salt;
-use crate::source::{self, SourceFacts, SourceTable};
-use crate::stream::{self, StreamShape, StreamState, Tail};
+use crate::source::{self, Inspected, SourceFacts, SourceTable};
+use crate::stream::{self, StreamState, Tail};
 
 /// Replies to capture arrive below this subject, so that permissions can name it.
 pub(crate) const INBOX: &str = "_INBOX_millrace_capture";
@@ -45,9 +46,6 @@ pub(crate) const MESSAGE_OVERHEAD_BYTES: usize = 16 * 1024;
 
 /// The oldest server whose `origin` option can be set: 16.
 const ORIGIN_VERSION_MIN: i32 = 160_000;
-
-/// How long creating the slot may wait for transactions that are open at the source.
-const SLOT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Everything that one life works with.
 pub(crate) struct Life {
@@ -115,19 +113,32 @@ pub(crate) async fn open(config: &Config, now: Duration) -> Result<Life, Error> 
     let client = connect(&dsn, session).await?;
     let facts = source::inspect(&client).await?;
     let salt = salt(config)?;
-    let mut tables = source::inspect_tables(&client, &facts, &config.tables, salt.as_ref()).await?;
+    let first = FirstLook::take(config, &client).await?;
+    let inspected = source::inspect_tables(&client, &facts, &config.tables, salt.as_ref()).await?;
 
     let admin = nats::connect(&config.stream, "millrace capture", INBOX, Reconnect::Always).await?;
     let max_payload = admin.server_info().max_payload;
     let jetstream = jetstream::new(admin);
     stream::require_level(&jetstream).await?;
+    let inspected =
+        match inspected.refused.is_empty() || captured_before(config, &jetstream).await? {
+            true => inspected,
+            // Nothing is made for a capture that does not begin.
+            false => Inspected {
+                tables: inspected.all()?,
+                refused: Vec::new(),
+            },
+        };
     let stream = open_buckets(config, jetstream).await?;
-    let watched = Watched::begin(config, &client, &stream.state).await?;
+    let publication = source::publication_name(&config.source.name);
+    let members = source::published_tables(&client, facts.version, &publication).await?;
+    let known = Earlier::read(&stream).await?;
+    let (mut tables, refused) = known.admit(inspected, &members, |_| true)?;
+    let watched = Watched::begin(first, &refused, &stream.state).await?;
     let left_out = LeftOut::read(&stream.state, &client).await?;
     let mut earlier = Earlier::read(&stream).await?;
     earlier.carry_over(&mut tables)?;
     if facts.in_recovery {
-        let publication = source::publication_name(&config.source.name);
         source::adopt_filters(&client, facts.version, &publication, &mut tables).await?;
     }
     let tables = Arc::new(tables);
@@ -150,6 +161,7 @@ pub(crate) async fn open(config: &Config, now: Duration) -> Result<Life, Error> 
         client: &client,
         version: facts.version,
         tables: &tables,
+        refused: &refused,
         stream: &stream,
     };
     let without = prepare(&publishing, &mut earlier, &mut replication, plan).await?;
@@ -168,7 +180,6 @@ pub(crate) async fn open(config: &Config, now: Duration) -> Result<Life, Error> 
     schemas::describe_tables(&client, &stream.schemas, &tables).await?;
 
     let slot = source::slot_name(&config.source.name);
-    let publication = source::publication_name(&config.source.name);
     let origin_none =
         config.source.origin == OriginFilter::None && facts.version >= ORIGIN_VERSION_MIN;
     let options = StartOptions {
@@ -264,7 +275,9 @@ pub(crate) async fn open_buckets(
     let bucket = async |kind: &str| {
         stream::bucket(&jetstream, source, kind, replicas)
             .await
-            .map_err(|error| Error::retry("a KV bucket cannot be opened", error))
+            .map_err(|error| {
+                Error::retry("what is stored beside the stream cannot be opened", error)
+            })
     };
     let (schemas, sinks) = (bucket(work::SCHEMAS).await?, bucket(work::SINKS).await?);
     let (copies, state) = (bucket(work::COPIES).await?, bucket(work::STATE).await?);
@@ -279,6 +292,16 @@ pub(crate) async fn open_buckets(
     })
 }
 
+/// Whether anything was ever captured of this source, as far as the broker shows it.
+pub(crate) async fn captured_before(
+    config: &Config,
+    jetstream: &jetstream::Context,
+) -> Result<bool, Error> {
+    let state = subject::bucket_name(&config.source.name, work::STATE);
+    let found = stream::find_stream(jetstream, &format!("KV_{state}")).await?;
+    Ok(found.is_some())
+}
+
 async fn stream_tail(
     stream: &Stream,
     confirmed: Lsn,
@@ -290,219 +313,11 @@ async fn stream_tail(
     Ok(tail.map(|tail| (state, tail)))
 }
 
-async fn decide(
-    config: &Config,
-    client: &Client,
-    facts: &SourceFacts,
-    tables: &[SourceTable],
-    stream: &Stream,
-) -> Result<Plan, Error> {
-    let name = source::slot_name(&config.source.name);
-    let slot = match source::find_slot(client, &name).await? {
-        None => SlotFound::Missing,
-        Some(slot) => {
-            source::slot_precondition(&name, &facts.database, &slot)?;
-            match slot.active_pid {
-                Some(pid) => SlotFound::Active { pid },
-                None => SlotFound::Inactive {
-                    confirmed: slot.confirmed,
-                },
-            }
-        }
-    };
-    let confirmed = match slot {
-        SlotFound::Inactive { confirmed } => confirmed,
-        SlotFound::Missing | SlotFound::Active { .. } => Lsn::ZERO,
-    };
-    let found = match stream::find_stream(&stream.jetstream, &stream.name).await? {
-        None => StreamFound::Missing,
-        Some(state) if state.last_seq == 0 => StreamFound::Empty,
-        Some(_) => match stream::tail_covering(&stream.jetstream, &stream.name, confirmed).await? {
-            None => StreamFound::Emptied,
-            Some(tail) => StreamFound::Tail(TailFound {
-                position: tail.position,
-                end_lsn: tail.end_lsn,
-            }),
-        },
-    };
-    // The slot was looked for first: a stream that another process has begun since is no gap.
-    let began = slot == SlotFound::Missing && matches!(found, StreamFound::Tail(_));
-    if began && source::find_slot(client, &name).await?.is_some() {
-        return Err(Error::retry_because("another process begins the stream"));
-    }
-    let sink_position = has_sink_position(&stream.sinks).await?;
-    let begins = matches!(found, StreamFound::Missing | StreamFound::Empty) && !sink_position;
-    if begins && config.source.create == Create::Never {
-        require_publication(config, client, facts, tables, slot).await?;
-    }
-    let found = Found {
-        name: &name,
-        stream: found,
-        slot,
-        sink_position,
-        create: config.source.create,
-    };
-    match birth::plan(&found).map_err(Error::halt)? {
-        Plan::Standby { pid } => Err(Error::Standby(Condition::new(
-            Code::SlotActive,
-            format!("slot \"{name}\" is read by process {pid}"),
-            "nothing to do: this process takes over when that one ends",
-        ))),
-        plan => Ok(plan),
-    }
-}
-
-/// Checks that a publication which may not be made is there before anything begins. A slot decodes with the
-/// publication as it was, so it comes first, and the remedy has both statements where both are missing.
-async fn require_publication(
-    config: &Config,
-    client: &Client,
-    facts: &SourceFacts,
-    tables: &[SourceTable],
-    slot: SlotFound,
-) -> Result<(), Error> {
-    let publication = source::publication_name(&config.source.name);
-    let condition =
-        match source::publication_change(client, facts.version, &publication, tables).await {
-            Ok(None) => return Ok(()),
-            Ok(Some(change)) => change.condition(),
-            Err(Error::Halt(condition)) => condition,
-            Err(other) => return Err(other),
-        };
-    if slot != SlotFound::Missing {
-        return Err(Error::halt(condition));
-    }
-    let make = source::make_slot(&source::slot_name(&config.source.name));
-    let remedy = format!("{}; then {make}", condition.remedy);
-    Err(Error::halt(Condition {
-        remedy,
-        ..condition
-    }))
-}
-
-async fn has_sink_position(sinks: &kv::Store) -> Result<bool, Error> {
-    use futures_util::StreamExt;
-    let failed = |error| Error::retry("sink reports cannot be read", error);
-    let mut keys = sinks.keys().await.map_err(failed)?;
-    Ok(keys.next().await.is_some())
-}
-
 /// This machine's clock, microseconds since 1970.
 pub(crate) fn now_us() -> i64 {
     SystemTime::now()
         .duration_since(SystemTime::UNIX_EPOCH)
         .map_or(0, |age| i64::try_from(age.as_micros()).unwrap_or(i64::MAX))
-}
-
-/// Makes what is missing: stream, then publication, then slot.
-async fn prepare(
-    publishing: &Publishing<'_>,
-    earlier: &mut Earlier,
-    replication: &mut ReplicationConnection,
-    plan: Plan,
-) -> Result<Without, Error> {
-    let Publishing {
-        config,
-        client,
-        stream,
-        ..
-    } = *publishing;
-    let shape = StreamShape {
-        source: config.source.name.clone(),
-        max_bytes: config.stream.retention.max_bytes,
-        replicas: usize::from(config.stream.replicas),
-        partitions: config.stream.partitions,
-    };
-    stream::ensure_stream(&stream.jetstream, &shape).await?;
-    let without = publishing.ensure(earlier, plan).await?;
-    let slot = source::slot_name(&config.source.name);
-    let Plan::Begin { slot: slot_plan } = plan else {
-        return Ok(without);
-    };
-    match slot_plan {
-        SlotPlan::Take => return Ok(without),
-        SlotPlan::Recreate => {
-            tracing::info!(%slot, "dropping a slot that a crash left before its stream began");
-            source::drop_slot(client, &slot).await?;
-        }
-        SlotPlan::Create => {}
-    }
-    assert_eq!(
-        config.source.create,
-        Create::Auto,
-        "only what may be created is"
-    );
-    let created = replication.create_slot(&slot, SlotKind::Permanent, Snapshot::None);
-    match tokio::time::timeout(SLOT_TIMEOUT, created).await {
-        Ok(created) => {
-            let consistent_point = created?.consistent_point;
-            tracing::info!(%slot, %consistent_point, "slot created");
-            Ok(without)
-        }
-        Err(_) => Err(Error::retry_because(slot_blocked(client).await.to_string())),
-    }
-}
-
-/// Which transactions keep a slot from being created.
-pub(crate) async fn slot_blocked(client: &Client) -> Condition {
-    let blockers = client
-        .query(
-            "SELECT pid, coalesce(application_name, '') FROM pg_stat_activity \
-             WHERE backend_xid IS NOT NULL AND pid <> pg_backend_pid() ORDER BY xact_start LIMIT 3",
-            &[],
-        )
-        .await
-        .unwrap_or_default();
-    let pids: Vec<String> = blockers
-        .iter()
-        .map(|row| format!("{} ({})", row.get::<_, i32>(0), row.get::<_, String>(1)))
-        .collect();
-    let open = if pids.is_empty() {
-        "unknown".to_owned()
-    } else {
-        pids.join(", ")
-    };
-    Condition::new(
-        Code::SlotBlocked,
-        format!("a slot waits for every open transaction to end; open: {open}"),
-        "end the transactions that are open for long; it is tried again by itself",
-    )
-}
-
-async fn publish_start(
-    config: &Config,
-    stream: &Stream,
-    identity: &SystemIdentity,
-    epoch: u32,
-    confirmed: Lsn,
-) -> Result<(), Error> {
-    let ts_us = now_us();
-    let control = Control {
-        kind: ControlKind::Start,
-        position: Position::new(epoch, confirmed, 0),
-        end_lsn: confirmed,
-        ts_us,
-        origin: Some(StreamOrigin {
-            system_id: identity.system_id.clone(),
-            timeline: identity.timeline,
-            slot: source::slot_name(&config.source.name),
-        }),
-    };
-    let payload = serde_json::to_vec(&control).expect("plain JSON");
-    let subject = subject::control(&config.source.name, ControlKind::Start);
-    let failed = |error| Error::retry("the stream's start cannot be published", error);
-    let message = jetstream::message::PublishMessage::build()
-        .payload(payload.into())
-        .expected_last_sequence(0);
-    stream
-        .jetstream
-        .send_publish(subject, message)
-        .await
-        .map_err(failed)?
-        .await
-        .map_err(failed)?;
-    tracing::info!(position = %control.position, "stream begun");
-    Ok(())
 }
 
 fn settings(

@@ -11,6 +11,7 @@ use millrace_event::work::{self, BackfillOrder, orders_key};
 
 use crate::Error;
 use crate::life::Stream;
+use crate::stored::understood;
 
 /// A list that others change at the same moment is tried so often, with a pause between.
 const ATTEMPTS: u32 = 8;
@@ -63,7 +64,7 @@ const OURS: [&str; 6] = [
 /// share one.
 ///
 /// # Errors
-/// The broker is away.
+/// The broker is away. Or a sink's list is not understood: what it orders must not be lost.
 pub(crate) async fn order_backfill(
     config: &Config,
     stream: &Stream,
@@ -98,8 +99,7 @@ async fn order(copies: &kv::Store, sink: &str, table: &TableName, id: &str) -> R
             .map_err(|error| Error::retry("backfill orders cannot be read", error))?;
         let (orders, revision) = match entry {
             Some(entry) if entry.operation == Operation::Put => {
-                let orders: Vec<BackfillOrder> =
-                    serde_json::from_slice(&entry.value).unwrap_or_default();
+                let orders = understood(&copies.name, &key, &entry.value)?;
                 (orders, entry.revision)
             }
             entry => (Vec::new(), entry.map_or(0, |entry| entry.revision)),

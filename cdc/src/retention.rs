@@ -4,10 +4,11 @@
 //! A parked table holds nothing back: its changes wait as long as the stream keeps them anyway.
 
 use std::convert::Infallible;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
-use async_nats::jetstream::{Context, kv};
+use async_nats::jetstream::Context;
+use async_nats::jetstream::kv::{self, Operation};
 use millrace_config::{Code, Condition, Config, Confirm, Sink, State, SyncInterval, limits};
 use millrace_event::Position;
 use millrace_event::work::{ParkedClaim, SinkReport};
@@ -15,6 +16,7 @@ use millrace_event::work::{ParkedClaim, SinkReport};
 use crate::Error;
 use crate::life::Stream;
 use crate::status::Status;
+use crate::stored::understood;
 use crate::stream::{self, StreamState};
 
 /// How often the stream's size is looked at.
@@ -55,6 +57,8 @@ pub(crate) struct Retention<'r> {
     confirm_age: Duration,
     fullness: &'r Fullness,
     status: &'r Status,
+    /// The revision of the last report that was not understood; revisions begin with 1.
+    unread: AtomicU64,
 }
 
 impl<'r> Retention<'r> {
@@ -79,6 +83,7 @@ impl<'r> Retention<'r> {
             confirm_age,
             fullness,
             status,
+            unread: AtomicU64::new(0),
         }
     }
 
@@ -162,10 +167,11 @@ impl<'r> Retention<'r> {
         for sink in self.sinks {
             let entry = self
                 .reports
-                .get(&sink.name)
+                .entry(&sink.name)
                 .await
                 .map_err(|error| Error::retry("a sink's report cannot be read", error))?;
-            let report = entry.and_then(|entry| serde_json::from_slice::<SinkReport>(&entry).ok());
+            let entry = entry.filter(|entry| entry.operation == Operation::Put);
+            let report = entry.and_then(|entry| self.understood(&sink.name, &entry));
             let (name, required) = (sink.name.as_str(), sink.required);
             let found = match &report {
                 Some(report) if required && report.stream_seq >= state.first_seq => {
@@ -181,6 +187,23 @@ impl<'r> Retention<'r> {
             });
         }
         Ok(reports)
+    }
+
+    /// A report. One that is not understood keeps what a required sink has not applied, like none; that is said
+    /// once: a sink that runs reports again within a second.
+    fn understood(&self, sink: &str, entry: &kv::Entry) -> Option<SinkReport> {
+        let condition = match understood(&self.reports.name, sink, &entry.value) {
+            Ok(report) => return Some(report),
+            Err(condition) => condition,
+        };
+        let said = self.unread.swap(entry.revision, Ordering::Relaxed);
+        if said != entry.revision {
+            tracing::warn!(
+                code = condition.code.as_str(), remedy = %condition.remedy,
+                "nothing is purged for sink {sink}: {}", condition.message
+            );
+        }
+        None
     }
 
     /// The newest message in a range of sequences that was stored before a time: by bisection, because times

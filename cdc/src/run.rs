@@ -1,30 +1,29 @@
 //! The capture's loop: it carries inputs to the machine and outputs to the world. Nothing is decided here but
 //! what a failure means.
 
+mod perform;
+
 use std::collections::{HashMap, VecDeque};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use async_nats::{HeaderMap, Subject};
+use async_nats::Subject;
 use millrace_config::{Backoff, Code, Condition, Config, State, limits};
-use millrace_event::{Control, ControlKind, Position, Relation, TableName, header};
+use millrace_event::TableName;
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
-use crate::assemble::Outgoing;
-use crate::capture::{Capture, CaptureError, Input, Named, Output};
+use self::perform::Mark;
+use crate::capture::{Capture, CaptureError, Input, Output};
 use crate::commits::Commits;
 use crate::copy::Copier;
-use crate::frontier::Boundary;
 use crate::left_out::LeftOut;
 use crate::life::{self, Life, Source, Stream};
-use crate::orders::order_backfill;
 use crate::publish::{self, Acks, Sender};
 use crate::replication::{Frame, WalBatch, WalHandle, WalReader};
 use crate::retention::{Fullness, Retention};
 use crate::status::Status;
 use crate::watch::watch;
-use crate::{Error, heartbeat, schemas, source, stream};
+use crate::{Error, heartbeat};
 
 /// How often what has aged is confirmed and the counters are shown.
 const TICK: Duration = Duration::from_millis(200);
@@ -97,7 +96,7 @@ async fn live(config: &Config, status: &Status, stop: &CancellationToken) -> Res
         left_out,
         without,
     } = life;
-    status.set_parked([&*without.lost, &*without.locked].concat());
+    status.set_parked(without.parked());
     status.set_state(State::Streaming, None);
     status.set_confirmed(capture.confirmed());
     let commits = Commits::default();
@@ -129,7 +128,7 @@ async fn live(config: &Config, status: &Status, stop: &CancellationToken) -> Res
         ended = line.run(wal, acks, stop) => ended,
         // The line itself ends first at `stop`; these only end with a failure.
         Err(error) = heartbeat::beat(&source.dsn, config.source.heartbeat_interval) => Err(error),
-        Err(error) = watch(config, &source, &stream, watched, &left_out, &without.locked, status) => Err(error),
+        Err(error) = watch(config, &source, &stream, watched, &left_out, without, status) => Err(error),
         Err(error) = copier.serve() => Err(error),
         Err(error) = retention.keep() => Err(error),
     }
@@ -163,12 +162,6 @@ struct Line<'l> {
     changes_seen: u64,
     publisher: String,
     began: Instant,
-}
-
-/// What an acknowledged boundary says about progress.
-struct Mark {
-    covered: millrace_event::Lsn,
-    heartbeat: Option<(Position, i64)>,
 }
 
 /// What one turn of the loop brought.
@@ -274,160 +267,6 @@ impl Line<'_> {
             .map_err(capture_failed)
     }
 
-    /// Does everything that is due before the next message may be published.
-    async fn perform(&mut self) -> Result<(), Error> {
-        while let Some(output) = self.capture.poll() {
-            self.pending.push_back(output);
-        }
-        while let Some(output) = self.pending.pop_front() {
-            match output {
-                Output::Publish(_) => {
-                    self.pending.push_front(output);
-                    return Ok(());
-                }
-                Output::Named(named) => self.named(&named).await?,
-                Output::Describe(relation) => self.describe(&relation).await?,
-                Output::LeftOut(error, lsn) => {
-                    self.left_out.note(&self.stream.state, &error, lsn).await?;
-                }
-                Output::Confirm(lsn) => {
-                    self.handle.confirm(lsn);
-                    self.status.set_confirmed(lsn);
-                }
-                Output::Verify(boundary) => {
-                    self.verify(boundary).await?;
-                    self.input(Input::Verified(boundary))?;
-                    while let Some(output) = self.capture.poll() {
-                        self.pending.push_back(output);
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn next_outgoing(&mut self) -> Option<publish::Outgoing> {
-        let Some(Output::Publish(outgoing)) = self.pending.front() else {
-            return None;
-        };
-        let known = self.subjects.len();
-        let new = self.capture.subjects().iter().skip(known);
-        self.subjects
-            .extend(new.map(|subject| Subject::from(subject.as_str())));
-        let subject = self
-            .subjects
-            .get(outgoing.subject.0 as usize)
-            .expect("just brought up to date");
-        let headers = outgoing.chunk.map(|chunk| {
-            let mut headers = HeaderMap::new();
-            headers.insert(header::POSITION, outgoing.position.to_string());
-            let Self { publisher, .. } = self;
-            headers.insert(
-                header::CHUNK,
-                format!("{}/{}/{publisher}", chunk.index, chunk.count),
-            );
-            headers
-        });
-        let payload = outgoing.payload.clone();
-        Some(publish::Outgoing {
-            subject: subject.clone(),
-            payload,
-            headers,
-        })
-    }
-
-    /// Takes note that the front of what is pending was sent.
-    fn sent(&mut self) {
-        let Some(Output::Publish(outgoing)) = self.pending.pop_front() else {
-            unreachable!("only a publish is sent")
-        };
-        self.published += 1;
-        if let Some(mark) = mark_of(&outgoing) {
-            self.heartbeats.push_back((self.published, mark));
-        }
-    }
-
-    fn acked(&mut self, acked: publish::Acked) -> Result<(), Error> {
-        let changes = self.capture.changes();
-        let before = self.published - self.capture.in_flight().min(self.published);
-        self.status.add(
-            changes - self.changes_seen,
-            acked.count.saturating_sub(before),
-        );
-        self.changes_seen = changes;
-        while let Some((number, mark)) = self.heartbeats.front() {
-            if *number > acked.count {
-                break;
-            }
-            self.status.set_covered(mark.covered);
-            if let Some((position, ts_us)) = mark.heartbeat {
-                self.status.set_heartbeat(position, ts_us);
-            }
-            self.heartbeats.pop_front();
-        }
-        self.input(Input::Acked { count: acked.count })
-    }
-
-    /// Has tables read again whose rows were changed under another name.
-    async fn named(&self, named: &Named) -> Result<(), Error> {
-        let Some(table) = self.tables_by_oid.get(&named.oid) else {
-            return Ok(());
-        };
-        if *table == named.name {
-            return Ok(());
-        }
-        tracing::info!(%table, name = %named.name, "the table was changed under another name: its rows are read again");
-        let id = format!("named-{}-{}", named.oid, named.commit_lsn);
-        order_backfill(self.config, self.stream, table, &id).await?;
-        // They went to that table's replicas, if it has some.
-        order_backfill(self.config, self.stream, &named.name, &id).await
-    }
-
-    /// Keeps the schema that events are about to name.
-    async fn describe(&mut self, relation: &Arc<Relation>) -> Result<(), Error> {
-        let client = &self.source.client;
-        let mut tables = self.source.tables.iter();
-        let table = tables
-            .find(|table| table.name == *relation.name())
-            .expect("only configured tables are published");
-        let columns = relation.columns();
-        let names: Vec<_> = columns.iter().map(|column| column.name()).collect();
-        source::check_names(client, table, &names).await?;
-        source::settled(client, &table.name).await?;
-        let shapes: Vec<_> = columns.iter().map(|column| column.shape()).collect();
-        let key: Vec<String> = relation
-            .key()
-            .iter()
-            .map(|index| columns[*index].name().to_owned())
-            .collect();
-        let schema = source::describe_selected(client, table, &shapes, &key).await?;
-        assert_eq!(
-            schema.version,
-            relation.version(),
-            "one shape has one fingerprint"
-        );
-        let now = source::describe_now(client, table).await?;
-        schemas::keep(&self.stream.schemas, table, &schema, now.as_ref()).await
-    }
-
-    /// Looks whether the stream still holds what is about to be forgotten by the slot.
-    async fn verify(&self, boundary: Boundary) -> Result<(), Error> {
-        let Stream {
-            jetstream, name, ..
-        } = self.stream;
-        let stored = stream::position_at(jetstream, name, boundary.stream_seq).await?;
-        if stored == Some(boundary.position) {
-            return Ok(());
-        }
-        tracing::warn!(
-            code = Code::StreamTailLost.as_str(),
-            stream_seq = boundary.stream_seq,
-            expected = %boundary.position,
-            "the stream lost its unsynced tail; reading it from the slot again"
-        );
-        Err(Error::retry_because("the stream lost its unsynced tail"))
-    }
-
     /// Publishes what is complete, waits for its acknowledgements, and confirms it. What the machine still
     /// holds of an open transaction is read again by the next life.
     async fn drain(mut self, mut acks: Acks) -> Result<(), Error> {
@@ -479,19 +318,6 @@ async fn send(
         Some(outgoing) => sender.send(outgoing).await,
         None => std::future::pending().await,
     }
-}
-
-fn mark_of(outgoing: &Outgoing) -> Option<Mark> {
-    let covered = outgoing.boundary?;
-    // Control messages stand apart from rows by their number in the transaction.
-    let seq = outgoing.position.0.seq;
-    let control = matches!(seq, 0 | u32::MAX)
-        .then(|| serde_json::from_slice::<Control>(&outgoing.payload).ok())
-        .flatten();
-    let heartbeat = control
-        .filter(|control| control.kind == ControlKind::Heartbeat)
-        .map(|control| (control.position, control.ts_us));
-    Some(Mark { covered, heartbeat })
 }
 
 fn publish_failed(error: publish::PublishError) -> Error {

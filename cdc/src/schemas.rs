@@ -8,6 +8,7 @@ use tokio_postgres::Client;
 
 use crate::Error;
 use crate::source::{self, SourceTable};
+use crate::stored::understood;
 
 /// Keeps every table's schema: as the latest, and under its version.
 ///
@@ -163,8 +164,9 @@ async fn read(
         .get(key)
         .await
         .map_err(|error| Error::retry("a table's schema cannot be read", error))?;
-    let schema = entry.and_then(|entry| serde_json::from_slice::<TableSchema>(&entry).ok());
-    Ok(schema.filter(|schema| schema.name == *table))
+    let Some(entry) = entry else { return Ok(None) };
+    let schema: TableSchema = understood(&schemas.name, key, &entry)?;
+    Ok(Some(schema).filter(|schema| schema.name == *table))
 }
 
 async fn write(schemas: &kv::Store, key: &str, schema: &TableSchema) -> Result<(), Error> {

@@ -16,11 +16,30 @@ use millrace_config::Config;
 use millrace_event::{Lsn, TableName, work};
 use tokio_postgres::Client;
 
-use self::judgement::{Seen, remembered};
+use self::judgement::{Look, Seen, remembered};
 use self::look::look;
 use crate::life::Stream;
 use crate::orders::order_backfill;
+use crate::source::Refused;
 use crate::{Error, identity};
+
+/// A first look at the tables. It comes before anything else about them is found out: whatever changes later is
+/// noticed by the next look.
+pub(crate) struct FirstLook {
+    looks: Vec<Look>,
+    lsn: Lsn,
+}
+
+impl FirstLook {
+    /// Looks at every configured table.
+    ///
+    /// # Errors
+    /// The source is away.
+    pub(crate) async fn take(config: &Config, client: &Client) -> Result<Self, Error> {
+        let (looks, lsn) = look(client, &config.tables).await?;
+        Ok(Self { looks, lsn })
+    }
+}
 
 /// How the tables stand in this life.
 pub(crate) struct Watched {
@@ -28,19 +47,21 @@ pub(crate) struct Watched {
 }
 
 impl Watched {
-    /// Looks at every configured table and remembers what has changed since an earlier life, before this one counts
-    /// on how it is now. A table of another OID is taken for new by the publication.
+    /// Remembers what has changed about the tables since an earlier life, before this one counts on how they are
+    /// now. A table of another OID is taken for new by the publication. Of those that this life goes `without`, what
+    /// was known stays.
     ///
     /// # Errors
-    /// The source or the broker is away.
+    /// The broker is away.
     pub(crate) async fn begin(
-        config: &Config,
-        client: &Client,
+        first: FirstLook,
+        without: &[Refused],
         state: &kv::Store,
     ) -> Result<Self, Error> {
-        let (looks, lsn) = look(client, &config.tables).await?;
+        let FirstLook { looks, lsn } = first;
         let mut seen = Vec::with_capacity(looks.len());
-        for look in looks {
+        let is_refused = |look: &Look| without.iter().any(|table| table.name == look.seen.table);
+        for look in looks.into_iter().filter(|look| !is_refused(look)) {
             let key = key(&look.seen.table);
             let before: Option<Seen> = identity::read(state, &key).await?;
             let after = remembered(before.as_ref(), &look, lsn);
@@ -75,6 +96,11 @@ impl Watched {
         covered: Lsn,
     ) -> Result<(), Error> {
         let (looks, lsn) = look(client, &config.tables).await?;
+        let is_there = |seen: &&Seen| looks.iter().any(|look| look.seen.table == seen.table);
+        if let Some(gone) = self.seen.iter().find(|seen| !is_there(seen)) {
+            let reason = format!("table {} is gone from the source", gone.table);
+            return Err(Error::retry_because(reason));
+        }
         for look in looks {
             let now = &look.seen;
             let mut seen = self.seen.iter_mut();

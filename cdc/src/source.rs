@@ -14,15 +14,18 @@ use millrace_config::{Code, Condition};
 use millrace_event::Lsn;
 use tokio_postgres::Client;
 
-pub use catalog::{SourceTable, estimate_rows, inspect_tables};
+pub(crate) use catalog::together;
+pub use catalog::{Harm, Inspected, Refused, SourceTable, estimate_rows, inspect_tables};
 pub use describe::describe;
 pub(crate) use describe::{describe_now, describe_selected, settled};
-pub use membership::{Alteration, Clause, Member, is_free, published_tables, withdraw};
-pub(crate) use membership::{left_publication, locked_out};
-pub(crate) use publication::publication_gone;
+pub(crate) use membership::locked_out;
+pub use membership::{
+    Alteration, Clause, Member, is_free, left_publication, parked_refused, published_tables,
+    withdraw,
+};
 pub use publication::{
     PublicationChange, adopt_filters, check_names, check_options, find_publication,
-    publication_change, publication_name, unlisted_column,
+    publication_change, publication_gone, publication_name, unlisted_column,
 };
 pub use room::room_for;
 pub(crate) use selection::{renamed_column, unknown_columns};

@@ -1,9 +1,10 @@
 //! The stream at its server: what it must be, what it holds and how it ends. Every read goes through the
 //! stream's leader; a replica's answer may be old.
 
+mod bucket;
+mod shape;
 mod tail;
 
-use std::collections::HashMap;
 use std::time::{Duration, SystemTime};
 
 use async_nats::jetstream::stream::{
@@ -18,6 +19,8 @@ use serde::Deserialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::json;
 
+pub use bucket::{BucketError, bucket};
+pub use shape::{StreamShape, ensure_stream};
 pub use tail::Tail;
 
 /// The JetStream API level of NATS 2.14, the first with fast ingest.
@@ -26,11 +29,6 @@ const API_LEVEL_MIN: u64 = 4;
 const DUPLICATE_WINDOW: Duration = Duration::from_millis(100);
 /// Bytes of a copy stream: beyond, the copy waits for its sink.
 pub const COPY_BYTES_MAX: u64 = 1 << 30;
-/// The key of a stream's metadata that says which wire format it holds.
-const FORMAT_KEY: &str = "millrace.format";
-/// The key of a stream's metadata that says how many partitions its subjects have.
-const PARTITIONS_KEY: &str = "millrace.partitions";
-
 /// Why the stream could not be read or changed.
 #[derive(Debug, thiserror::Error)]
 pub enum StreamError {
@@ -89,19 +87,6 @@ pub struct StoredMessage {
     pub payload: Bytes,
     /// When the server stored it, by the server's clock.
     pub stored_at: SystemTime,
-}
-
-/// What a source's stream must be.
-#[derive(Clone, Debug)]
-pub struct StreamShape {
-    /// The source's name.
-    pub source: String,
-    /// Its limit in bytes.
-    pub max_bytes: u64,
-    /// Its replicas.
-    pub replicas: usize,
-    /// Partitions that its subjects have.
-    pub partitions: u16,
 }
 
 #[derive(Deserialize)]
@@ -197,51 +182,6 @@ async fn find(jetstream: &Context, name: &str) -> Result<Option<InfoAnswer>, Str
         request(jetstream, &format!("STREAM.INFO.{name}"), &json!({})).await,
         ErrorCode::STREAM_NOT_FOUND,
     )
-}
-
-/// Creates a source's stream where it is missing. Where it exists, its limit in bytes and its replicas are brought to
-/// `shape`; whatever else differs is the operator's to decide.
-///
-/// # Errors
-/// A condition that names each difference, or what JetStream answers.
-pub async fn ensure_stream(
-    jetstream: &Context,
-    shape: &StreamShape,
-) -> Result<StreamState, StreamError> {
-    let wanted = config(shape);
-    let Some(found) = find(jetstream, &wanted.name).await? else {
-        return create(jetstream, &wanted).await;
-    };
-    let differences = differences(&wanted, &found.config);
-    if !differences.is_empty() {
-        let message = format!(
-            "stream {} has another shape: {}",
-            wanted.name,
-            differences.join("; ")
-        );
-        let remedy = format!(
-            "if nothing else uses it, delete it (`nats stream rm {}`), else give the source another name",
-            wanted.name
-        );
-        return Err(Condition::new(Code::StreamShape, message, remedy).into());
-    }
-    let same = found.config.max_bytes == wanted.max_bytes
-        && found.config.num_replicas == wanted.num_replicas;
-    if same {
-        return Ok(found.into_state());
-    }
-    let changed = Config {
-        max_bytes: wanted.max_bytes,
-        num_replicas: wanted.num_replicas,
-        ..found.config
-    };
-    let answer: InfoAnswer = request(
-        jetstream,
-        &format!("STREAM.UPDATE.{}", changed.name),
-        &changed,
-    )
-    .await?;
-    Ok(answer.into_state())
 }
 
 /// Creates a sink's copy stream where it is missing: bounded, so that the copy waits for its sink.
@@ -345,29 +285,6 @@ pub async fn highest(jetstream: &Context, name: &str) -> Result<Option<Tail>, St
     tail::highest(jetstream, name).await
 }
 
-/// The KV bucket `MILLRACE_<source>_<kind>`, created where it is missing.
-///
-/// # Errors
-/// What JetStream answers.
-pub async fn bucket(
-    jetstream: &Context,
-    source: &str,
-    kind: &str,
-    replicas: usize,
-) -> Result<jetstream::kv::Store, jetstream::context::CreateKeyValueError> {
-    let bucket = millrace_event::subject::bucket_name(source, kind);
-    if let Ok(store) = jetstream.get_key_value(&bucket).await {
-        return Ok(store);
-    }
-    let config = jetstream::kv::Config {
-        bucket,
-        history: 1,
-        num_replicas: replicas,
-        ..Default::default()
-    };
-    jetstream.create_key_value(config).await
-}
-
 fn base() -> Config {
     Config {
         storage: StorageType::File,
@@ -383,74 +300,6 @@ fn base() -> Config {
         duplicate_window: DUPLICATE_WINDOW,
         ..Config::default()
     }
-}
-
-fn config(shape: &StreamShape) -> Config {
-    Config {
-        name: millrace_event::subject::stream_name(&shape.source),
-        subjects: vec![millrace_event::subject::all(&shape.source)],
-        deny_delete: true,
-        max_bytes: i64::try_from(shape.max_bytes).unwrap_or(i64::MAX),
-        num_replicas: shape.replicas,
-        metadata: HashMap::from([
-            (FORMAT_KEY.to_owned(), "1".to_owned()),
-            (PARTITIONS_KEY.to_owned(), shape.partitions.to_string()),
-        ]),
-        ..base()
-    }
-}
-
-/// What differs and may not be changed in place, for a human.
-fn differences(wanted: &Config, found: &Config) -> Vec<String> {
-    let mut differences = Vec::new();
-    let mut differs = |what: &str, wanted: String, found: String| {
-        if wanted != found {
-            differences.push(format!("{what} is {found} instead of {wanted}"));
-        }
-    };
-    let value = |config: &Config, key| {
-        config
-            .metadata
-            .get(key)
-            .cloned()
-            .unwrap_or("unset".to_owned())
-    };
-    differs(
-        "subjects",
-        wanted.subjects.join(","),
-        found.subjects.join(","),
-    );
-    differs(
-        "retention",
-        format!("{:?}", wanted.retention),
-        format!("{:?}", found.retention),
-    );
-    differs(
-        "storage",
-        format!("{:?}", wanted.storage),
-        format!("{:?}", found.storage),
-    );
-    differs(
-        "discard",
-        format!("{:?}", wanted.discard),
-        format!("{:?}", found.discard),
-    );
-    differs(
-        "max_age",
-        format!("{:?}", wanted.max_age),
-        format!("{:?}", found.max_age),
-    );
-    differs(
-        "deny_delete",
-        wanted.deny_delete.to_string(),
-        found.deny_delete.to_string(),
-    );
-    let batched = |config: &Config| config.allow_batch_publish.to_string();
-    differs("allow_batched", batched(wanted), batched(found));
-    for key in [FORMAT_KEY, PARTITIONS_KEY] {
-        differs(key, value(wanted, key), value(found, key));
-    }
-    differences
 }
 
 async fn create(jetstream: &Context, config: &Config) -> Result<StreamState, StreamError> {

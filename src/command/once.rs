@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use millrace_config::{Code, Condition, State};
 use millrace_connect::postgres::{ConnectError, Dsn, Session, connect};
-use millrace_event::{Lsn, Position};
+use millrace_event::{Lsn, Position, TableName};
 
 use super::run::Parts;
 
@@ -28,14 +28,17 @@ impl Goal {
             (Self::Source(goal), Some(status)) => status.covered() >= *goal,
             _ => true,
         };
+        let parked = parts.capture.as_ref().map(|status| status.parked());
+        let parked = parked.unwrap_or_default();
+        // Nobody brings its rows.
+        let is_parked = |name: &TableName| parked.iter().any(|(table, _)| table == name);
         captured
             && parts.sinks.iter().all(|(_, status)| {
                 let snapshot = status.snapshot();
                 let copied = snapshot.begun
-                    && snapshot
-                        .tables
-                        .iter()
-                        .all(|(_, state, _)| matches!(state, State::Streaming | State::Parked(_)));
+                    && snapshot.tables.iter().all(|(name, state, _)| {
+                        matches!(state, State::Streaming | State::Parked(_)) || is_parked(name)
+                    });
                 let reached = match self {
                     // A heartbeat written after the goal was read lies above it.
                     Self::Source(goal) => snapshot.checkpoint.position.commit_lsn() >= *goal,

@@ -89,10 +89,15 @@ async fn supervise(
     let deadline = began + arguments.timeout;
     let goal = match arguments.once {
         false => None,
-        true => match tokio::time::timeout_at(deadline, once::goal(parts)).await {
-            Ok(Ok(goal)) => Some(goal),
-            Ok(Err(failed)) => return fail(&failed),
-            Err(_) => return timed_out(),
+        true => tokio::select! {
+            biased;
+            // Nothing runs yet that would have to drain.
+            () = signals.end() => return Exit::Ok,
+            goal = tokio::time::timeout_at(deadline, once::goal(parts)) => match goal {
+                Ok(Ok(goal)) => Some(goal),
+                Ok(Err(failed)) => return fail(&failed),
+                Err(_) => return timed_out(),
+            },
         },
     };
     let mut running = Running::new();
@@ -252,6 +257,11 @@ impl Signals {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
         })
+    }
+
+    /// Waits for one that asks for the end of the process.
+    async fn end(&mut self) {
+        while let Asks::Reload = self.next().await {}
     }
 
     /// Waits for one.

@@ -2,6 +2,7 @@
 
 mod judgement;
 mod probe;
+mod publication;
 mod report;
 
 use std::collections::BTreeMap;
@@ -68,7 +69,18 @@ async fn look(config: &Config) -> Report {
         .map(|(name, seen)| SinkReport::new(name, seen, live.as_ref(), stream.last_seq, clock_us))
         .collect();
     let capture = judgement::capture(live.as_ref(), &source, &stream);
+    // A capture that runs looks by itself, and tells.
+    let tells = live
+        .as_ref()
+        .is_some_and(|live| live.source.capture.is_some());
+    let missing = match &stream.captured {
+        Some(captured) if source.reachable && !tells => {
+            publication::missing(config, captured).await
+        }
+        _ => Ok(publication::Missing::new()),
+    };
     let tables = judgement::tables(config, live.as_ref(), &seen, &sinks, &stream, &capture);
+    let tables = judgement::without_missing(tables, stream.captured.as_deref(), missing);
     let overall = judgement::overall(live.as_ref(), &capture, &stream.part, &sinks);
     Report {
         overall,

@@ -108,6 +108,49 @@ async fn a_table_that_left_is_parked_alone_and_returns_equal() {
 }
 
 #[tokio::test]
+async fn what_left_while_nothing_runs_is_told_by_the_status() {
+    let stage = stage().await;
+    stage.once().await;
+    let check = ["status", "--check"];
+    let sound = stage.start_with(&check);
+    let logs = stage.ends(sound, 3, &["stopped"]).await;
+    assert!(!logs.contains("E1106"), "{logs}");
+    stage.sql(LEAVE).await;
+    let left = format!(
+        "table public.u: parked: E1106: publication {:?} does not have",
+        "millrace_shop"
+    );
+    stage.ends(stage.start_with(&check), 3, &[&left]).await;
+    assert_eq!(told(&stage).await, ("parked".to_owned(), false));
+    let json = stage.start_with(&["status", "-o", "json"]);
+    let remedy = serde_json::to_string(RETURN).expect("json");
+    stage.ends(json, 0, &[remedy.trim_matches('"')]).await;
+    // Back, and nobody has read it again.
+    stage.sql(RETURN).await;
+    assert_eq!(told(&stage).await, ("parked".to_owned(), false));
+    stage.once().await;
+    assert_eq!(told(&stage).await, ("stopped".to_owned(), true));
+    // One that was never captured is put in by the next run.
+    let config = stage.same_config().table("public.w", "");
+    config.write_to(stage.folder.path()).expect("written");
+    stage.sql("CREATE TABLE w (id int PRIMARY KEY)").await;
+    let logs = stage.ends(stage.start_with(&check), 3, &[]).await;
+    assert!(!logs.contains("E1106"), "{logs}");
+    let never = config.source("create = \"never\"");
+    never.write_to(stage.folder.path()).expect("written");
+    stage
+        .ends(
+            stage.start_with(&check),
+            3,
+            &["table public.w: stopped: E1106", "lacks"],
+        )
+        .await;
+    stage.sql("DROP PUBLICATION millrace_shop").await;
+    let gone = "table public.u: parked: E1106: publication \"millrace_shop\" was dropped";
+    stage.ends(stage.start_with(&check), 3, &[gone]).await;
+}
+
+#[tokio::test]
 async fn a_table_that_left_and_returned_while_nothing_ran_is_read_again() {
     let stage = stage().await;
     let mut pipeline = stage.start();

@@ -22,11 +22,11 @@ async fn told(stage: &Stage) -> [(String, bool, String); 2] {
     })
 }
 
-async fn unpublished(nats: &Nats) -> Result<usize, millrace_cdc::Error> {
+async fn parked(nats: &Nats) -> Result<usize, millrace_cdc::Error> {
     let client = nats.client().await.expect("client");
     let jetstream = async_nats::jetstream::new(client);
-    let found = millrace_cdc::unpublished(&jetstream, "shop").await;
-    found.map(|tables| tables.len())
+    let found = millrace_cdc::captured(&jetstream, "shop").await;
+    found.map(|tables| tables.iter().filter(|table| table.parked).count())
 }
 
 #[tokio::test]
@@ -37,14 +37,14 @@ async fn without_its_broker_no_table_is_complete() {
         ..Setting::default()
     })
     .await;
-    assert_eq!(unpublished(&stage.nats).await.expect("no bucket"), 0);
+    assert_eq!(parked(&stage.nats).await.expect("no bucket"), 0);
     stage.once().await;
     stage
         .sql("ALTER PUBLICATION millrace_shop DROP TABLE u")
         .await;
     let once = stage.start_with(&["run", "--once"]);
     stage.ends(once, 3, &["E1106"]).await;
-    assert_eq!(unpublished(&stage.nats).await.expect("read"), 1);
+    assert_eq!(parked(&stage.nats).await.expect("read"), 1);
     let [t, u] = told(&stage).await;
     assert_eq!((t.0.as_str(), t.1), ("stopped", true));
     assert_eq!((u.0.as_str(), u.1), ("parked", false));
@@ -57,6 +57,6 @@ async fn without_its_broker_no_table_is_complete() {
     }
     let mut jetstream = async_nats::jetstream::new(client);
     jetstream.set_timeout(Duration::from_secs(1));
-    let found = millrace_cdc::unpublished(&jetstream, "shop").await;
+    let found = millrace_cdc::captured(&jetstream, "shop").await;
     assert!(found.is_err(), "{found:?}");
 }

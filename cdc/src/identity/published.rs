@@ -7,7 +7,7 @@ mod selected;
 use std::collections::HashMap;
 
 use async_nats::jetstream::kv::{self, Operation};
-use millrace_config::{Code, Config};
+use millrace_config::{Code, Config, Table};
 use millrace_event::{TableName, subject, work};
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +19,7 @@ use crate::Error;
 use crate::life::Stream;
 use crate::orders::{Cause, order_backfill};
 use crate::source::{Clause, Member, SourceTable};
+use crate::stored::understood;
 
 /// The key of the tables that were in the publication.
 const PUBLISHED_KEY: &str = "published";
@@ -71,8 +72,7 @@ impl Earlier {
         let revision = entry.as_ref().map_or(0, |entry| entry.revision);
         let entry = entry.filter(|entry| entry.operation == Operation::Put);
         let members: Vec<Remembered> = match entry {
-            Some(entry) => serde_json::from_slice(&entry.value)
-                .map_err(|error| Error::retry("what was published is not understood", error))?,
+            Some(entry) => understood(&stream.state.name, PUBLISHED_KEY, &entry.value)?,
             None => Vec::new(),
         };
         let members = members.into_iter();
@@ -122,7 +122,7 @@ impl Earlier {
     }
 
     /// Tables that were captured and are not configured any more.
-    fn removed<'e>(&'e self, tables: &'e [SourceTable]) -> impl Iterator<Item = &'e Remembered> {
+    fn removed<'e>(&'e self, tables: &'e [Table]) -> impl Iterator<Item = &'e Remembered> {
         self.members.values().filter(|member| {
             member.standing != Standing::Beside
                 && !tables.iter().any(|table| table.name == member.table)
@@ -145,9 +145,8 @@ impl Earlier {
         &mut self,
         config: &Config,
         stream: &Stream,
-        tables: &[SourceTable],
     ) -> Result<Vec<TableName>, Error> {
-        let removed = self.removed(tables);
+        let removed = self.removed(&config.tables);
         let removed: Vec<_> = removed.map(|member| member.table.clone()).collect();
         let mut news = false;
         for table in &removed {
@@ -184,7 +183,7 @@ impl Earlier {
         self.write_own(stream).await
     }
 
-    /// Remembers that tables have left the publication.
+    /// Remembers that tables have left the publication, or cannot be captured any more.
     ///
     /// # Errors
     /// The broker is away.
@@ -199,8 +198,18 @@ impl Earlier {
             let Some(member) = self.members.get_mut(table) else {
                 continue;
             };
-            if member.standing.is_published() {
+            if matches!(
+                member.standing,
+                Standing::Published | Standing::Refused { .. }
+            ) {
                 member.standing = Standing::Lost { since_us: now_us };
+                news = true;
+            }
+        }
+        for table in &drift.refused {
+            let member = self.members.get_mut(table);
+            if let Some(member) = member.filter(|member| member.standing.is_published()) {
+                member.standing = Standing::Refused { since_us: now_us };
                 news = true;
             }
         }
@@ -265,7 +274,7 @@ impl Earlier {
     ) -> Result<(), Error> {
         let mut changes = Vec::new();
         let publication = now.publication;
-        let lost = |table: &TableName| drift.has_lost(table);
+        let lost = |table: &TableName| drift.has_parked(table);
         let members = now.members.into_iter().filter(|(name, _)| !lost(name));
         let members = members.map(|(name, member)| {
             let before = self.members.get(&name);
@@ -309,7 +318,7 @@ impl Earlier {
         for table in &drift.back {
             tracing::warn!(
                 %table, code = Code::PublicationDrift.as_str(),
-                "table {table} was out of the publication for a while: its rows are read again"
+                "changes of table {table} were not captured for a while: its rows are read again"
             );
             let id = Cause::Published.order_id(table, self.revision);
             order_backfill(config, stream, table, &id).await?;
@@ -340,14 +349,26 @@ pub(crate) struct Published {
     pub(crate) members: HashMap<TableName, Member>,
 }
 
-/// The tables that somebody took out of the publication, as capture has noticed: their replicas lack changes.
+/// A configured table that was captured, as it is remembered beside the stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Captured {
+    /// The table.
+    pub table: TableName,
+    /// The OID of the membership that published it: another one says that it left the publication meanwhile.
+    pub oid: u32,
+    /// Whether capture has noticed that changes of it are missing: somebody took it out of the publication, or it
+    /// lost what it is captured by.
+    pub parked: bool,
+}
+
+/// The tables that capture remembers to have published.
 ///
 /// # Errors
 /// The broker is away, or what it holds is not understood.
-pub async fn unpublished(
+pub async fn captured(
     jetstream: &async_nats::jetstream::Context,
     source: &str,
-) -> Result<Vec<TableName>, Error> {
+) -> Result<Vec<Captured>, Error> {
     let bucket = subject::bucket_name(source, work::STATE);
     // Where there is no bucket yet nothing was ever published. Any other answer says nothing about it.
     let found = crate::stream::find_stream(jetstream, &format!("KV_{bucket}")).await?;
@@ -359,8 +380,12 @@ pub async fn unpublished(
         .map_err(|error| Error::retry("what was stored beside the stream cannot be read", error))?;
     let members: Option<Vec<Remembered>> = read(&state, PUBLISHED_KEY).await?;
     let members = members.unwrap_or_default().into_iter();
-    let lost = members.filter(|member| matches!(member.standing, Standing::Lost { .. }));
-    Ok(lost.map(|member| member.table).collect())
+    let captured = members.filter_map(|member| {
+        let parked = member.standing.is_parked();
+        let (table, oid) = (member.table, member.oid);
+        (parked || member.standing.is_published()).then_some(Captured { table, oid, parked })
+    });
+    Ok(captured.collect())
 }
 
 /// Forgets that a table was published: another one has its name now, which is published as a new one is.

@@ -1,5 +1,6 @@
 //! How a life makes the publication what it must be.
 
+use std::collections::HashMap;
 use std::slice;
 
 use millrace_config::{Code, Condition, Config, Create};
@@ -10,7 +11,40 @@ use super::{Stream, now_us};
 use crate::Error;
 use crate::birth::Plan;
 use crate::identity::published::{Drift, Earlier, Published};
-use crate::source::{self, Alteration, SourceTable};
+use crate::source::{self, Alteration, Member, Refused, SourceTable};
+
+/// Tables that are in the publication and in no file of the configuration.
+pub(crate) const NOT_CONFIGURED: &str = "tables that are not configured";
+
+/// Takes tables out of the publication that keep the application from its own rows while they are in it: Postgres
+/// refuses to update and delete what it cannot log. They are parked, so nothing is lost by it that is not marked.
+/// Each alone: the lock of one keeps no other. Returns those that were taken out, or cannot be.
+pub(crate) async fn relieve(
+    client: &Client,
+    config: &Config,
+    refused: &[Refused],
+    members: &HashMap<TableName, Member>,
+) -> Result<Vec<TableName>, Error> {
+    let (name, create) = (
+        source::publication_name(&config.source.name),
+        config.source.create,
+    );
+    let mut settled = Vec::new();
+    for table in refused {
+        let member = members.get(&table.name);
+        if create == Create::Never
+            || !member.is_some_and(|member| member.own && table.harms(member))
+        {
+            continue;
+        }
+        let alone = slice::from_ref(&table.name);
+        let what = "tables that the application cannot update or delete while they are published";
+        if source::withdraw(client, &name, alone, create, what).await? == Alteration::Settled {
+            settled.push(table.name.clone());
+        }
+    }
+    Ok(settled)
+}
 
 /// What decides about the publication.
 pub(super) struct Publishing<'p> {
@@ -18,6 +52,8 @@ pub(super) struct Publishing<'p> {
     pub(super) client: &'p Client,
     pub(super) version: i32,
     pub(super) tables: &'p [SourceTable],
+    /// Tables that were captured, and cannot be as they are now.
+    pub(super) refused: &'p [Refused],
     pub(super) stream: &'p Stream,
 }
 
@@ -29,6 +65,17 @@ pub(crate) struct Without {
     /// They are locked, and not published as they must be: capture takes nothing of them, and the life ends once
     /// they can be published.
     pub(crate) locked: Vec<(TableName, Condition)>,
+    /// They cannot be captured as they are, such as without a key: the life ends once they can.
+    pub(crate) refused: Vec<Refused>,
+    /// Why each of them is parked.
+    pub(crate) unfit: Vec<(TableName, Condition)>,
+}
+
+impl Without {
+    /// All of them.
+    pub(crate) fn parked(&self) -> Vec<(TableName, Condition)> {
+        [&*self.lost, &*self.locked, &*self.unfit].concat()
+    }
 }
 
 impl Publishing<'_> {
@@ -39,10 +86,14 @@ impl Publishing<'_> {
             client,
             version,
             tables,
+            refused,
             stream,
         } = *self;
         let name = source::publication_name(&config.source.name);
-        let mut drift = Drift::default();
+        let mut drift = Drift {
+            refused: refused.iter().map(|table| table.name.clone()).collect(),
+            ..Drift::default()
+        };
         if plan == Plan::Resume {
             let publication = source::find_publication(client, &name).await?;
             if earlier
@@ -52,9 +103,13 @@ impl Publishing<'_> {
                 return Err(Error::halt(source::publication_gone(&name)));
             }
             let members = source::published_tables(client, version, &name).await?;
-            drift = earlier.check(&name, tables, &members)?;
+            drift = Drift {
+                refused: drift.refused,
+                ..earlier.check(&name, tables, &members, config.source.create)?
+            };
             earlier.lose(stream, &drift, now_us()).await?;
-            let removed = earlier.let_go(config, stream, tables).await?;
+            relieve(client, config, refused, &members).await?;
+            let removed = earlier.let_go(config, stream).await?;
             let own = |table: &TableName| members.get(table).is_some_and(|member| member.own);
             drift.leaving = self
                 .withdraw(removed.into_iter().filter(own).collect())
@@ -69,6 +124,7 @@ impl Publishing<'_> {
             publication: source::find_publication(client, &name).await?.unwrap_or(0),
             members: source::published_tables(client, version, &name).await?,
         };
+        let unfit = source::parked_refused(&name, refused, &published.members);
         earlier
             .remember(config, stream, published, &taken, &drift)
             .await?;
@@ -79,6 +135,8 @@ impl Publishing<'_> {
         Ok(Without {
             lost: drift.lost,
             locked: locked.collect(),
+            refused: refused.to_vec(),
+            unfit,
         })
     }
 
@@ -87,7 +145,7 @@ impl Publishing<'_> {
         let source = &self.config.source;
         let name = source::publication_name(&source.name);
         if removed.is_empty()
-            || source::withdraw(self.client, &name, &removed, source.create).await?
+            || source::withdraw(self.client, &name, &removed, source.create, NOT_CONFIGURED).await?
                 == Alteration::Settled
         {
             return Ok(Vec::new());

@@ -14,9 +14,13 @@ const LOOK: &str = "SELECT w.place, c.oid, \
     coalesce(p.members, '{}'), coalesce(p.attached, '{}'), \
     a.numbers, a.names, a.types, a.typmods, a.told, a.written, a.missing, a.defaults, \
     coalesce(m.names, '{}'), \
-    md5(coalesce((SELECT string_agg(i.indisprimary::text || i.indkey::text, ',' ORDER BY i.indexrelid) \
-    FROM pg_index i WHERE i.indrelid = c.oid AND i.indisvalid AND (i.indisprimary OR i.indisreplident)), '')) \
-    FROM unnest($1::text[]) WITH ORDINALITY w(name, place) JOIN pg_class c ON c.oid = to_regclass(w.name) \
+    md5(c.relreplident::text || coalesce((SELECT string_agg(concat_ws(' ', i.indisprimary, i.indisreplident, \
+    i.indimmediate, i.indkey, ARRAY(SELECT attnum FROM pg_attribute WHERE attrelid = c.oid AND attnotnull \
+    AND attnum = ANY (i.indkey::int2[]) ORDER BY attnum)), ',' ORDER BY i.indexrelid) \
+    FROM pg_index i WHERE i.indrelid = c.oid AND i.indisvalid AND i.indisunique \
+    AND (i.indisprimary OR i.indisreplident OR w.keyed)), '')) \
+    FROM unnest($1::text[], $2::bool[]) WITH ORDINALITY w(name, keyed, place) \
+    JOIN pg_class c ON c.oid = to_regclass(w.name) \
     CROSS JOIN LATERAL (SELECT string_agg(l.oid::text || ':' || coalesce(nullif(l.relfilenode, 0)::text, ''), ',' \
     ORDER BY l.oid) FILTER (WHERE t.isleaf) AS files, \
     array_agg(l.oid ORDER BY l.oid) FILTER (WHERE t.isleaf AND c.relkind = 'p') AS leaves, \
@@ -42,7 +46,8 @@ const LOOK: &str = "SELECT w.place, c.oid, \
 /// Every configured table that is there, and a place in the WAL behind everything that was found.
 pub(super) async fn look(client: &Client, tables: &[Table]) -> Result<(Vec<Look>, Lsn), Error> {
     let names: Vec<_> = tables.iter().map(|table| table.name.quoted()).collect();
-    let rows = client.query(LOOK, &[&names]).await?;
+    let keyed: Vec<_> = tables.iter().map(|table| table.key.is_some()).collect();
+    let rows = client.query(LOOK, &[&names, &keyed]).await?;
     let found = |row: &Row| {
         let place = usize::try_from(row.get::<_, i64>(0)).ok()?;
         Some(found(row, tables.get(place.checked_sub(1)?)?))

@@ -8,7 +8,8 @@ use tokio_postgres::Client;
 
 use super::SourceFacts;
 use super::generated::check_generated;
-use super::key::{UniqueIndex, key_of};
+use super::key::{UniqueIndex, key_of, logs_old_rows};
+use super::membership::{Clause, Member};
 use super::selection::{self, CatalogColumn};
 use crate::Error;
 use crate::selection::{Binding, Salt, Selection};
@@ -87,6 +88,15 @@ impl SourceTable {
         known.map(|(_, name)| name.as_str())
     }
 
+    /// What the publication must publish of the table.
+    #[must_use]
+    pub fn clause(&self) -> Clause {
+        Clause {
+            columns: self.list.as_deref().map(numbers),
+            filter: self.filter.clone(),
+        }
+    }
+
     /// The indexes of the key columns.
     ///
     /// # Panics
@@ -101,41 +111,138 @@ impl SourceTable {
     }
 }
 
+/// The numbers of listed columns.
+fn numbers(list: &[(i16, String)]) -> Vec<i16> {
+    list.iter().map(|(number, _)| *number).collect()
+}
+
+/// The configured tables, as the source has them.
+#[derive(Debug)]
+pub struct Inspected {
+    /// Those that can be captured.
+    pub tables: Vec<SourceTable>,
+    /// Those that cannot, as they are or as they are configured.
+    pub refused: Vec<Refused>,
+}
+
+/// A configured table that cannot be captured for now.
+#[derive(Clone, Debug)]
+pub struct Refused {
+    /// The table.
+    pub name: TableName,
+    /// Why, and what is to be done.
+    pub condition: Condition,
+    /// What it does to the application to publish it.
+    pub harm: Harm,
+}
+
+/// When Postgres refuses the application's own updates and deletes of a table that is published.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Harm {
+    /// Never: only capture cannot do with the table.
+    None,
+    /// As long as it is published at all: it logs nothing to tell old rows by.
+    Published,
+    /// As long as it is published with these columns and rows: what it logs of old rows does not fit them.
+    PublishedAs(Clause),
+}
+
+impl Refused {
+    /// Whether the application cannot update or delete rows of the table while it is published so.
+    #[must_use]
+    pub fn harms(&self, member: &Member) -> bool {
+        match &self.harm {
+            Harm::None => false,
+            Harm::Published => true,
+            Harm::PublishedAs(clause) => *clause == member.clause,
+        }
+    }
+}
+
+impl Inspected {
+    /// All tables, if each can be captured.
+    ///
+    /// # Errors
+    /// [`Error::Halt`] with every table that cannot.
+    pub fn all(self) -> Result<Vec<SourceTable>, Error> {
+        match together(&self.refused) {
+            None => Ok(self.tables),
+            Some(condition) => Err(Error::halt(condition)),
+        }
+    }
+}
+
+/// The first condition, with every refused table in its text; `None` where there is none.
+pub(crate) fn together<'r>(refused: impl IntoIterator<Item = &'r Refused>) -> Option<Condition> {
+    let conditions: Vec<_> = refused.into_iter().map(|table| &table.condition).collect();
+    let join = |part: fn(&Condition) -> &str| {
+        let parts: Vec<_> = conditions.iter().copied().map(part).collect();
+        parts.join("; ")
+    };
+    let first = conditions.first()?;
+    Some(Condition::new(
+        first.code,
+        join(|condition| &condition.message),
+        join(|condition| &condition.remedy),
+    ))
+}
+
 /// Looks every configured table up and checks that it can be published: it exists, has a key, logs that key
-/// for old rows, may be read, and can be published with its columns and rows selected as configured. All
-/// failures come at once. `salt` is there where a column is hashed.
+/// for old rows, may be read, and can be published with its columns and rows selected as configured. What keeps
+/// one table from it keeps no other. `salt` is there where a column is hashed.
 ///
 /// # Errors
-/// The first condition, with every failing table in its text; or the connection failed.
+/// The connection failed.
 pub async fn inspect_tables(
     client: &Client,
     facts: &SourceFacts,
     tables: &[Table],
     salt: Option<&Salt>,
-) -> Result<Vec<SourceTable>, Error> {
-    let mut found = Vec::with_capacity(tables.len());
-    let mut failed: Vec<Condition> = Vec::new();
+) -> Result<Inspected, Error> {
+    let mut inspected = Inspected {
+        tables: Vec::with_capacity(tables.len()),
+        refused: Vec::new(),
+    };
     for table in tables {
         match inspect_table(client, facts, table, salt).await {
-            Ok(table) => found.push(table),
-            Err(Error::Halt(condition)) => failed.push(condition),
-            Err(other) => return Err(other),
+            Ok(table) => inspected.tables.push(table),
+            Err(Obstacle::Failed(error)) => return Err(error),
+            Err(Obstacle::Refused(condition, harm)) => inspected.refused.push(Refused {
+                name: table.name.clone(),
+                condition,
+                harm,
+            }),
         }
     }
-    match failed.len() {
-        0 => Ok(found),
-        1 => Err(Error::halt(failed.remove(0))),
-        _ => {
-            let join = |part: fn(&Condition) -> &str| {
-                failed.iter().map(part).collect::<Vec<_>>().join("; ")
-            };
-            let (message, remedy) = (join(|c| &c.message), join(|c| &c.remedy));
-            Err(Error::halt(Condition::new(
-                failed.remove(0).code,
-                message,
-                remedy,
-            )))
+    Ok(inspected)
+}
+
+/// What keeps a table from being captured.
+enum Obstacle {
+    /// The table, or its settings.
+    Refused(Condition, Harm),
+    /// The source did not answer.
+    Failed(Error),
+}
+
+impl From<Condition> for Obstacle {
+    fn from(condition: Condition) -> Self {
+        Self::Refused(condition, Harm::None)
+    }
+}
+
+impl From<Error> for Obstacle {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Halt(condition) => condition.into(),
+            other => Self::Failed(other),
         }
+    }
+}
+
+impl From<tokio_postgres::Error> for Obstacle {
+    fn from(error: tokio_postgres::Error) -> Self {
+        Self::Failed(error.into())
     }
 }
 
@@ -168,17 +275,16 @@ async fn inspect_table(
     facts: &SourceFacts,
     table: &Table,
     salt: Option<&Salt>,
-) -> Result<SourceTable, Error> {
+) -> Result<SourceTable, Obstacle> {
     let name = &table.name;
-    let halt = |code, message: String, remedy: String| {
-        Err(Error::halt(Condition::new(code, message, remedy)))
-    };
+    let refuse =
+        |code, message: String, remedy: String| Err(Condition::new(code, message, remedy).into());
     let quoted = name.quoted();
     let row = client
         .query_opt(TABLE, &[&name.schema, &name.table])
         .await?;
     let Some(row) = row.filter(|row| matches!(row.get(1), "r" | "p")) else {
-        return halt(
+        return refuse(
             Code::TableMissing,
             format!("table {name} does not exist in the source, or is no table"),
             format!("create it, or remove tables/{name}.toml"),
@@ -186,14 +292,14 @@ async fn inspect_table(
     };
     let (oid, identity): (u32, String) = (row.get(0), row.get(2));
     if row.get::<_, &str>(4) != "p" {
-        return halt(
+        return refuse(
             Code::TableMissing,
             format!("table {name} is unlogged or temporary: its changes are not in the WAL"),
             format!("ALTER TABLE {quoted} SET LOGGED"),
         );
     }
     if !row.get::<_, bool>(3) {
-        return halt(
+        return refuse(
             Code::SourcePrivilege,
             format!("table {name} may not be read by this user"),
             format!("GRANT SELECT ON {quoted} TO this user (see `millrace init-sql`)"),
@@ -213,15 +319,28 @@ async fn inspect_table(
             immediate: row.get(5),
         })
         .collect();
-    let key = key_of(table, &identity, &indexes).map_err(Error::halt)?;
+    let key = key_of(table, &identity, &indexes).map_err(|condition| {
+        let harm = match logs_old_rows(&identity, &indexes) {
+            true => Harm::None,
+            false => Harm::Published,
+        };
+        Obstacle::Refused(condition, harm)
+    })?;
     let generated = catalog.iter().filter(|column| column.generated);
     let generated: Vec<_> = generated.map(|column| column.name.clone()).collect();
     if !generated.is_empty() {
         let identities = selection::identities(client, oid).await?;
-        check_generated(name, facts.version, &generated, &key, &identities).map_err(Error::halt)?;
+        let checked = check_generated(name, facts.version, &generated, &key, &identities);
+        checked.map_err(|condition| {
+            let harm = match condition.code {
+                Code::NoReplicaIdentity => Harm::Published,
+                _ => Harm::None,
+            };
+            Obstacle::Refused(condition, harm)
+        })?;
     }
-    let selected = selection::select(table, &catalog, &key, salt).map_err(Error::halt)?;
-    selection::require_filters(facts.version, table).map_err(Error::halt)?;
+    let selected = selection::select(table, &catalog, &key, salt)?;
+    selection::require_filters(facts.version, table)?;
     let filter = match &table.filter {
         None => None,
         // A standby makes no temporary table: there the filter that is published is taken for this one.
@@ -234,11 +353,19 @@ async fn inspect_table(
         .map(|column| (column.number, column.name.clone()))
         .partition(|(_, name)| !selected.selection.excludes(name));
     let lists = facts.version >= selection::CLAUSES_VERSION_MIN && !excluded.is_empty();
+    let list = lists.then_some(list);
     if lists || filter.is_some() {
         let excluded: Vec<_> = excluded.into_iter().map(|(_, name)| name).collect();
         let read = filter.as_ref().map_or(&[][..], |filter| &filter.columns);
         let identities = selection::identities(client, oid).await?;
-        selection::check_identity(table, &excluded, read, &identities).map_err(Error::halt)?;
+        let checked = selection::check_identity(table, &excluded, read, &identities);
+        checked.map_err(|condition| {
+            let clause = Clause {
+                columns: list.as_deref().map(numbers),
+                filter: filter.as_ref().map(|filter| filter.sql.clone()),
+            };
+            Obstacle::Refused(condition, Harm::PublishedAs(clause))
+        })?;
     }
     let names = selected.columns.iter().map(|(name, ..)| name.as_str());
     let binding = selected.selection.bind(names);
@@ -250,7 +377,7 @@ async fn inspect_table(
         key,
         columns: selected.columns,
         filter: filter.map(|filter| filter.sql),
-        list: lists.then_some(list),
+        list,
         selection: Arc::new(selected.selection),
         binding,
         known: known.collect(),

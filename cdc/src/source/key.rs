@@ -55,6 +55,18 @@ pub(super) fn key_of(
     }
 }
 
+/// Whether the table logs anything to tell an old row by. Without it Postgres takes no update and no delete of a
+/// table that is published. Which columns it is does not matter to Postgres.
+pub(super) fn logs_old_rows(identity: &str, indexes: &[UniqueIndex]) -> bool {
+    let mut immediate = indexes.iter().filter(|index| index.immediate);
+    match identity {
+        "f" => true,
+        "d" => immediate.any(|index| index.primary),
+        "i" => immediate.any(|index| index.identity),
+        _ => false,
+    }
+}
+
 fn same_columns(one: &[String], other: &[String]) -> bool {
     one.iter().collect::<BTreeSet<_>>() == other.iter().collect()
 }
@@ -156,4 +168,31 @@ fn list(columns: &[String]) -> String {
         .map(|column| quote_identifier(column))
         .collect();
     quoted.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn postgres_asks_for_an_identity_and_not_for_our_key() {
+        let index = |primary, identity, immediate| UniqueIndex {
+            name: "i".to_owned(),
+            primary,
+            identity,
+            immediate,
+            columns: vec!["id".to_owned()],
+            not_null: true,
+        };
+        let primary = [index(true, false, true)];
+        for (identity, logs) in [("d", true), ("f", true), ("i", false), ("n", false)] {
+            assert_eq!(logs_old_rows(identity, &primary), logs, "{identity}");
+            assert_eq!(logs_old_rows(identity, &[]), identity == "f", "{identity}");
+        }
+        assert!(logs_old_rows("i", &[index(false, true, true)]));
+        assert!(
+            !logs_old_rows("d", &[index(true, false, false)]),
+            "DEFERRABLE"
+        );
+    }
 }

@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
-use super::SourceTable;
 use super::selection::CLAUSES_VERSION_MIN;
+use super::{Refused, SourceTable};
 use crate::Error;
 
 /// How long a table's lock may be waited for before it is put into the publication or taken out, in milliseconds:
@@ -103,7 +103,7 @@ pub enum Alteration {
     Locked,
 }
 
-/// Takes tables out of a publication. Where that is not allowed it says so.
+/// Takes tables out of a publication; `what` they are. Where that is not allowed it says so.
 ///
 /// # Errors
 /// The connection failed.
@@ -112,15 +112,11 @@ pub async fn withdraw(
     name: &str,
     tables: &[TableName],
     create: Create,
+    what: &str,
 ) -> Result<Alteration, Error> {
-    let names: Vec<_> = tables.iter().map(TableName::quoted).collect();
-    let sql = format!(
-        "ALTER PUBLICATION {} DROP TABLE {}",
-        quote_identifier(name),
-        names.join(", ")
-    );
+    let sql = drop_statement(name, tables);
     if create == Create::Never {
-        tracing::info!(publication = name, remedy = %sql, "tables that are not configured are still published");
+        tracing::info!(publication = name, remedy = %sql, "{what} are still published");
         return Ok(Alteration::Settled);
     }
     let Err(error) = client.batch_execute(&within_lock_timeout(&sql)).await else {
@@ -131,7 +127,7 @@ pub async fn withdraw(
         Some(server) if server.code() == &SqlState::INSUFFICIENT_PRIVILEGE => {
             tracing::warn!(
                 publication = name, code = Code::SourcePrivilege.as_str(), remedy = %sql,
-                "tables that are not configured cannot be taken out of the publication: {}", server.message()
+                "{what} cannot be taken out of the publication: {}", server.message()
             );
             Ok(Alteration::Settled)
         }
@@ -140,8 +136,46 @@ pub async fn withdraw(
     }
 }
 
+/// The statement that takes tables out of a publication.
+fn drop_statement(name: &str, tables: &[TableName]) -> String {
+    let names: Vec<_> = tables.iter().map(TableName::quoted).collect();
+    let (publication, names) = (quote_identifier(name), names.join(", "));
+    format!("ALTER PUBLICATION {publication} DROP TABLE {names}")
+}
+
+/// Why tables are parked that cannot be captured as they are, though they were. `members` is what the publication
+/// has now.
+#[must_use]
+pub fn parked_refused(
+    name: &str,
+    refused: &[Refused],
+    members: &HashMap<TableName, Member>,
+) -> Vec<(TableName, Condition)> {
+    let parked = refused.iter().map(|table| {
+        let condition = unfit(name, table, members.get(&table.name));
+        (table.name.clone(), condition)
+    });
+    parked.collect()
+}
+
+fn unfit(name: &str, table: &Refused, member: Option<&Member>) -> Condition {
+    let Refused { condition, .. } = table;
+    let (mut message, mut remedy) = (condition.message.clone(), condition.remedy.clone());
+    message.push_str("; its changes are not captured, and its replicas are not verified");
+    remedy.push_str("; the table is read again by itself then");
+    if let Some(member) = member.filter(|member| table.harms(member)) {
+        message.push_str("; it is still published, and Postgres refuses its updates and deletes");
+        if member.own {
+            let out = drop_statement(name, std::slice::from_ref(&table.name));
+            remedy = format!("for the application, at once: {out}; then {remedy}");
+        }
+    }
+    Condition::new(condition.code, message, remedy)
+}
+
 /// Why a table is parked that a publication does not publish, or not as it must.
-pub(crate) fn left_publication(name: &str, table: &SourceTable, published: bool) -> Condition {
+#[must_use]
+pub fn left_publication(name: &str, table: &SourceTable, published: bool) -> Condition {
     let (quoted, publication) = (table.name.quoted(), quote_identifier(name));
     let add = format!(
         "ALTER PUBLICATION {publication} ADD TABLE {}",

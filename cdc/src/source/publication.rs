@@ -5,7 +5,7 @@ use millrace_event::{TableName, quote_identifier, quote_literal};
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, SimpleQueryMessage};
 
-use super::membership::{Alteration, Clause, published_tables, within_lock_timeout};
+use super::membership::{Alteration, published_tables, within_lock_timeout};
 use super::{SourceTable, selection};
 use crate::Error;
 
@@ -19,16 +19,6 @@ pub fn publication_name(source: &str) -> String {
 }
 
 impl SourceTable {
-    /// What the publication must publish of the table.
-    #[must_use]
-    pub fn clause(&self) -> Clause {
-        let numbers = |list: &Vec<(i16, String)>| list.iter().map(|(number, _)| *number).collect();
-        Clause {
-            columns: self.list.as_ref().map(numbers),
-            filter: self.filter.clone(),
-        }
-    }
-
     /// The table as a publication's statement names it, with its columns and its filter.
     pub(super) fn published_as(&self) -> String {
         let mut sql = self.name.quoted();
@@ -313,7 +303,8 @@ pub async fn find_publication(client: &Client, name: &str) -> Result<Option<u32>
 
 /// Why capture cannot go on when its publication was dropped: a slot decodes older WAL with the publication that
 /// was there then.
-pub(crate) fn publication_gone(name: &str) -> Condition {
+#[must_use]
+pub fn publication_gone(name: &str) -> Condition {
     Condition::new(
         Code::PublicationDrift,
         format!("publication \"{name}\" was dropped"),

@@ -85,11 +85,14 @@ codes! {
         `millrace run`, which copies the tables again.";
     NoReplicaIdentity = "E1107", "a table has no replica identity",
         "Postgres does not log the key of the table's old rows: it has no primary key (a DEFERRABLE one does \
-        not count), or its replica identity is another index or NOTHING. Since Postgres 18 it may have no \
+        not count), or its replica identity is another index or NOTHING; since Postgres 18 it may have no \
         generated column either, and FULL has them all. Publishing the table would make the application's own \
         UPDATE and DELETE statements fail, so Millrace does not touch the publication. Run the statement \
-        beside this code. Or add a primary key, or set `REPLICA IDENTITY USING INDEX` to a \
-        unique index over columns that are not null. Or remove the table's file.";
+        beside this code; or add a primary key, set `REPLICA IDENTITY USING INDEX` to a unique index over columns \
+        that are not null, or remove the table's file. A table that was captured before is parked, and the others \
+        go on. Where Postgres refuses its UPDATEs and DELETEs it is taken out of the publication within seconds; \
+        with `source.create = \"never\"` run the statement for that first. Once the identity is back the table is \
+        published and read again by itself.";
     SourceChanged = "E1108", "the source is another server or timeline",
         "The source's system identifier or timeline differs from the one the stream was fed from: a standby \
         was promoted, or the address leads to another server. Commits may have been dropped in between, and \
@@ -117,13 +120,15 @@ codes! {
     TableMissing = "E1114", "a configured table does not exist",
         "The source has no table of the name that a file under `tables/` has. File names are \
         `<schema>.<table>.toml`, spelt as in the catalog: unquoted SQL names are lower case there. Views and \
-        foreign tables have no changes of their own and cannot be captured. Correct or remove the file.";
+        foreign tables have no changes of their own and cannot be captured. Correct or remove the file. A table that \
+        was captured before is parked and the others go on; once it is there again it is read by itself.";
     NoKey = "E1115", "a table has no key",
         "The table has no primary key and its file names no `key`, so its rows cannot be told apart in a \
         target. Add a primary key. Or set `key` to the columns of a unique index without nulls that is also \
         the table's replica identity. A DEFERRABLE constraint does not count: two rows may share its columns \
         until the transaction's end, so their changes cannot be told apart. Generated columns are not \
-        published and cannot be part of a key; nor can a column whose NOT NULL is not yet validated.";
+        published and cannot be part of a key; nor can a column whose NOT NULL is not yet validated. A table that \
+        was captured before and has lost its key is parked as under E1107, and the others go on.";
     SourcePrivilege = "E1116", "the source user lacks a privilege",
         "The user of `source.url` may not do what is needed: reading a table, creating the publication, or \
         using replication. `millrace init-sql` prints the least-privilege roles and grants. The missing \
@@ -175,7 +180,8 @@ codes! {
         "Postgres refuses the application's own UPDATE and DELETE statements on a published table unless every \
         column of its row filter is in the replica identity, and the replica identity is in its column list; \
         under REPLICA IDENTITY FULL it takes any filter and no column list. So Millrace does not touch the \
-        publication. Run the statement beside this code, or change `where` or `columns.exclude` of the table.";
+        publication. Run the statement beside this code, or change `where` or `columns.exclude` of the table. Where \
+        it is the identity of a captured table that has changed, that table is parked as under E1107.";
     FilterInvalid = "E1132", "a row filter is not valid",
         "Postgres does not take the `where` of a table's file: it is no SQL condition on the table's columns, or \
         uses what a publication's row filter may not, such as functions and types that are not built in. The \
@@ -240,6 +246,11 @@ codes! {
     StreamStorage = "E1210", "NATS has not enough storage for the stream",
         "The server or account may not store as much as `retention.max_bytes` asks for. Raise `max_file_store` \
         or the account's limit, or lower `max_bytes`. With replicas each server needs the room.";
+    StoredUnreadable = "E1211", "what is stored beside the stream is not understood",
+        "A value in one of the buckets `MILLRACE_<source>_*` is not what Millrace writes there: somebody else wrote \
+        it, or another release. What it said is not known, so it is neither taken for empty nor overwritten: orders \
+        of backfills would be lost. The bucket and the key are shown beside this code. Let the release read it that \
+        wrote it, or remove it and do what is shown beside this code.";
 
     SinkUnreachable = "E1301", "the target cannot be reached",
         "No connection to the sink's database could be made, or it broke. Millrace tries again for ever, and \

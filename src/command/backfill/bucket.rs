@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use async_nats::jetstream::kv::{self, Operation, UpdateErrorKind};
-use millrace_cdc::stream;
+use millrace_cdc::{stream, understood};
 use millrace_config::{Code, Condition, Config};
 use millrace_event::subject;
 use millrace_event::work::{self, BackfillOrder, CopyRequest, CopyStatus, orders_key};
@@ -67,15 +67,14 @@ impl Bucket {
     /// A sink's orders.
     ///
     /// # Errors
-    /// They cannot be read.
+    /// They cannot be read, or are not understood.
     pub(super) async fn orders(&self, sink: &str) -> Result<Listed, Condition> {
         let entry = self.entry(&orders_key(sink)).await?;
         let Some(entry) = entry else {
             return Ok(Listed::default());
         };
         let orders = match entry.operation {
-            // What the sink cannot read is no order for it.
-            Operation::Put => serde_json::from_slice(&entry.value).unwrap_or_default(),
+            Operation::Put => understood(&self.store.name, &entry.key, &entry.value)?,
             Operation::Delete | Operation::Purge => Vec::new(),
         };
         Ok(Listed {
@@ -87,7 +86,7 @@ impl Bucket {
     /// Everything that is told about a sink's copies.
     ///
     /// # Errors
-    /// It cannot be read.
+    /// It cannot be read, or is not understood.
     pub(super) async fn told(&self, sink: &str) -> Result<Told, Condition> {
         let request: Option<CopyRequest> = self.read(&format!("request.{sink}")).await?;
         let status: Option<CopyStatus> = self.read(&format!("status.{sink}")).await?;
@@ -142,7 +141,8 @@ impl Bucket {
     ) -> Result<Option<T>, Condition> {
         let entry = self.entry(key).await?;
         let entry = entry.filter(|entry| entry.operation == Operation::Put);
-        Ok(entry.and_then(|entry| serde_json::from_slice(&entry.value).ok()))
+        let value = entry.map(|entry| understood(&self.store.name, key, &entry.value));
+        value.transpose()
     }
 
     async fn entry(&self, key: &str) -> Result<Option<kv::Entry>, Condition> {

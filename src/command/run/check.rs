@@ -31,14 +31,14 @@ struct Asks {
 
 /// Asks for the parts that the change concerns, of those that this process has. Each server has a time limit.
 pub(super) fn check(
-    old: &Config,
+    old: &Arc<Config>,
     config: &Arc<Config>,
     change: &Change,
     here: impl Fn(&Part) -> bool,
 ) -> BoxFuture<'static, Checked> {
     let asks = asks(old, config, change, here);
-    let config = Arc::clone(config);
-    Box::pin(async move { ask(&config, &asks).await })
+    let (old, config) = (Arc::clone(old), Arc::clone(config));
+    Box::pin(async move { ask(&old, &config, &asks).await })
 }
 
 /// A sink whose own settings are as they were has its target already.
@@ -59,10 +59,10 @@ fn asks(old: &Config, new: &Config, change: &Change, here: impl Fn(&Part) -> boo
     }
 }
 
-async fn ask(config: &Config, asks: &Asks) -> Checked {
+async fn ask(old: &Config, config: &Config, asks: &Asks) -> Checked {
     let capture = async {
         let answer = in_time(Code::SourceUnreachable, async {
-            let checked = Box::pin(millrace_cdc::check(config)).await;
+            let checked = Box::pin(millrace_cdc::check(old, config)).await;
             checked.map_err(|error| condition(&error))
         });
         if asks.capture { answer.await } else { Ok(()) }

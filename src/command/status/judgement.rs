@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 
+use millrace_cdc::Captured;
 use millrace_config::{Code, Condition, Config, Table};
 use millrace_sink::progress::CopyState;
 
 use super::probe::SinkSeen;
+use super::publication::Missing;
 use super::report::{SinkReport, SourceReport, StreamReport, TableReport};
 use crate::admin::{Live, LivePart};
 
@@ -101,7 +103,7 @@ pub(super) fn tables(
             complete: true,
             dead_letters: 0,
         };
-        let mut seen_all = stream.unpublished.is_some();
+        let mut seen_all = stream.captured.is_some();
         for sink in sinks.iter().filter(|sink| table.sinks.contains(&sink.name)) {
             let seen = seen.get(sink.name.as_str());
             let letters = seen
@@ -129,13 +131,12 @@ pub(super) fn tables(
                 report.part = part;
             }
         }
-        let mut unpublished = stream.unpublished.iter().flatten();
-        if unpublished.any(|unpublished| *unpublished == table.name) {
+        let mut known = stream.captured.iter().flatten();
+        if known.any(|known| known.parked && known.table == table.name) {
             report.complete = false;
             if report.part.state != "parked" {
-                let message = "it is not in the publication: its changes are lost";
-                let remedy =
-                    "put it back as the log of capture says; it is then read again by itself";
+                let message = "changes of it were not captured";
+                let remedy = "do what the log of capture says; it is then read again by itself";
                 let condition = Condition::new(Code::PublicationDrift, message, remedy);
                 report.part = LivePart::because("parked", &condition);
             }
@@ -153,6 +154,42 @@ pub(super) fn tables(
         report
     };
     config.tables.iter().map(table).collect()
+}
+
+/// The same tables, with what keeps them from being captured where no capture tells it; or why that is not known.
+pub(super) fn without_missing(
+    mut tables: Vec<TableReport>,
+    captured: Option<&[Captured]>,
+    missing: Result<Missing, Condition>,
+) -> Vec<TableReport> {
+    let missing = match missing {
+        Ok(missing) => missing,
+        Err(unread) => {
+            for table in &mut tables {
+                table.complete = false;
+                let reason = format!("the publication cannot be looked at: {unread}");
+                table.part.reason.get_or_insert(reason);
+            }
+            return tables;
+        }
+    };
+    for (name, condition) in missing {
+        let was_captured = captured
+            .into_iter()
+            .flatten()
+            .any(|known| known.table == name);
+        let name = name.to_string();
+        let Some(table) = tables.iter_mut().find(|table| table.name == name) else {
+            continue;
+        };
+        table.complete = false;
+        let state = match was_captured {
+            true => "parked",
+            false => table.part.state.as_str(),
+        };
+        table.part = LivePart::because(state, &condition);
+    }
+    tables
 }
 
 /// What the capture says of a table that it has parked.
@@ -312,22 +349,22 @@ mod tests {
             tables(&config, None, &seen, &[sink], stream, &capture).remove(0)
         };
         let all = StreamReport {
-            unpublished: Some(Vec::new()),
+            captured: Some(Vec::new()),
             ordered: BTreeMap::from([("wh".to_owned(), Vec::new())]),
             ..stream(Some(1))
         };
         let whole = table(&all);
         assert!(whole.complete && whole.part.reason.is_none());
-        let unpublished = StreamReport {
-            unpublished: None,
+        let uncaptured = StreamReport {
+            captured: None,
             ordered: all.ordered.clone(),
             ..stream(Some(1))
         };
         let ordered = StreamReport {
-            unpublished: Some(Vec::new()),
+            captured: Some(Vec::new()),
             ..stream(Some(1))
         };
-        for unseen in [unpublished, ordered, StreamReport::default()] {
+        for unseen in [uncaptured, ordered, StreamReport::default()] {
             let table = table(&unseen);
             assert!(!table.complete, "{unseen:?}");
             assert_eq!(table.part.state, "streaming");

@@ -8,10 +8,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::jetstream::Context;
-use millrace_cdc::{source, stream};
+use millrace_cdc::{Captured, source, stream};
 use millrace_config::{Code, Condition, Config, Sink};
+use millrace_event::subject;
 use millrace_event::work::{self, BackfillOrder};
-use millrace_event::{TableName, subject};
 use millrace_sink::batch::PositionRow;
 use millrace_sink::postgres::Connect;
 use millrace_sink::sink::SinkError;
@@ -32,7 +32,7 @@ const LIVE_MAX: Duration = Duration::from_secs(2);
 /// The longest answer of a running process that is read.
 const LIVE_BYTES_MAX: u64 = 4 * 1024 * 1024;
 /// What the servers' monitoring shows.
-const NAME: &str = "millrace status";
+pub(super) const NAME: &str = "millrace status";
 
 const LATE_REMEDY: &str = "check the network and the server's load";
 
@@ -220,15 +220,15 @@ async fn read_stream(config: &Config, name: &str) -> Result<StreamReport, Condit
         .await
         .map_err(|error| stream_condition(&error))?;
     // What cannot be read is not known, and the stream is there all the same.
-    let (unpublished, ordered) = tokio::join!(
-        timeout(BESIDE_MAX, unpublished(config, &jetstream)),
+    let (captured, ordered) = tokio::join!(
+        timeout(BESIDE_MAX, captured(config, &jetstream)),
         timeout(BESIDE_MAX, ordered(config, &jetstream))
     );
-    let unpublished =
-        unpublished.unwrap_or_else(|_| Err(late(Code::StreamUnreachable, BESIDE_MAX)));
+    let captured = captured.unwrap_or_else(|_| Err(late(Code::StreamUnreachable, BESIDE_MAX)));
     let ordered = ordered.unwrap_or_else(|_| Err(late(Code::StreamUnreachable, BESIDE_MAX)));
     let part = |state: &str| {
-        let unread = unpublished.as_ref().err().or(ordered.as_ref().err());
+        let lists = ordered.as_ref().map(|ordered| ordered.unread.as_ref());
+        let unread = captured.as_ref().err().or(lists.unwrap_or_else(Some));
         unread.map_or(LivePart::of(state), |unread| {
             LivePart::because(state, unread)
         })
@@ -236,8 +236,10 @@ async fn read_stream(config: &Config, name: &str) -> Result<StreamReport, Condit
     let beside = StreamReport {
         part: part("new"),
         reachable: true,
-        unpublished: unpublished.as_ref().ok().cloned(),
-        ordered: ordered.as_ref().ok().cloned().unwrap_or_default(),
+        captured: captured.as_ref().ok().cloned(),
+        ordered: ordered
+            .as_ref()
+            .map_or_else(|_| BTreeMap::new(), |ordered| ordered.lists.clone()),
         ..StreamReport::default()
     };
     let Some(found) = found else {
@@ -261,36 +263,53 @@ async fn read_stream(config: &Config, name: &str) -> Result<StreamReport, Condit
     })
 }
 
-async fn unpublished(config: &Config, jetstream: &Context) -> Result<Vec<TableName>, Condition> {
-    let unpublished = millrace_cdc::unpublished(jetstream, &config.source.name).await;
-    unpublished.map_err(|error| unread(&error))
+async fn captured(config: &Config, jetstream: &Context) -> Result<Vec<Captured>, Condition> {
+    let captured = millrace_cdc::captured(jetstream, &config.source.name).await;
+    captured.map_err(|error| match error {
+        millrace_cdc::Error::Halt(condition) => condition,
+        other => unread(&other),
+    })
 }
 
 fn unread(error: &dyn StdError) -> Condition {
     Condition::new(Code::StreamUnreachable, chain(error), LATE_REMEDY)
 }
 
-/// The backfills that are ordered of each sink, without the sinks whose orders are not understood.
-async fn ordered(
-    config: &Config,
-    jetstream: &Context,
-) -> Result<BTreeMap<String, Vec<BackfillOrder>>, Condition> {
+/// The backfills that are ordered.
+#[derive(Default)]
+struct Ordered {
+    /// Of each sink.
+    lists: BTreeMap<String, Vec<BackfillOrder>>,
+    /// Why a sink's is missing.
+    unread: Option<Condition>,
+}
+
+async fn ordered(config: &Config, jetstream: &Context) -> Result<Ordered, Condition> {
     let bucket = subject::bucket_name(&config.source.name, work::COPIES);
     let none = |sink: &Sink| (sink.name.clone(), Vec::new());
     let found = stream::find_stream(jetstream, &format!("KV_{bucket}")).await;
     if found.map_err(|error| stream_condition(&error))?.is_none() {
-        return Ok(config.sinks.iter().map(none).collect());
+        let lists = config.sinks.iter().map(none).collect();
+        return Ok(Ordered {
+            lists,
+            unread: None,
+        });
     }
     let copies = jetstream.get_key_value(bucket).await;
     let copies = copies.map_err(|error| unread(&error))?;
-    let mut ordered = BTreeMap::new();
+    let mut ordered = Ordered::default();
     for sink in &config.sinks {
-        let list = copies.get(work::orders_key(&sink.name)).await;
-        let orders = match list.map_err(|error| unread(&error))? {
-            Some(list) => serde_json::from_slice(&list).ok(),
-            None => Some(Vec::new()),
-        };
-        ordered.extend(orders.map(|orders| (sink.name.clone(), orders)));
+        let key = work::orders_key(&sink.name);
+        let list = copies.get(&key).await.map_err(|error| unread(&error))?;
+        let list = list.map_or(Ok(Vec::new()), |list| {
+            millrace_cdc::understood(&copies.name, &key, &list)
+        });
+        match list {
+            Ok(list) => {
+                ordered.lists.insert(sink.name.clone(), list);
+            }
+            Err(condition) => ordered.unread = Some(condition),
+        }
     }
     Ok(ordered)
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytesize::ByteSize;
 use comfy_table::{Table, presets};
-use millrace_event::TableName;
+use millrace_cdc::Captured;
 use millrace_event::work::BackfillOrder;
 use serde::Serialize;
 
@@ -89,9 +89,9 @@ pub(super) struct StreamReport {
     /// The newest message's position.
     pub(super) position: Option<String>,
     pub(super) end_lsn: Option<String>,
-    /// Tables that left the publication, as it is stored beside the stream; `None`: that could not be read.
+    /// Tables that were captured, as it is stored beside the stream; `None`: that could not be read.
     #[serde(skip)]
-    pub(super) unpublished: Option<Vec<TableName>>,
+    pub(super) captured: Option<Vec<Captured>>,
     /// Backfills that are ordered, by sink, as they are stored beside the stream; a sink whose orders could not be
     /// read is missing.
     #[serde(skip)]

@@ -2,13 +2,13 @@
 
 use std::collections::HashMap;
 
-use millrace_config::{Code, Condition};
+use millrace_config::{Code, Condition, Create};
 use millrace_event::TableName;
 use serde::{Deserialize, Serialize};
 
 use super::{Earlier, Remembered};
 use crate::Error;
-use crate::source::{self, Member, SourceTable};
+use crate::source::{self, Inspected, Member, Refused, SourceTable};
 
 /// How a table stands to the publication.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,6 +20,14 @@ pub(super) enum Standing {
     /// Configured, and somebody else took it out of the publication: entered when that is noticed. Left to `Published`
     /// once it is back and a backfill is ordered, or to `Leaving`. It outlasts every crash.
     Lost {
+        /// When it was noticed: this machine's clock, microseconds since 1970.
+        since_us: i64,
+    },
+    /// Configured, and it cannot be captured as it is, such as without its key: entered when that is noticed. Taken
+    /// out of the publication where it would keep the application from its own rows. Left to `Published` once it can
+    /// be captured and a backfill is ordered, to `Lost` where only an operator can put it back then, or to
+    /// `Leaving`. It outlasts every crash.
+    Refused {
         /// When it was noticed: this machine's clock, microseconds since 1970.
         since_us: i64,
     },
@@ -35,6 +43,11 @@ impl Standing {
     pub(super) fn is_published(&self) -> bool {
         *self == Self::Published
     }
+
+    /// Whether the table is parked, because changes of it are missing.
+    pub(super) fn is_parked(&self) -> bool {
+        matches!(self, Self::Lost { .. } | Self::Refused { .. })
+    }
 }
 
 /// What has become of the tables that were published.
@@ -42,16 +55,23 @@ impl Standing {
 pub(crate) struct Drift {
     /// Tables that the publication does not have, or not as they must be, and why that parks them.
     pub(crate) lost: Vec<(TableName, Condition)>,
-    /// Tables that left it and are back: they must be read again.
+    /// Tables that cannot be captured as they are.
+    pub(crate) refused: Vec<TableName>,
+    /// Tables that left it, or could not be captured, and are back: they must be read again.
     pub(crate) back: Vec<TableName>,
     /// Tables that are not configured any more, and cannot be taken out of it yet.
     pub(crate) leaving: Vec<TableName>,
 }
 
 impl Drift {
-    /// Whether a table is parked.
+    /// Whether a table is not in the publication as it must be.
     pub(crate) fn has_lost(&self, table: &TableName) -> bool {
         self.lost.iter().any(|(lost, _)| lost == table)
+    }
+
+    /// Whether a table is parked, for whatever reason.
+    pub(super) fn has_parked(&self, table: &TableName) -> bool {
+        self.has_lost(table) || self.refused.contains(table)
     }
 
     /// Whether a table is back.
@@ -71,6 +91,7 @@ impl Earlier {
         publication: &str,
         tables: &[SourceTable],
         now: &HashMap<TableName, Member>,
+        create: Create,
     ) -> Result<Drift, Error> {
         let (mut drift, mut changed) = (Drift::default(), Vec::new());
         for table in tables {
@@ -78,7 +99,7 @@ impl Earlier {
                 continue;
             };
             let member = now.get(&table.name);
-            match judge(before, member, table) {
+            match judge(before, member, table, create) {
                 Verdict::Same => {}
                 Verdict::Lost => {
                     let condition = source::left_publication(publication, table, member.is_some());
@@ -103,6 +124,41 @@ impl Earlier {
     }
 }
 
+impl Earlier {
+    /// Parks the tables that cannot be captured, if they were: the others go on. `unchanged` says whether a table's
+    /// settings are those that it was captured with, as far as that is known.
+    ///
+    /// # Errors
+    /// A table was never captured, or it is its settings that it cannot be captured with.
+    pub(crate) fn admit(
+        &self,
+        inspected: Inspected,
+        now: &HashMap<TableName, Member>,
+        unchanged: impl Fn(&TableName) -> bool,
+    ) -> Result<(Vec<SourceTable>, Vec<Refused>), Error> {
+        let parks = |table: &&Refused| {
+            let before = self.members.get(&table.name);
+            before.is_some_and(|before| parks(before, table, now.get(&table.name)))
+                && unchanged(&table.name)
+        };
+        let Inspected { tables, refused } = inspected;
+        match source::together(refused.iter().filter(|table| !parks(table))) {
+            None => Ok((tables, refused)),
+            Some(condition) => Err(Error::halt(condition)),
+        }
+    }
+}
+
+fn parks(before: &Remembered, table: &Refused, now: Option<&Member>) -> bool {
+    match (before.standing, table.condition.code) {
+        (Standing::Lost { .. } | Standing::Refused { .. }, _) => true,
+        (Standing::Published, Code::NoKey | Code::NoReplicaIdentity | Code::TableMissing) => true,
+        // What is published is what is configured: it is the table that has changed.
+        (Standing::Published, Code::SelectionIdentity) => now.is_some_and(|now| table.harms(now)),
+        _ => false,
+    }
+}
+
 /// What has become of one table.
 enum Verdict {
     Same,
@@ -111,13 +167,25 @@ enum Verdict {
     Changed,
 }
 
-fn judge(before: &Remembered, now: Option<&Member>, table: &SourceTable) -> Verdict {
+fn judge(
+    before: &Remembered,
+    now: Option<&Member>,
+    table: &SourceTable,
+    create: Create,
+) -> Verdict {
     match (before.standing, now) {
         // Not configured until now: it is new. Or we took it out ourselves, with a backfill ordered, and it is put back.
         (Standing::Beside | Standing::Leaving, _) => Verdict::Same,
         (Standing::Published | Standing::Lost { .. }, None) => Verdict::Lost,
         (Standing::Lost { .. }, Some(now)) if now.clause == table.clause() => Verdict::Back,
         (Standing::Lost { .. }, Some(_)) => Verdict::Lost,
+        // We took it out, or nobody did: where we may, we publish it as it must be.
+        (Standing::Refused { .. }, now)
+            if create == Create::Auto || now.is_some_and(|now| now.clause == table.clause()) =>
+        {
+            Verdict::Back
+        }
+        (Standing::Refused { .. }, _) => Verdict::Lost,
         (Standing::Published, Some(now)) if now.oid == before.oid => Verdict::Same,
         // A crash came between our own change and its remembrance.
         (Standing::Published, Some(now)) if Some(&now.clause) == before.intended.as_ref() => {

@@ -1,11 +1,13 @@
 use std::sync::Arc;
 
 use millrace_config::{
-    Columns, Mask as MaskKind, OnDelete, OnRowError, OnSchemaChange, OnTruncate, Table,
+    Columns, Condition, Create, Mask as MaskKind, OnDelete, OnRowError, OnSchemaChange, OnTruncate,
+    Table,
 };
 
 use super::*;
 use crate::selection::{Mask, Selection};
+use crate::source::{Harm, Inspected, Refused};
 
 fn named() -> TableName {
     TableName::new("public", "t")
@@ -193,7 +195,7 @@ fn drift(
     table: &SourceTable,
 ) -> Result<(Option<String>, bool), String> {
     let earlier = memory(std::slice::from_ref(before));
-    let checked = earlier.check("p", std::slice::from_ref(table), now);
+    let checked = earlier.check("p", std::slice::from_ref(table), now, Create::Auto);
     let mut drift = checked.map_err(|error| error.to_string())?;
     let lost = drift.lost.pop().map(|(_, condition)| condition.remedy);
     Ok((lost, drift.has_back(&table.name)))
@@ -274,6 +276,85 @@ fn what_we_took_out_ourselves_is_no_loss() {
     earlier.standing = Standing::Beside;
     let known = memory(&[earlier]);
     assert_eq!((removed(&known), known.leaving()), (0, vec![]));
+}
+
+#[test]
+fn a_table_that_can_be_captured_again_is_read_again_or_put_back_by_its_operator() {
+    let (plain, part) = (table(COLUMNS, &[], &[]), table(COLUMNS, &["email"], &[]));
+    let mut before = remembered(1, &part, None);
+    before.standing = Standing::Refused { since_us: 7 };
+    let earlier = memory(&[before]);
+    let found = |now: &HashMap<TableName, Member>, create| {
+        let checked = earlier.check("p", std::slice::from_ref(&part), now, create);
+        let drift = checked.expect("no fault of all");
+        (drift.has_back(&named()), drift.has_lost(&named()))
+    };
+    let (back, lost) = ((true, false), (false, true));
+    let (gone, other, same) = (HashMap::new(), published(2, &plain), published(1, &part));
+    for now in [&gone, &other, &same] {
+        assert_eq!(found(now, Create::Auto), back);
+    }
+    for (now, expected) in [(&gone, lost), (&other, lost), (&same, back)] {
+        assert_eq!(found(now, Create::Never), expected);
+    }
+}
+
+#[test]
+fn only_a_table_that_was_captured_is_parked_without_its_key() {
+    let plain = table(COLUMNS, &[], &[]);
+    let refused = |code, harm| Refused {
+        name: named(),
+        condition: Condition::new(code, "said", "do"),
+        harm,
+    };
+    let parks = |before: Option<Standing>, code, harm| {
+        let member = before.map(|standing| Remembered {
+            standing,
+            ..remembered(1, &plain, None)
+        });
+        let earlier = memory(member.as_slice());
+        let inspected = Inspected {
+            tables: Vec::new(),
+            refused: vec![refused(code, harm)],
+        };
+        let now = published(1, &plain);
+        let admitted = earlier.admit(inspected, &now, |_| true);
+        admitted
+            .map(|(_, refused)| refused.len())
+            .map_err(|error| error.to_string())
+    };
+    let standings = [
+        Standing::Published,
+        Standing::Lost { since_us: 7 },
+        Standing::Refused { since_us: 7 },
+    ];
+    for code in [Code::NoKey, Code::NoReplicaIdentity, Code::TableMissing] {
+        for standing in standings {
+            assert_eq!(
+                parks(Some(standing), code, Harm::None),
+                Ok(1),
+                "{standing:?}"
+            );
+        }
+        for never in [None, Some(Standing::Beside), Some(Standing::Leaving)] {
+            parks(never, code, Harm::None).expect_err("an error at the start");
+        }
+    }
+    // What the table's file says wrong is an error, unless it says what is published.
+    let published = Some(Standing::Published);
+    parks(published, Code::ColumnSelection, Harm::None).expect_err("an error");
+    let own = Harm::PublishedAs(plain.clause());
+    assert_eq!(parks(published, Code::SelectionIdentity, own), Ok(1));
+    let other = Harm::PublishedAs(table(COLUMNS, &["email"], &[]).clause());
+    parks(published, Code::SelectionIdentity, other).expect_err("another one than is published");
+    // Who knows what has changed refuses it.
+    let earlier = memory(&[remembered(1, &plain, None)]);
+    let inspected = Inspected {
+        tables: Vec::new(),
+        refused: vec![refused(Code::NoKey, Harm::None)],
+    };
+    let admitted = earlier.admit(inspected, &HashMap::new(), |_| false);
+    admitted.expect_err("its settings have changed");
 }
 
 #[test]
