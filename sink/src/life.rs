@@ -6,7 +6,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, SystemTime};
 
 use async_nats::HeaderMap;
-use async_nats::jetstream::{self, kv, stream};
+use async_nats::jetstream::context::{GetStreamError, GetStreamErrorKind};
+use async_nats::jetstream::{self, ErrorCode, kv, stream};
 use millrace_config::{Code, Config, OnDelete, OnTruncate, Sink as Settings, Table};
 use millrace_connect::nats::{self, Reconnect};
 use millrace_connect::postgres::Dsn;
@@ -162,7 +163,7 @@ impl<'l> Life<'l> {
         let name = subject::stream_name(self.source);
         let waiting = || Error::Waiting(format!("begin stream {name}"));
         let mut stream = self.jetstream.get_stream(&name).await.map_err(|error| {
-            if error.kind() == jetstream::context::GetStreamErrorKind::JetStream(not_found()) {
+            if is_missing(&error) {
                 waiting()
             } else {
                 Error::retry("the stream cannot be read", error)
@@ -191,12 +192,7 @@ impl<'l> Life<'l> {
     pub(crate) async fn stream_holds(&self, name: &str, sequence: u64) -> Result<bool, Error> {
         let stream = match self.jetstream.get_stream(name).await {
             Ok(stream) => stream,
-            Err(error)
-                if error.kind()
-                    == jetstream::context::GetStreamErrorKind::JetStream(not_found()) =>
-            {
-                return Ok(false);
-            }
+            Err(error) if is_missing(&error) => return Ok(false),
             Err(error) => return Err(Error::retry("a stream cannot be read", error)),
         };
         match stream.get_first_raw_message_by_subject(">", sequence).await {
@@ -376,12 +372,12 @@ impl<'l> Life<'l> {
     }
 }
 
-fn not_found() -> jetstream::Error {
-    // The code alone is compared; see `newest`.
-    serde_json::from_value(serde_json::json!({
-        "code": 404, "err_code": 10_059, "description": "stream not found"
-    }))
-    .expect("the error has this shape")
+/// Whether the broker says that there is no such stream.
+fn is_missing(error: &GetStreamError) -> bool {
+    let GetStreamErrorKind::JetStream(answer) = error.kind() else {
+        return false;
+    };
+    answer.error_code() == ErrorCode::STREAM_NOT_FOUND
 }
 
 /// A bucket that capture makes.
@@ -391,10 +387,15 @@ async fn bucket(
     kind: &str,
 ) -> Result<kv::Store, Error> {
     let name = subject::bucket_name(source, kind);
-    jetstream
-        .get_key_value(&name)
-        .await
-        .map_err(|_| Error::Waiting(format!("create bucket {name}")))
+    let found = jetstream.get_key_value(&name).await;
+    found.map_err(|error| {
+        let below = std::error::Error::source(&error);
+        let below = below.and_then(|below| below.downcast_ref::<GetStreamError>());
+        match below {
+            Some(stream) if is_missing(stream) => Error::Waiting(format!("create bucket {name}")),
+            _ => Error::retry(format!("bucket {name} cannot be opened"), error),
+        }
+    })
 }
 
 /// Up to where a message completes the stream: a set of chunks does so with its last.
