@@ -73,6 +73,19 @@ pub enum Step {
     },
 }
 
+impl Step {
+    /// The layouts of its tables, of each as often as it comes.
+    pub(crate) fn layouts(&self) -> Vec<&Arc<TableLayout>> {
+        match self {
+            Self::Rows(tables) => tables.iter().map(|table| &table.layout).collect(),
+            Self::Load(load) => vec![&load.layout],
+            Self::Move(moves) => moves.iter().map(|moved| &moved.layout).collect(),
+            Self::Truncate(tables) => tables.iter().map(|(layout, _)| layout).collect(),
+            Self::Sweep { table, .. } => vec![table],
+        }
+    }
+}
+
 /// One table's rows of a step.
 #[derive(Clone, Debug)]
 pub struct TableRows {

@@ -2,6 +2,7 @@
 //!
 //! Panics say what is wrong, so call it from tests only.
 
+mod bench;
 mod history;
 mod memory;
 
@@ -9,14 +10,14 @@ use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::Arc;
 
-use bytes::Bytes;
 use millrace_config::{Columns, OnDelete, OnRowError, OnSchemaChange, OnTruncate, Table};
-use millrace_event::{ColumnSchema, Lsn, Position, TableName, TableSchema, Version};
+use millrace_event::{ColumnSchema, Lsn, TableName, TableSchema, Version};
 
+use self::bench::{Bench, create, key, put, seen, text};
 use crate::batch::{Batch, Checkpoint};
-use crate::fold::{Fold, RowChange};
+use crate::fold::RowChange;
 use crate::progress::{CopyProgress, CopyState};
-use crate::row::{Cell, Row, TableLayout};
+use crate::row::{Cell, TableLayout};
 use crate::sink::{Applied, Elected, Sink, SinkError};
 
 /// A table's rows as texts, in the order of the layout's columns, by the first of them.
@@ -95,124 +96,6 @@ pub fn settings(table: &TableName) -> Table {
         on_schema_change: OnSchemaChange::Evolve,
         on_row_error: OnRowError::DeadLetter,
     }
-}
-
-struct Bench<S> {
-    sink: S,
-    layout: Arc<TableLayout>,
-    at: Checkpoint,
-    fold: Fold,
-}
-
-impl<S: Sink> Bench<S> {
-    async fn new<T: Target<Sink = S>>(target: &T, name: &str) -> Self {
-        let mut sink = target.sink(name);
-        let Elected::Yes(position) = sink.open().await.expect("opens") else {
-            panic!("a sink of its own is elected");
-        };
-        let schema = schema(name);
-        let ensured = sink
-            .ensure_table(&schema, None, &settings(&schema.name))
-            .await
-            .expect("ensures");
-        assert!(ensured.created, "the table is new");
-        Self {
-            sink,
-            layout: ensured.layout,
-            at: position.checkpoint,
-            fold: Fold::new(),
-        }
-    }
-
-    /// Begins anew where the target stands, as after a restart.
-    async fn reopen(&mut self) {
-        let Elected::Yes(position) = self.sink.open().await.expect("opens again") else {
-            panic!("the same sink is elected again");
-        };
-        assert_eq!(position.checkpoint, self.at);
-    }
-
-    fn push(&mut self, lsn: u64, seq: u32, change: RowChange) {
-        let version = Version::new(1, Lsn(lsn), seq);
-        self.fold
-            .change(&self.layout, version, change)
-            .expect("has its key");
-    }
-
-    async fn incomplete(&mut self, after: &str, max: usize) -> Vec<String> {
-        let found = self.sink.incomplete(&self.layout.target, after, max).await;
-        found.expect("finds")
-    }
-
-    fn batch(&mut self, commit: bool) -> Batch {
-        let to = Checkpoint {
-            stream_seq: self.at.stream_seq + 1,
-            position: Position::new(1, Lsn(self.at.stream_seq + 1), 0),
-            source_ts_us: 1_700_000_000_123_456,
-        };
-        let steps = if commit {
-            self.fold.finish()
-        } else {
-            self.fold.cut()
-        };
-        let batch = Batch {
-            from: self.at,
-            to,
-            copy: None,
-            steps,
-            commit,
-        };
-        self.at = to;
-        batch
-    }
-
-    async fn apply(&mut self, commit: bool) -> Applied {
-        let batch = self.batch(commit);
-        self.sink
-            .apply(&batch)
-            .await
-            .unwrap_or_else(|error| panic!("applies: {error:?}"))
-    }
-}
-
-fn text(value: impl ToString) -> Cell {
-    Cell::Text(Bytes::from(value.to_string()))
-}
-
-fn put(id: u64, n: impl ToString, big: Cell) -> RowChange {
-    RowChange::Put {
-        created: false,
-        row: vec![text(id), text(n), big].into(),
-        old: None,
-    }
-}
-
-/// A row that the source made just now.
-fn create(id: u64, n: impl ToString, big: Cell) -> RowChange {
-    RowChange::Put {
-        created: true,
-        row: vec![text(id), text(n), big].into(),
-        old: None,
-    }
-}
-
-fn key(id: u64) -> Row {
-    vec![text(id), Cell::Missing, Cell::Missing].into()
-}
-
-fn seen(
-    id: u64,
-    lsn: u64,
-    seq: u32,
-    n: u64,
-    big: &str,
-) -> (String, (Version, Vec<Option<String>>)) {
-    let row = vec![
-        Some(id.to_string()),
-        Some(n.to_string()),
-        Some(big.to_owned()),
-    ];
-    (id.to_string(), (Version::new(1, Lsn(lsn), seq), row))
 }
 
 /// The same changes again, and older ones late, change nothing.

@@ -12,6 +12,7 @@ mod error;
 mod evolution;
 mod life;
 mod meters;
+mod refit;
 mod registration;
 mod rejoin;
 mod run;

@@ -1,25 +1,27 @@
 //! What a sink works with, and how it comes by it: the target, the stream, and the tables' layouts.
 
+mod layouts;
+mod stream;
+
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use async_nats::HeaderMap;
-use async_nats::jetstream::{self, kv, stream};
-use millrace_config::{Code, Condition, Config, OnDelete, OnTruncate, Sink as Settings, Table};
+use async_nats::jetstream::{self, kv};
+use millrace_config::{Code, Config, OnDelete, OnTruncate, Sink as Settings, Table};
 use millrace_connect::nats::{self, Reconnect};
 use millrace_connect::postgres::Dsn;
 use millrace_event::work::{self, ParkedClaim, SinkReport};
-use millrace_event::{Position, TableName, TableSchema, decode_line, header, subject};
+use millrace_event::{Position, TableName};
 use tokio::task::JoinHandle;
 
+use self::layouts::Layouts;
+use self::stream::bucket;
 use crate::batch::{Batch, Checkpoint, PositionRow};
 use crate::error::Error;
-use crate::evolution::{self, Unfit};
 use crate::postgres::{PostgresSink, connector};
 use crate::progress::CopyProgress;
 use crate::registration::{Registration, Standing, register};
-use crate::row::{Key, TableLayout};
+use crate::row::Key;
 use crate::sink::{Applied, Elected, Sink, SinkError};
 use crate::status::Status;
 use crate::worker::BatchLimits;
@@ -56,8 +58,7 @@ pub(crate) struct Life<'l> {
     pub(crate) progress: CopyProgress,
     /// What the target was made to fit: of a transaction that is open too.
     shapes: BTreeMap<TableName, String>,
-    /// The newest layout of each table that was asked for.
-    layouts: HashMap<TableName, Arc<TableLayout>>,
+    layouts: Layouts,
     meters: crate::meters::Meters,
 }
 
@@ -108,7 +109,7 @@ impl<'l> Life<'l> {
             committed: checkpoint,
             shapes: copy.shapes.clone(),
             progress: copy,
-            layouts: HashMap::new(),
+            layouts: Layouts::default(),
             meters: crate::meters::Meters::new(&settings.name),
         };
         life.register().await?;
@@ -157,158 +158,18 @@ impl<'l> Life<'l> {
         self.report(true).await
     }
 
-    /// When the stream was created, and its newest message, once capture has begun the stream.
-    async fn newest(&self) -> Result<(String, Checkpoint), Error> {
-        let name = subject::stream_name(self.source);
-        let waiting = || Error::Waiting(format!("begin stream {name}"));
-        let mut stream = self.jetstream.get_stream(&name).await.map_err(|error| {
-            if error.kind() == jetstream::context::GetStreamErrorKind::JetStream(not_found()) {
-                waiting()
-            } else {
-                Error::retry("the stream cannot be read", error)
-            }
-        })?;
-        let state = stream
-            .info()
-            .await
-            .map_err(|error| Error::retry("the stream cannot be read", error))?;
-        let last = state.state.last_sequence;
-        let created = state.created.unix_timestamp_nanos().to_string();
-        let message = stream.get_raw_message(last).await.map_err(|_| waiting())?;
-        let position = position_of(&message.headers, &message.payload)
-            .ok_or_else(|| Error::retry_because("the stream's newest message is not ours"))?;
-        Ok((
-            created,
-            Checkpoint {
-                stream_seq: last,
-                position,
-                source_ts_us: 0,
-            },
-        ))
-    }
-
-    /// Whether a stream has a message with this sequence or a later one; not where there is no such stream.
-    pub(crate) async fn stream_holds(&self, name: &str, sequence: u64) -> Result<bool, Error> {
-        let stream = match self.jetstream.get_stream(name).await {
-            Ok(stream) => stream,
-            Err(error)
-                if error.kind()
-                    == jetstream::context::GetStreamErrorKind::JetStream(not_found()) =>
-            {
-                return Ok(false);
-            }
-            Err(error) => return Err(Error::retry("a stream cannot be read", error)),
-        };
-        match stream.get_first_raw_message_by_subject(">", sequence).await {
-            Ok(_) => Ok(true),
-            Err(error) if error.kind() == stream::RawMessageErrorKind::NoMessageFound => Ok(false),
-            Err(error) => Err(Error::retry("a stream cannot be read", error)),
-        }
-    }
-
-    /// The oldest sequence that the source's stream holds.
-    pub(crate) async fn stream_start(&self) -> Result<u64, Error> {
-        let name = subject::stream_name(self.source);
-        Ok(self.stream_state(&name).await?.first_sequence)
-    }
-
-    async fn stream_state(&self, name: &str) -> Result<stream::State, Error> {
-        let failed = |error| Error::retry("a stream cannot be read", error);
-        let mut stream = self.jetstream.get_stream(name).await.map_err(failed)?;
-        let info = stream
-            .info()
-            .await
-            .map_err(|error| Error::retry("a stream cannot be read", error))?;
-        Ok(info.state.clone())
-    }
-
-    /// The schema of a table: a version of it, or the latest.
-    async fn schema(&self, table: &TableName, version: Option<&str>) -> Result<TableSchema, Error> {
-        let key = match version {
-            Some(version) => work::schema_version_key(table, version),
-            None => work::schema_key(table),
-        };
-        let failed = |error| Error::retry("a table's schema cannot be read", error);
-        let entry = self.schemas.get(&key).await.map_err(failed)?;
-        let entry = entry.ok_or_else(|| Error::Waiting(format!("describe table {table}")))?;
-        serde_json::from_slice(&entry)
-            .map_err(|error| Error::retry("a table's schema cannot be understood", error))
-    }
-
-    /// Makes sure that the target can take a table's rows, and how they are laid out. Nothing may be in
-    /// flight.
-    pub(crate) async fn layout(
-        &mut self,
-        table: &TableName,
-        version: Option<&str>,
-    ) -> Result<Arc<TableLayout>, Error> {
-        // The target is made to fit the table as it is now: what an older version lacks, its rows lacked at the
-        // source too, and names are those of now.
-        let latest = self.schema(table, None).await?;
-        let settings = self
-            .tables
-            .get(table)
-            .copied()
-            .expect("only this sink's tables are laid out");
-        let before = match self.shapes.get(table).cloned() {
-            Some(shape) if shape == latest.version => Some(latest.clone()),
-            Some(shape) => self.known_schema(table, &shape).await?,
-            None => None,
-        };
-        let ensured = self
-            .sink()
-            .ensure_table(&latest, before.as_ref(), settings)
-            .await?;
-        self.shapes.insert(table.clone(), latest.version.clone());
-        for warning in &ensured.warnings {
-            tracing::warn!(sink = %self.settings.name, %table, "{warning}");
-        }
-        if ensured.created {
-            tracing::info!(sink = %self.settings.name, %table, target = %ensured.layout.target, "table created");
-        }
-        let Some(version) = version.filter(|version| *version != latest.version) else {
-            return Ok(ensured.layout);
-        };
-        let schema = self.schema(table, Some(version)).await?;
-        let fitted =
-            evolution::lay_out(&schema, &latest, &ensured.layout, &ensured.others, settings);
-        match fitted {
-            Ok(layout) => Ok(Arc::new(layout)),
-            Err(Unfit::TooNew) => Err(Error::Waiting(format!("describe table {table}"))),
-            Err(Unfit::OtherKey) => Err(Error::Table {
-                table: table.clone(),
-                condition: Condition::new(
-                    Code::KeyChanged,
-                    format!(
-                        "changes of table {table} from before its key was changed are left out"
-                    ),
-                    "nothing to do: the table is copied again by itself",
-                ),
-            }),
-        }
-    }
-
-    /// A version that may not be known any more.
-    async fn known_schema(
-        &self,
-        table: &TableName,
-        version: &str,
-    ) -> Result<Option<TableSchema>, Error> {
-        match self.schema(table, Some(version)).await {
-            Ok(schema) => Ok(Some(schema)),
-            Err(Error::Waiting(_)) => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
-
     /// Applies a batch and waits for it.
     pub(crate) async fn apply(&mut self, batch: Batch) -> Result<(), Error> {
-        self.begin(batch);
+        self.begin(batch).await?;
         self.applied().await
     }
 
     /// Begins to apply a batch.
-    pub(crate) fn begin(&mut self, mut batch: Batch) {
+    ///
+    /// # Errors
+    /// The target's tables have changed since its rows were laid out, and those of now do not take them.
+    pub(crate) async fn begin(&mut self, mut batch: Batch) -> Result<(), Error> {
+        self.refit(&mut batch).await?;
         if batch.commit && (batch.copy.is_some() || self.progress.shapes != self.shapes) {
             let copy = batch.copy.get_or_insert_with(|| self.progress.clone());
             copy.shapes.clone_from(&self.shapes);
@@ -321,6 +182,7 @@ impl<'l> Life<'l> {
             let applied = sink.apply(&batch).await;
             (sink, batch, applied)
         })));
+        Ok(())
     }
 
     /// Waits until the batch in flight is applied; for ever where there is none. Safe to cancel.
@@ -414,24 +276,6 @@ impl<'l> Life<'l> {
         Ok(texts.collect())
     }
 
-    /// The layout of a version of a table, asked for once.
-    pub(crate) async fn layout_of(
-        &mut self,
-        table: &TableName,
-        version: &str,
-    ) -> Result<Arc<TableLayout>, Error> {
-        if let Some(known) = self
-            .layouts
-            .get(table)
-            .filter(|known| known.shape == version)
-        {
-            return Ok(Arc::clone(known));
-        }
-        let layout = self.layout(table, Some(version)).await?;
-        self.layouts.insert(table.clone(), Arc::clone(&layout));
-        Ok(layout)
-    }
-
     /// Tells capture what the stream need not keep for this sink any longer, and which parked tables would like
     /// it to keep more.
     pub(crate) async fn report(&mut self, at_once: bool) -> Result<(), Error> {
@@ -466,48 +310,6 @@ impl<'l> Life<'l> {
             .map(|_| ())
             .map_err(|error| Error::retry("the sink's report cannot be stored", error))
     }
-}
-
-fn not_found() -> jetstream::Error {
-    // The code alone is compared; see `newest`.
-    serde_json::from_value(serde_json::json!({
-        "code": 404, "err_code": 10_059, "description": "stream not found"
-    }))
-    .expect("the error has this shape")
-}
-
-/// A bucket that capture makes.
-async fn bucket(
-    jetstream: &jetstream::Context,
-    source: &str,
-    kind: &str,
-) -> Result<kv::Store, Error> {
-    let name = subject::bucket_name(source, kind);
-    jetstream
-        .get_key_value(&name)
-        .await
-        .map_err(|_| Error::Waiting(format!("create bucket {name}")))
-}
-
-/// Up to where a message completes the stream: a set of chunks does so with its last.
-fn position_of(headers: &HeaderMap, payload: &[u8]) -> Option<Position> {
-    if let Some(place) = headers.get(header::CHUNK) {
-        let position: Position = headers.get(header::POSITION)?.as_str().parse().ok()?;
-        let (index, rest) = place.as_str().split_once('/')?;
-        let (count, _) = rest.split_once('/')?;
-        return Some(if index == count {
-            position
-        } else {
-            position.just_below()
-        });
-    }
-    if let Ok(control) = serde_json::from_slice::<millrace_event::Control>(payload) {
-        return Some(control.position);
-    }
-    let line = payload
-        .rsplit(|byte| *byte == b'\n')
-        .find(|line| !line.is_empty())?;
-    Some(decode_line(line).ok()?.source.version.into())
 }
 
 /// This machine's clock, microseconds since 1970.

@@ -51,10 +51,7 @@ impl Load {
     #[must_use]
     pub fn new(layout: Arc<TableLayout>, head: &LoadHead) -> Self {
         let fields = head.columns.iter().map(|column| Field {
-            column: layout
-                .columns
-                .iter()
-                .position(|own| own.source == column.name),
+            column: layout.place_of(&column.name),
             type_oid: column.type_oid,
         });
         Self {
@@ -81,6 +78,17 @@ impl Load {
         self.rows += count_load_rows(&rows);
         self.bytes += rows.len();
         self.parts.push(rows);
+    }
+
+    /// Takes another layout of the table. A column that the old one lacked gets no value.
+    pub(crate) fn refit(&mut self, layout: &Arc<TableLayout>) {
+        let place = |old: usize| layout.place_of(&self.layout.columns[old].source);
+        let fields = self.fields.iter().map(|field| Field {
+            column: field.column.and_then(place),
+            ..*field
+        });
+        self.fields = fields.collect();
+        self.layout = Arc::clone(layout);
     }
 
     /// How many rows there are.

@@ -46,6 +46,13 @@ impl TableLayout {
         self.key.contains(&column)
     }
 
+    /// The index of the column that has this name at the source.
+    #[must_use]
+    pub fn place_of(&self, source: &str) -> Option<usize> {
+        let mut columns = self.columns.iter();
+        columns.position(|column| column.source == source)
+    }
+
     /// The key of a row.
     ///
     /// # Errors
@@ -191,11 +198,7 @@ impl Projection {
         {
             return *column;
         }
-        let column = self
-            .layout
-            .columns
-            .iter()
-            .position(|column| column.source == name);
+        let column = self.layout.place_of(name);
         self.order.truncate(at);
         if self.order.len() == at {
             self.order.push((name.to_owned(), column));

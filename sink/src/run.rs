@@ -2,6 +2,7 @@
 //! but what a failure means.
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use millrace_config::{Backoff, Code, Condition, Config, Sink as Settings, State, limits};
@@ -236,13 +237,13 @@ async fn follow(life: Life<'_>, stop: &CancellationToken) -> Result<Ended, Error
             line.take(&delivery).await?;
             // Before nothing more is waiting only a full batch is handed out: the clock is not asked for each.
             if line.worker.is_full() {
-                line.hand_out();
+                line.hand_out().await?;
             }
         }
         if line.is_besides_turn() {
             line.turn().await?;
         }
-        line.hand_out();
+        line.hand_out().await?;
         let rest = line.worker.rests_until(began.elapsed());
         let wants = line.wants_delivery() && rest.is_none();
         let (applying, may_turn) = (line.life.is_applying(), line.may_turn());
@@ -324,30 +325,44 @@ impl Following<'_> {
         self.may_turn() && self.last != Whose::Besides && !late
     }
 
-    fn hand_out(&mut self) {
+    async fn hand_out(&mut self) -> Result<(), Error> {
         if self.in_flight != Whose::Nobodys {
-            return;
+            return Ok(());
         }
         if let Some(batch) = self.worker.poll(self.began.elapsed()) {
-            self.begin(batch, Whose::Workers);
+            self.begin(batch, Whose::Workers).await?;
         } else {
             self.last = Whose::Nobodys;
         }
+        Ok(())
     }
 
     async fn turn(&mut self) -> Result<(), Error> {
         let (at, collected) = (self.worker.checkpoint(), self.worker.collected().position);
         let batch = self.beside.turn(&mut self.life, at, collected).await?;
         if let Some(batch) = batch {
-            self.begin(batch, Whose::Besides);
+            self.begin(batch, Whose::Besides).await?;
         }
         // While the target works.
         self.beside.tell(&self.life).await
     }
 
-    fn begin(&mut self, batch: Batch, whose: Whose) {
-        self.life.begin(batch);
+    async fn begin(&mut self, batch: Batch, whose: Whose) -> Result<(), Error> {
+        self.life.begin(batch).await?;
         (self.in_flight, self.last) = (whose, whose);
+        Ok(())
+    }
+
+    /// Has the worker lay rows out for the target's tables as they are now: what is beside it may have changed them.
+    async fn renew_layouts(&mut self) -> Result<(), Error> {
+        for table in self.life.take_changed() {
+            let Some(known) = self.worker.layout(&table) else {
+                continue;
+            };
+            let renewed = self.life.renewed(&Arc::clone(known)).await?;
+            self.worker.set_layout(renewed);
+        }
+        Ok(())
     }
 
     /// What was in flight is applied, or was not.
@@ -415,6 +430,7 @@ async fn take(line: &mut Following<'_>, delivery: &Delivery) -> Result<(), Error
         }
         Body::Changes(payload) => payload,
     };
+    line.renew_layouts().await?;
     for event in delivery.changes() {
         let event = event.map_err(|error| {
             Error::Halt(Condition::new(
@@ -428,10 +444,10 @@ async fn take(line: &mut Following<'_>, delivery: &Delivery) -> Result<(), Error
             // The target is asked about the table, so nothing else may be going on there.
             line.settle().await?;
             // Rows that are laid out for an older shape go before the target gets another.
-            if line.worker.has_layout(&table)
+            if line.worker.layout(&table).is_some()
                 && let Some(batch) = line.worker.cut(line.began.elapsed())
             {
-                line.begin(batch, Whose::Workers);
+                line.begin(batch, Whose::Workers).await?;
                 line.settle().await?;
             }
             let version = event.source.table_version.as_ref();

@@ -194,11 +194,11 @@ impl Worker {
         (!known).then(|| table.name.clone())
     }
 
-    /// Whether rows of a table may have been collected in some layout.
+    /// The layout that a table's rows were last collected in, where there were any.
     #[must_use]
-    pub fn has_layout(&self, table: &TableName) -> bool {
-        let found = self.find(&table.schema, &table.table);
-        found.is_some_and(|index| self.tables[index].layout.is_some())
+    pub fn layout(&self, table: &TableName) -> Option<&Arc<TableLayout>> {
+        let found = self.find(&table.schema, &table.table)?;
+        self.tables[found].layout.as_ref()
     }
 
     /// Takes the layout for a table's events from here on.

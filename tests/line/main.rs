@@ -12,6 +12,7 @@ mod birth;
 mod broker_login;
 mod broker_loss;
 mod broker_too_old;
+mod bucket_unopened;
 mod catching_up;
 mod column_selection;
 mod copies_anew;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use millrace_lab::Pipeline;
 
+use crate::backfill::{becomes, is, rows, says};
 use crate::stage::{PATIENCE, Setting, Stage};
 
 const SCHEMA: &str = "CREATE TABLE t (id int PRIMARY KEY, a int, v text);
@@ -402,4 +403,85 @@ async fn an_old_event_finds_the_schema_that_it_was_written_under() {
         Some(&now.columns[1])
     );
     assert_eq!(now.dropped, ["v"]);
+}
+
+/// A stage with its target apart whose replica of `t` is whole, and a backfill of `t` that has applied its first rows.
+async fn backfilling() -> (Stage, Pipeline) {
+    let stage = Stage::set(Setting {
+        schema: SCHEMA,
+        tables: &[("public.t", ""), ("public.u", "")],
+        ..Setting::apart()
+    })
+    .await;
+    stage
+        .sql("INSERT INTO t SELECT i, i, 'v' || i FROM generate_series(2000, 6000) i")
+        .await;
+    let pipeline = stage.start();
+    stage.equal(&pipeline).await;
+    let slow = ["start", "t", "--rate", "1000"];
+    says(&stage, &slow, 0, &["is queued"]).await;
+    becomes(&stage, &pipeline, |line| rows(line) > 0).await;
+    (stage, pipeline)
+}
+
+/// While the target is held, a backfill goes on, and the table changes: once it is let go, rows of both shapes come
+/// on both ways, and those that were laid out before are applied behind the change.
+async fn interleave(change: &str) {
+    let (stage, pipeline) = backfilling().await;
+    stage
+        .target_sql("BEGIN; LOCK TABLE millrace.position IN SHARE MODE")
+        .await;
+    stage.sql("INSERT INTO u VALUES (1, 'is held')").await;
+    tokio::time::sleep(Duration::from_millis(1200)).await;
+    stage.sql(change).await;
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    stage.target_sql("COMMIT").await;
+    becomes(&stage, &pipeline, is("done")).await;
+    stage.equal(&pipeline).await;
+    let logs = pipeline.logs();
+    assert!(!logs.contains("table parked"), "{logs}");
+    // One for the load, one for the backfill.
+    assert_eq!(logs.matches("copy requested").count(), 2, "{logs}");
+}
+
+#[tokio::test]
+async fn a_backfill_goes_on_when_the_stream_brings_another_shape_first() {
+    interleave(
+        "ALTER TABLE t ADD COLUMN b int DEFAULT 5; ALTER TABLE t RENAME COLUMN v TO w;
+         UPDATE t SET w = 'w', b = 6 WHERE id < 2100",
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_backfill_goes_on_when_it_brings_another_shape_itself() {
+    interleave("ALTER TABLE t ADD COLUMN b int DEFAULT 5; ALTER TABLE t RENAME COLUMN v TO w")
+        .await;
+}
+
+#[tokio::test]
+async fn changes_have_the_column_that_a_backfill_has_found_in_the_target() {
+    let stage = stage(POLICIES[2]).await;
+    let pipeline = stage.start();
+    stage.equal(&pipeline).await;
+    stage
+        .sql("ALTER TABLE t ADD COLUMN b int; INSERT INTO t VALUES (60, 6, 'b', 7)")
+        .await;
+    let left = "SELECT count(*)::text FROM t WHERE id = 60";
+    stage.target_shows(&pipeline, left, "1").await;
+    // From then on a backfill reads the column.
+    Stage::logs(&pipeline, "was changed at the source").await;
+    stage.target_sql("ALTER TABLE t ADD COLUMN b int").await;
+    says(&stage, &["start", "t", "--wait"], 0, &["done"]).await;
+    stage.equal(&pipeline).await;
+    stage
+        .sql("INSERT INTO t VALUES (61, 6, 'b', 8); UPDATE t SET b = 9 WHERE id = 1")
+        .await;
+    stage.equal(&pipeline).await;
+    // No row had to be read again for it.
+    assert!(
+        !pipeline.logs().contains("columns are missing"),
+        "{}",
+        pipeline.logs()
+    );
 }

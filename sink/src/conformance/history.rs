@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use millrace_event::{Lsn, Version};
 
-use super::{Bench, Rows, Target, create, key, put, seen, text};
+use super::bench::{Bench, create, key, put, seen, text};
+use super::{Rows, Target};
 use crate::fold::RowChange;
 use crate::row::Cell;
 use crate::sink::Sink;

@@ -1,8 +1,12 @@
 //! How a message of the copy stream gets into the machine.
 
+use std::sync::Arc;
+
 use millrace_consumer::{Body, Delivery};
 use millrace_event::work::Copied;
-use millrace_event::{ChangeEvent, LoadHead, Lsn, Position, decode_line, header, subject};
+use millrace_event::{
+    ChangeEvent, LoadHead, Lsn, Position, TableName, decode_line, header, subject,
+};
 
 use crate::copying::{CopyError, CopyMark, Copying, Input};
 use crate::error::Error;
@@ -47,6 +51,7 @@ pub(super) async fn take(
         if machine.layout(&copied.table).is_none() {
             return Ok(());
         }
+        renew_layout(life, machine, &copied.table).await?;
         return machine
             .handle(Input::Copied {
                 mark,
@@ -57,6 +62,7 @@ pub(super) async fn take(
     let head = LoadHead::of(payload)
         .map_err(|error| Error::retry("copied rows cannot be understood", error))?;
     if let Some((head, at)) = head {
+        renew_layout(life, machine, &head.load).await?;
         if machine.misses(&head.load, &head.table_version) {
             if !life.tables.contains_key(&head.load) {
                 return Ok(());
@@ -74,6 +80,9 @@ pub(super) async fn take(
     let events: Vec<ChangeEvent<'_>> = millrace_event::decode(payload)
         .collect::<Result<_, _>>()
         .map_err(|error| Error::retry("copied rows cannot be understood", error))?;
+    if let Some(first) = events.first() {
+        renew_layout(life, machine, &first.source.table_name()).await?;
+    }
     if let Some(table) = events
         .first()
         .and_then(|event| machine.missing_layout(event))
@@ -96,6 +105,21 @@ pub(super) async fn take(
             events: &events,
         })
         .map_err(Taken::Lost)
+}
+
+/// Has a table's rows laid out for the target as it is now: the stream's changes may have changed it.
+async fn renew_layout(
+    life: &mut Life<'_>,
+    machine: &mut Copying,
+    table: &TableName,
+) -> Result<(), Error> {
+    if let Some(known) = machine.layout(table)
+        && !life.is_current(known)
+    {
+        let renewed = life.renewed(&Arc::clone(known)).await?;
+        machine.set_layout(renewed);
+    }
+    Ok(())
 }
 
 fn mark_of(delivery: &Delivery) -> Option<(String, u64, u64)> {

@@ -122,7 +122,7 @@ pub(super) async fn apply(
         }
     }
     for (table, _) in &applied.dead_letters {
-        let layouts = batch.steps.iter().flat_map(layouts_of);
+        let layouts = batch.steps.iter().flat_map(Step::layouts);
         let relation = layouts
             .filter(|layout| layout.source == *table)
             .map(|l| l.relation())
@@ -133,15 +133,6 @@ pub(super) async fn apply(
         session.copied.clone_from(copy);
     }
     Ok(applied)
-}
-
-fn layouts_of(step: &Step) -> Vec<&crate::row::TableLayout> {
-    match step {
-        Step::Rows(tables) => tables.iter().map(|table| &*table.layout).collect(),
-        Step::Load(load) => vec![&*load.layout],
-        Step::Move(moves) => moves.iter().map(|moved| &*moved.layout).collect(),
-        Step::Truncate(_) | Step::Sweep { .. } => Vec::new(),
-    }
 }
 
 /// A row of a copy, of a table not copied yet, that a forgotten delete may have removed. One worker at a time
