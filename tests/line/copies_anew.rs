@@ -179,6 +179,38 @@ async fn a_backfill_that_the_replica_needs_cannot_be_cancelled() {
 }
 
 #[tokio::test]
+async fn a_column_that_came_while_a_load_waited_is_in_its_rows() {
+    let stage = Stage::set(Setting::apart()).await;
+    stage
+        .sql("INSERT INTO t SELECT i, 'row ' || i FROM generate_series(1, 100) i")
+        .await;
+    let mut capture = stage.start_with(&CAPTURE);
+    Stage::readyz(&mut capture, 200, "streaming").await;
+    // A load's slot waits for whoever writes.
+    let writer = stage.postgres.connect("source").await.expect("connects");
+    writer
+        .batch_execute("BEGIN; SELECT pg_current_xact_id()")
+        .await
+        .expect("begins");
+    let mut sink = stage.start_with(&SINK);
+    sink.wait_for_log("table created", PATIENCE)
+        .await
+        .expect("told");
+    stage
+        .sql("ALTER TABLE t ADD COLUMN b int DEFAULT 5; UPDATE t SET b = id WHERE id > 50")
+        .await;
+    capture
+        .wait_for_log("was changed at the source", PATIENCE)
+        .await
+        .expect("it looks at the table anew");
+    writer.batch_execute("COMMIT").await.expect("ends");
+    assert_eq!(stage.equal(&sink).await.rows, 100);
+    let filled = "SELECT count(*)::text FROM t WHERE b = CASE WHEN id > 50 THEN id ELSE 5 END";
+    assert_eq!(stage.target_text(filled).await, "100");
+    assert!(!sink.logs().contains("parked"), "{}", sink.logs());
+}
+
+#[tokio::test]
 async fn a_column_that_came_just_before_a_load_is_in_its_rows() {
     let stage = Stage::set(Setting::default()).await;
     stage

@@ -223,7 +223,7 @@ impl Ensuring<'_> {
             self.create_table(&wanted, &key).await?;
             self.set_defaults(&wanted).await?;
             found = self.found().await?;
-        } else if self.begun {
+        } else if self.begun || self.before.is_some() {
             let evolved = self.evolve(wanted, &found, &mut warnings).await?;
             wanted = evolved.wanted;
             key = self.key(&wanted)?;
