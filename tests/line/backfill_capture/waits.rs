@@ -139,6 +139,36 @@ async fn nothing_is_read_while_a_commit_from_before_is_not_visible_even_by_a_new
     comes_late(&line, held).await;
 }
 
+/// Holds the transaction that begins a backfill between its id and its commit, for as long as somebody has the lock.
+/// What is built in cannot be replaced, only renamed.
+const HOLDS_THE_BEGIN: &str = "SET allow_system_table_mods = on;
+    UPDATE pg_catalog.pg_proc SET proname = 'emits_at_once'
+        WHERE proname = 'pg_logical_emit_message' AND proargtypes[2] = 'text'::regtype;
+    CREATE FUNCTION pg_catalog.pg_logical_emit_message(boolean, text, text) RETURNS pg_lsn LANGUAGE plpgsql AS $$
+    BEGIN
+        IF current_setting('application_name') = 'millrace copy' THEN PERFORM pg_advisory_xact_lock(1123); END IF;
+        RETURN pg_logical_emit_message($1, $2, convert_to($3, 'UTF8'));
+    END $$";
+
+/// A chunk without such a commit would have a version from before the request, and repair nothing.
+#[tokio::test]
+async fn a_commit_of_the_moment_before_the_request_is_waited_for_and_named() {
+    let line = filled(100).await;
+    line.stage.sql(HOLDS_THE_BEGIN).await;
+    line.stage.sql("SELECT pg_advisory_lock(1123)").await;
+    line.ask("r1", &[("t", chunks())]).await;
+    until(
+        &line.stage,
+        "SELECT count(*) = 1 FROM pg_locks WHERE NOT granted AND locktype = 'advisory'",
+    )
+    .await;
+    let held = in_limbo(&line.stage, "UPDATE t SET v = 'late' WHERE id = 7").await;
+    line.stage.sql("SELECT pg_advisory_unlock(1123)").await;
+    names(&line, "E1123", "SyncRep").await;
+    assert!(ids(&line.copy_stream().await).is_empty());
+    comes_late(&line, held).await;
+}
+
 #[tokio::test]
 async fn an_open_transaction_is_waited_for_and_named() {
     let line = filled(100).await;
