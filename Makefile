@@ -26,9 +26,9 @@ demo: setup
 	$(CARGO) build --release --locked
 	target/release/millrace demo $(DEMO_ARGS)
 
-# Scenarios wait more than they compute: one more of them at a time than there are processors.
+# Scenarios wait more than they compute: twice as many of them at a time as there are processors.
 test: setup-tests
-	RUST_TEST_THREADS=$$(( $$(nproc) + 1 )) $(CARGO) test --locked
+	RUST_TEST_THREADS=$$(( $$(nproc) * 2 )) $(CARGO) test --locked
 
 test-long: setup-tests
 	$(CARGO) test --release --locked --test line -- --ignored --nocapture

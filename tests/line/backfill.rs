@@ -23,7 +23,13 @@ async fn whole(rows: u64) -> (Stage, Pipeline) {
         .await;
     let pipeline = stage.start();
     stage.equal(&pipeline).await;
+    may_begin(&stage, &pipeline).await;
     (stage, pipeline)
+}
+
+/// Waits until `t` takes part in the stream: its rows are equal a moment before.
+pub(crate) async fn may_begin(stage: &Stage, pipeline: &Pipeline) {
+    becomes(stage, pipeline, is("done")).await;
 }
 
 /// Makes the replica wrong behind the sink's back: rows that are outdated, missing, and too many.
@@ -196,14 +202,20 @@ async fn what_is_paused_in_the_middle_goes_on_from_there() {
     says(&stage, &["start", "t", "--rate", "3000"], 0, &[]).await;
     becomes(&stage, &pipeline, |line| rows(line) > 0).await;
     says(&stage, &["pause", "t"], 0, &["paused"]).await;
-    // What was on its way still comes.
-    tokio::time::sleep(Duration::from_secs(3)).await;
-    let held = line(&stage, "replica").await;
+    // What was on its way still comes. At its rate 6,000 more would, in two seconds.
+    let deadline = Instant::now() + PATIENCE;
+    let mut held = line(&stage, "replica").await;
+    loop {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let now = line(&stage, "replica").await;
+        if rows(&now) == rows(&held) {
+            break;
+        }
+        held = now;
+        assert!(Instant::now() < deadline, "{held}\n{}", pipeline.logs());
+    }
     assert_eq!(held["state"], "paused");
     assert!(rows(&held) < ROWS, "{held}");
-    tokio::time::sleep(Duration::from_secs(2)).await;
-    let still = line(&stage, "replica").await;
-    assert_eq!(rows(&still), rows(&held));
     // Changes flow on meanwhile.
     stage
         .sql("INSERT INTO t VALUES (777777, 'meanwhile')")

@@ -336,12 +336,12 @@ async fn a_table_whose_copy_cannot_begin_is_shown_as_retrying() {
     assert!(!pipeline.logs().contains(LIFE_ENDED), "{}", pipeline.logs());
 }
 
-/// Ends the copy's connection that is in this state, as soon as there is one.
+/// Ends the copy's connections that are in this state, as soon as there is one.
 async fn end(stage: &Stage, capture: &Pipeline, state: &str) {
     let one = format!("FROM pg_stat_activity WHERE application_name = 'millrace copy' AND {state}");
     let deadline = Instant::now() + PATIENCE;
     while stage
-        .ask(&format!("SELECT pid::text {one}"))
+        .ask(&format!("SELECT pid::text {one} LIMIT 1"))
         .await
         .is_none()
     {

@@ -6,8 +6,9 @@ use async_nats::jetstream;
 use millrace_event::subject;
 use millrace_lab::{Compared, Pipeline};
 use rand::Rng as _;
+use tokio::task::JoinHandle;
 
-use crate::backfill::{self, becomes, corrupt, is, rows, says};
+use crate::backfill::{self, becomes, corrupt, is, may_begin, rows, says};
 use crate::backfill_capture::{in_limbo, release};
 use crate::kill::{random_moment, seeded};
 use crate::stage::{PATIENCE, Setting, Stage};
@@ -33,6 +34,7 @@ impl Line {
             .await;
         let (capture, sink) = (stage.start_with(&CAPTURE), stage.start_with(&SINK));
         stage.equal(&sink).await;
+        may_begin(&stage, &sink).await;
         Self {
             stage,
             capture,
@@ -40,9 +42,25 @@ impl Line {
         }
     }
 
-    /// With a target that takes no part in what waits at the source.
-    async fn apart(rows: u64) -> Self {
-        Self::whole(Setting::apart(), rows).await
+    /// Whose first load of 20,000 rows lies in the copy stream, before a sink that is paused.
+    async fn loaded(value: &str) -> Self {
+        let stage = Stage::set(Setting::apart()).await;
+        stage
+            .sql(&format!(
+                "INSERT INTO t SELECT i, {value} FROM generate_series(1, 20000) i"
+            ))
+            .await;
+        let mut capture = stage.start_with(&CAPTURE);
+        Stage::readyz(&mut capture, 200, "streaming").await;
+        let mut sink = stage.start_with(&SINK);
+        Stage::logs(&sink, "copy requested").await;
+        sink.pause().expect("signal");
+        Stage::logs(&capture, "table copied").await;
+        Self {
+            stage,
+            capture,
+            sink,
+        }
     }
 
     /// Makes the replica wrong, and waits until a slow repair of it has begun.
@@ -87,11 +105,18 @@ const LATE: &str = "UPDATE t SET v = 'late' WHERE id > 2900; DELETE FROM t WHERE
 const SHOWN: &str = "SELECT count(*) FILTER (WHERE v = 'late') || ' ' ||
     count(*) FILTER (WHERE id IN (2800, 2850)) || ' ' || count(*) FILTER (WHERE id = 12850) FROM t";
 
-#[tokio::test]
-async fn a_commit_in_limbo_while_its_chunk_is_read_is_not_undone() {
-    let line = Line::apart(3_000).await;
+/// A repair that has begun, and a commit of [`LATE`] that nobody at the source sees yet. The target takes no part in
+/// what waits there.
+async fn repairs_beside_limbo() -> (Line, JoinHandle<()>) {
+    let line = Line::whole(Setting::apart(), 3_000).await;
     line.repairs("1000").await;
     let held = in_limbo(&line.stage, LATE).await;
+    (line, held)
+}
+
+#[tokio::test]
+async fn a_commit_in_limbo_while_its_chunk_is_read_is_not_undone() {
+    let (line, held) = repairs_beside_limbo().await;
     line.ends().await;
     // The target has both by now: the change, and the older rows of the chunk that lacks it.
     assert_eq!(line.stage.target_text(SHOWN).await, "100 0 1");
@@ -104,9 +129,7 @@ async fn a_commit_in_limbo_while_its_chunk_is_read_is_not_undone() {
 
 #[tokio::test]
 async fn a_new_capture_reads_nothing_while_a_commit_is_in_limbo() {
-    let mut line = Line::apart(3_000).await;
-    line.repairs("1000").await;
-    let held = in_limbo(&line.stage, LATE).await;
+    let (mut line, held) = repairs_beside_limbo().await;
     line.stage.target_shows(&line.sink, SHOWN, "100 0 1").await;
     line.restart_capture();
     Stage::logs(&line.capture, "E1122").await;
@@ -124,9 +147,7 @@ async fn a_new_capture_reads_nothing_while_a_commit_is_in_limbo() {
 /// than let them bring a row back.
 #[tokio::test]
 async fn deletes_that_were_forgotten_during_a_chunk_bring_nothing_back() {
-    let mut line = Line::apart(3_000).await;
-    line.repairs("1000").await;
-    let held = in_limbo(&line.stage, LATE).await;
+    let (mut line, held) = repairs_beside_limbo().await;
     line.stage.target_shows(&line.sink, SHOWN, "100 0 1").await;
     line.sink.kill9();
     line.stage
@@ -196,21 +217,12 @@ async fn rows_that_wait_to_be_applied_do_not_outlive_their_end() {
 
 #[tokio::test]
 async fn a_load_that_waits_to_be_applied_does_not_outlive_a_truncate() {
-    let stage = Stage::set(Setting::apart()).await;
-    stage
-        .sql("INSERT INTO t SELECT i, 'old' FROM generate_series(1, 20000) i")
-        .await;
-    let mut capture = stage.start_with(&CAPTURE);
-    Stage::readyz(&mut capture, 200, "streaming").await;
-    let mut sink = stage.start_with(&SINK);
-    Stage::logs(&sink, "copy requested").await;
-    sink.pause().expect("signal");
-    Stage::logs(&capture, "table copied").await;
-    stage
+    let mut line = Line::loaded("'old'").await;
+    line.stage
         .sql("TRUNCATE t; INSERT INTO t SELECT i, 'new' FROM generate_series(1, 30000, 100) i")
         .await;
-    sink.resume().expect("signal");
-    assert_eq!(stage.equal(&sink).await.rows, 300);
+    line.sink.resume().expect("signal");
+    assert_eq!(line.stage.equal(&line.sink).await.rows, 300);
 }
 
 /// Capture is held at any point of a chunk, between its snapshot and its publishing too, while the table is emptied.
@@ -367,22 +379,13 @@ async fn chunks_come_again_after_their_stream_lost_its_end() {
 }
 
 async fn a_load_survives(loss: Loss) {
-    let stage = Stage::set(Setting::apart()).await;
-    stage
-        .sql("INSERT INTO t SELECT i, repeat(md5(i::text), 20) FROM generate_series(1, 20000) i")
-        .await;
-    let mut capture = stage.start_with(&CAPTURE);
-    Stage::readyz(&mut capture, 200, "streaming").await;
-    let mut sink = stage.start_with(&SINK);
-    Stage::logs(&sink, "copy requested").await;
-    sink.pause().expect("signal");
-    Stage::logs(&capture, "table copied").await;
-    lose(&stage, &loss).await;
-    stage
+    let mut line = Line::loaded("repeat(md5(i::text), 20)").await;
+    lose(&line.stage, &loss).await;
+    line.stage
         .sql("UPDATE t SET v = 'meanwhile' WHERE id % 50 = 0; DELETE FROM t WHERE id % 50 = 1")
         .await;
-    sink.resume().expect("signal");
-    assert_eq!(stage.equal(&sink).await.rows, 19_600);
+    line.sink.resume().expect("signal");
+    assert_eq!(line.stage.equal(&line.sink).await.rows, 19_600);
 }
 
 #[tokio::test]

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use millrace_lab::Pipeline;
 
-use crate::backfill::{becomes, is, rows, says};
+use crate::backfill::{becomes, is, may_begin, rows, says};
 use crate::stage::{Setting, Stage};
 
 const CAPTURE: [&str; 3] = ["run", "--only", "capture"];
@@ -41,6 +41,7 @@ async fn whole(table: &'static str, rows: u32) -> (Stage, Pipeline) {
     let stage = filled(table, rows).await;
     let pipeline = stage.start();
     stage.equal(&pipeline).await;
+    may_begin(&stage, &pipeline).await;
     (stage, pipeline)
 }
 

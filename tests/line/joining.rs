@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use millrace_lab::{Compared, Pipeline, PostgresOptions, compare, shop};
 
-use crate::backfill::{self, becomes, corrupt, is, says};
+use crate::backfill::{self, becomes, corrupt, is, may_begin, says};
 use crate::kill::{seeded, shop_setting, traffic};
 use crate::stage::{PATIENCE, Setting, Stage};
 
@@ -159,6 +159,7 @@ async fn transaction_ids_of_another_epoch_are_told_apart() {
 
     let pipeline = stage.start();
     stage.equal(&pipeline).await;
+    may_begin(&stage, &pipeline).await;
     // The first chunks are read before the epoch ends, the others after.
     corrupt(&stage).await;
     let snapshot = "SELECT pg_snapshot_xmin(pg_current_snapshot())::text";

@@ -241,7 +241,9 @@ async fn any_mixture_of_moves_and_partial_updates_leaves_the_replica_equal() {
     .await;
     let mut rng = StdRng::seed_from_u64(20_240_501);
     let mut pipeline = stage.start();
-    stage.equal(&pipeline).await;
+    // An empty source is equal to a target that has nothing yet.
+    let letters = "SELECT count(*)::text FROM millrace.dead_letter";
+    stage.target_shows(&pipeline, letters, "0").await;
     for round in 0..40 {
         // Now and then a backlog, so that much of it is folded into one batch.
         if round % 3 == 0 {

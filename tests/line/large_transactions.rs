@@ -82,17 +82,23 @@ async fn a_reader_never_sees_half_of_a_hundred_thousand_rows() {
             "INSERT INTO t SELECT i, 0, 'the row number ' || i FROM generate_series(1, {ROWS}) i"
         ))
         .await;
+    // Cheaper to ask for than a comparison, until it is there.
+    stage.target_shows(&pipeline, count, "100000").await;
     assert_eq!(stage.equal(&pipeline).await.rows, ROWS);
     reader.finish().await;
 
     let query = "SELECT min(marker) || ' to ' || max(marker) || ' in ' || count(*) FROM t";
     let reader = Reader::start(&stage, query, &["0 to 0 in 100000", "1 to 1 in 100000"]).await;
     stage.sql("UPDATE t SET marker = 1").await;
+    stage
+        .target_shows(&pipeline, query, "1 to 1 in 100000")
+        .await;
     assert_eq!(stage.equal(&pipeline).await.rows, ROWS);
     reader.finish().await;
 
     let reader = Reader::start(&stage, count, &["0", "100000"]).await;
     stage.sql("DELETE FROM t").await;
+    stage.target_shows(&pipeline, count, "0").await;
     assert_eq!(stage.equal(&pipeline).await.rows, 0);
     reader.finish().await;
 

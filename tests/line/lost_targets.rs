@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use millrace_lab::PostgresOptions;
 
+use crate::backfill::may_begin;
 use crate::stage::{PATIENCE, Setting, Stage};
 
 const SCHEMA: &str = "CREATE TABLE t (id int PRIMARY KEY, v text, w text);
@@ -41,6 +42,7 @@ async fn a_table_or_a_column_that_was_dropped_comes_again() {
     stage.sql("UPDATE t SET v = 'down' WHERE id = 3").await;
     let mut pipeline = stage.start();
     stage.equal(&pipeline).await;
+    may_begin(&stage, &pipeline).await;
     let slowly = ["backfill", "start", "t", "--rate", "20"];
     stage
         .ends(stage.start_with(&slowly), 0, &["is queued"])

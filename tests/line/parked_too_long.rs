@@ -9,8 +9,8 @@ use crate::stage::{Setting, Stage};
 const SCHEMA: &str = "CREATE TABLE t (id int PRIMARY KEY, v text);
     CREATE TABLE u (id int PRIMARY KEY, v text)";
 
-/// Longer than the sink waits between two looks at a parked table.
-const A_FEW_LOOKS: Duration = Duration::from_secs(12);
+/// Longer than the sink waits between two looks at a parked table, which is 5 s.
+const A_LOOK: Duration = Duration::from_secs(7);
 
 async fn set(stream: &str, sink: &str) -> (Stage, Pipeline) {
     let stage = Stage::set(Setting {
@@ -96,7 +96,7 @@ async fn a_parked_table_whose_changes_are_gone_waits_until_it_is_taken_again() {
     forgets(&stage).await;
     Stage::logs(&pipeline, "E1314").await;
     // It is not copied while the target still refuses it, and the others go on.
-    tokio::time::sleep(A_FEW_LOOKS).await;
+    tokio::time::sleep(A_LOOK).await;
     stage
         .sql("INSERT INTO t VALUES (3, 'c'); INSERT INTO u VALUES (3, 'c')")
         .await;
@@ -143,7 +143,7 @@ async fn a_copy_that_the_target_refuses_parks_the_table_again() {
         )
         .await;
     Stage::logs(&pipeline, "E1308").await;
-    tokio::time::sleep(A_FEW_LOOKS).await;
+    tokio::time::sleep(A_LOOK).await;
     stage
         .sql("INSERT INTO t VALUES (3, 'c'); INSERT INTO u VALUES (3, 'c')")
         .await;

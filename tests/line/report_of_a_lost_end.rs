@@ -8,8 +8,8 @@ use millrace_event::work::{SINKS, SinkReport};
 
 use crate::stage::{PATIENCE, Setting, Stage};
 
-/// Longer than a full stream waits between two purges.
-const A_FEW_LOOKS: Duration = Duration::from_secs(4);
+/// Longer than a full stream waits between two purges, which is 1 s.
+const A_FEW_LOOKS: Duration = Duration::from_millis(2_500);
 
 async fn first_sequence(stream: &Stream) -> u64 {
     let info = stream.get_info().await.expect("info");

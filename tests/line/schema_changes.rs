@@ -18,17 +18,21 @@ const POLICIES: [&str; 3] = [
     "on_schema_change = \"ignore\"",
 ];
 
-async fn stage(file: &str) -> Stage {
-    staged(SCHEMA, file).await
+/// The tables of [`SCHEMA`] under a policy, their replica, and a process that runs.
+async fn whole(file: &str) -> (Stage, Pipeline) {
+    whole_of(SCHEMA, file).await
 }
 
-async fn staged(schema: &str, file: &str) -> Stage {
-    Stage::set(Setting {
+async fn whole_of(schema: &str, file: &str) -> (Stage, Pipeline) {
+    let stage = Stage::set(Setting {
         schema,
         tables: &[("public.t", file), ("public.u", "")],
         ..Setting::default()
     })
-    .await
+    .await;
+    let pipeline = stage.start();
+    stage.equal(&pipeline).await;
+    (stage, pipeline)
 }
 
 /// Writes rows of `t` by their key alone, whatever its other columns are, until it is dropped.
@@ -79,11 +83,14 @@ async fn follows(stage: &Stage, pipeline: &Pipeline, statements: &[&str]) {
     stage.equal(pipeline).await;
 }
 
+fn never_parked(pipeline: &Pipeline) {
+    let logs = pipeline.logs();
+    assert!(!logs.contains("table parked"), "{logs}");
+}
+
 #[tokio::test]
 async fn columns_come_and_go_and_are_renamed() {
-    let stage = stage(POLICIES[0]).await;
-    let pipeline = stage.start();
-    stage.equal(&pipeline).await;
+    let (stage, pipeline) = whole(POLICIES[0]).await;
     follows(
         &stage,
         &pipeline,
@@ -114,18 +121,12 @@ async fn columns_come_and_go_and_are_renamed() {
         "{}",
         pipeline.logs()
     );
-    assert!(
-        !pipeline.logs().contains("table parked"),
-        "{}",
-        pipeline.logs()
-    );
+    never_parked(&pipeline);
 }
 
 #[tokio::test]
 async fn changes_while_the_product_is_down_are_followed() {
-    let stage = stage(POLICIES[0]).await;
-    let mut pipeline = stage.start();
-    stage.equal(&pipeline).await;
+    let (stage, mut pipeline) = whole(POLICIES[0]).await;
     pipeline.kill9();
     stage
         .sql("INSERT INTO t VALUES (60, 6, 'of old'); UPDATE t SET v = 'old' WHERE id = 1")
@@ -145,9 +146,7 @@ async fn changes_while_the_product_is_down_are_followed() {
 
 #[tokio::test]
 async fn a_parked_table_waits_for_its_operator() {
-    let stage = stage(POLICIES[1]).await;
-    let pipeline = stage.start();
-    stage.equal(&pipeline).await;
+    let (stage, pipeline) = whole(POLICIES[1]).await;
     for (change, remedy) in [
         (
             "ALTER TABLE t ADD COLUMN b int DEFAULT 5",
@@ -186,9 +185,7 @@ async fn an_ignored_change_leaves_the_target_as_it_is() {
     let schema = "CREATE TABLE t (id int PRIMARY KEY, a int NOT NULL DEFAULT 1, v text);
         INSERT INTO t SELECT i, i, 'v' || i FROM generate_series(1, 50) i;
         CREATE TABLE u (id int PRIMARY KEY, v text)";
-    let stage = staged(schema, POLICIES[2]).await;
-    let mut pipeline = stage.start();
-    stage.equal(&pipeline).await;
+    let (stage, mut pipeline) = whole_of(schema, POLICIES[2]).await;
     stage
         .sql("ALTER TABLE t ADD COLUMN b int DEFAULT 5; INSERT INTO t VALUES (60, 6, 'b', 7)")
         .await;
@@ -217,9 +214,7 @@ async fn an_ignored_change_leaves_the_target_as_it_is() {
 
 #[tokio::test]
 async fn rewritten_rows_are_read_again() {
-    let stage = stage(POLICIES[0]).await;
-    let pipeline = stage.start();
-    stage.equal(&pipeline).await;
+    let (stage, pipeline) = whole(POLICIES[0]).await;
     follows(
         &stage,
         &pipeline,
@@ -232,18 +227,12 @@ async fn rewritten_rows_are_read_again() {
         ],
     )
     .await;
-    assert!(
-        !pipeline.logs().contains("table parked"),
-        "{}",
-        pipeline.logs()
-    );
+    never_parked(&pipeline);
 }
 
 #[tokio::test]
 async fn a_type_that_no_assignment_takes_is_altered_by_the_operator() {
-    let stage = stage(POLICIES[0]).await;
-    let pipeline = stage.start();
-    stage.equal(&pipeline).await;
+    let (stage, pipeline) = whole(POLICIES[0]).await;
     let traffic = Traffic::start(&stage).await;
     stage
         .sql("ALTER TABLE t ALTER COLUMN a TYPE date USING '2000-01-01'::date + a")
@@ -263,9 +252,7 @@ async fn a_type_that_no_assignment_takes_is_altered_by_the_operator() {
 
 #[tokio::test]
 async fn another_table_of_the_same_name_replaces_the_rows() {
-    let stage = stage(POLICIES[0]).await;
-    let mut pipeline = stage.start();
-    stage.equal(&pipeline).await;
+    let (stage, mut pipeline) = whole(POLICIES[0]).await;
     follows(
         &stage,
         &pipeline,
@@ -301,9 +288,7 @@ async fn partitions_come_and_go() {
         CREATE TABLE p2 (id int PRIMARY KEY, a int, v text);
         INSERT INTO p2 SELECT i, i, 'p2' FROM generate_series(500, 520) i;
         CREATE TABLE u (id int PRIMARY KEY, v text)";
-    let stage = staged(schema, POLICIES[0]).await;
-    let pipeline = stage.start();
-    stage.equal(&pipeline).await;
+    let (stage, pipeline) = whole_of(schema, POLICIES[0]).await;
     follows(
         &stage,
         &pipeline,
@@ -323,9 +308,7 @@ async fn another_key_and_another_identity() {
         "CREATE TABLE t (id int PRIMARY KEY, a int, v text, region text NOT NULL DEFAULT 'eu');
         INSERT INTO t SELECT i, i, 'v' || i FROM generate_series(1, 50) i;
         CREATE TABLE u (id int PRIMARY KEY, v text)";
-    let stage = staged(schema, POLICIES[0]).await;
-    let pipeline = stage.start();
-    stage.equal(&pipeline).await;
+    let (stage, pipeline) = whole_of(schema, POLICIES[0]).await;
     follows(
         &stage,
         &pipeline,
@@ -335,11 +318,7 @@ async fn another_key_and_another_identity() {
         ],
     )
     .await;
-    assert!(
-        !pipeline.logs().contains("table parked"),
-        "{}",
-        pipeline.logs()
-    );
+    never_parked(&pipeline);
     let traffic = Traffic::start(&stage).await;
     stage
         .sql(
@@ -360,9 +339,7 @@ async fn another_key_and_another_identity() {
 
 #[tokio::test]
 async fn an_old_event_finds_the_schema_that_it_was_written_under() {
-    let stage = stage(POLICIES[0]).await;
-    let pipeline = stage.start();
-    stage.equal(&pipeline).await;
+    let (stage, pipeline) = whole(POLICIES[0]).await;
     stage.sql("UPDATE t SET v = 'of old' WHERE id = 1").await;
     stage.equal(&pipeline).await;
     stage

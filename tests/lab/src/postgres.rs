@@ -347,7 +347,7 @@ impl Postgres {
         let mut text = String::from(
             "\nlisten_addresses = '127.0.0.1'\nwal_level = logical\nmax_wal_senders = 20\n\
              max_replication_slots = 20\nshared_buffers = '32MB'\nlog_timezone = 'UTC'\n\
-             log_line_prefix = '%m [%p] %a '\nmax_connections = 100\n",
+             log_line_prefix = '%m [%p] %a '\nmax_connections = 100\njit = off\n",
         );
         if !options.fsync {
             text.push_str("fsync = off\n");

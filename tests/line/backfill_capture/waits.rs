@@ -5,7 +5,7 @@ use std::time::Instant;
 use millrace_event::Lsn;
 use millrace_event::work::CopyStatus;
 
-use super::stand::{Line, chunks, filled, ids, rows, slowly, until, version_of};
+use super::stand::{Line, Message, chunks, filled, ids, rows, slowly, until, version_of};
 use crate::stage::{PATIENCE, Setting, Stage};
 
 /// Waits until the server has taken the setting over: its checkpointer reads it, whenever it gets to it.
@@ -56,6 +56,53 @@ pub(crate) async fn release(stage: &Stage) {
         .expect("set");
 }
 
+/// Waits until the status of the request says what holds it up, and logs too.
+async fn names(line: &Line, code: &str, what: &str) {
+    let named = |status: &CopyStatus| {
+        let mut told = status.troubles.iter();
+        told.any(|(_, text)| text.contains(code) && text.contains(what))
+    };
+    line.told("r1", named).await;
+    Stage::logs(&line.capture, code).await;
+}
+
+/// The commit becomes visible; the chunks then come by themselves, with what it did to row 7.
+async fn comes_late(line: &Line, held: tokio::task::JoinHandle<()>) {
+    release(&line.stage).await;
+    held.await.expect("commits");
+    let status = line.copied("r1", 1).await;
+    assert!(status.troubles.is_empty(), "{status:?}");
+    let messages = line.copy_stream().await;
+    let late = rows(&messages, "t");
+    let late = late.iter().find(|row| row["after"]["id"] == 7);
+    assert_eq!(late.expect("the row")["after"]["v"], "late");
+}
+
+/// Rewrites `t` in a transaction that ends once the next chunk waits for its lock; returns what came before that.
+async fn rewritten_meanwhile(line: &Line) -> Vec<i64> {
+    let other = line.stage.postgres.connect("source").await;
+    let other = other.expect("connects");
+    let rewrite = "BEGIN; ALTER TABLE t ALTER COLUMN v TYPE text USING v || '!'";
+    other.batch_execute(rewrite).await.expect("rewrites");
+    until(
+        &line.stage,
+        "SELECT count(*) = 1 FROM pg_locks WHERE NOT granted AND mode = 'AccessShareLock'",
+    )
+    .await;
+    let before = ids(&line.copy_stream().await);
+    other.batch_execute("COMMIT").await.expect("commits");
+    before
+}
+
+/// How many rows came as the rewrite left them.
+fn rewritten(messages: &[Message]) -> usize {
+    let rows = rows(messages, "t");
+    let rewritten = rows
+        .iter()
+        .filter(|row| row["after"]["v"].as_str().is_some_and(|v| v.ends_with('!')));
+    rewritten.count()
+}
+
 #[tokio::test]
 async fn a_commit_that_is_not_visible_yet_wins_over_the_chunk_that_lacks_it() {
     let line = filled(3_000).await;
@@ -87,25 +134,39 @@ async fn nothing_is_read_while_a_commit_from_before_is_not_visible_even_by_a_new
     line.capture.kill9();
     let line = Line::on(line.stage).await;
     line.ask("r1", &[("t", chunks())]).await;
-    let told = |status: &CopyStatus| {
-        let mut told = status.troubles.iter();
-        told.any(|(_, text)| text.contains("E1122") && text.contains("SyncRep"))
-    };
-    line.told("r1", told).await;
-    assert!(
-        line.capture.logs().contains("E1122"),
-        "{}",
-        line.capture.logs()
-    );
+    names(&line, "E1122", "SyncRep").await;
     assert!(ids(&line.copy_stream().await).is_empty());
-    release(&line.stage).await;
-    held.await.expect("commits");
-    let status = line.copied("r1", 1).await;
-    assert!(status.troubles.is_empty(), "{status:?}");
-    let messages = line.copy_stream().await;
-    let late = rows(&messages, "t");
-    let late = late.iter().find(|row| row["after"]["id"] == 7);
-    assert_eq!(late.expect("the row")["after"]["v"], "late");
+    comes_late(&line, held).await;
+}
+
+/// Holds the transaction that begins a backfill between its id and its commit, for as long as somebody has the lock.
+/// What is built in cannot be replaced, only renamed.
+const HOLDS_THE_BEGIN: &str = "SET allow_system_table_mods = on;
+    UPDATE pg_catalog.pg_proc SET proname = 'emits_at_once'
+        WHERE proname = 'pg_logical_emit_message' AND proargtypes[2] = 'text'::regtype;
+    CREATE FUNCTION pg_catalog.pg_logical_emit_message(boolean, text, text) RETURNS pg_lsn LANGUAGE plpgsql AS $$
+    BEGIN
+        IF current_setting('application_name') = 'millrace copy' THEN PERFORM pg_advisory_xact_lock(1123); END IF;
+        RETURN pg_logical_emit_message($1, $2, convert_to($3, 'UTF8'));
+    END $$";
+
+/// A chunk without such a commit would have a version from before the request, and repair nothing.
+#[tokio::test]
+async fn a_commit_of_the_moment_before_the_request_is_waited_for_and_named() {
+    let line = filled(100).await;
+    line.stage.sql(HOLDS_THE_BEGIN).await;
+    line.stage.sql("SELECT pg_advisory_lock(1123)").await;
+    line.ask("r1", &[("t", chunks())]).await;
+    until(
+        &line.stage,
+        "SELECT count(*) = 1 FROM pg_locks WHERE NOT granted AND locktype = 'advisory'",
+    )
+    .await;
+    let held = in_limbo(&line.stage, "UPDATE t SET v = 'late' WHERE id = 7").await;
+    line.stage.sql("SELECT pg_advisory_unlock(1123)").await;
+    names(&line, "E1123", "SyncRep").await;
+    assert!(ids(&line.copy_stream().await).is_empty());
+    comes_late(&line, held).await;
 }
 
 #[tokio::test]
@@ -120,11 +181,7 @@ async fn an_open_transaction_is_waited_for_and_named() {
     let begin = "SET application_name = 'the import'; BEGIN; UPDATE t SET v = 'open' WHERE id = 1";
     other.batch_execute(begin).await.expect("begins");
     line.ask("r1", &[("t", chunks())]).await;
-    let told = |status: &CopyStatus| {
-        let mut told = status.troubles.iter();
-        told.any(|(_, text)| text.contains("E1122") && text.contains("the import"))
-    };
-    line.told("r1", told).await;
+    names(&line, "E1122", "the import").await;
     assert!(ids(&line.copy_stream().await).is_empty());
     other.batch_execute("COMMIT").await.expect("commits");
     line.copied("r1", 1).await;
@@ -134,32 +191,14 @@ async fn an_open_transaction_is_waited_for_and_named() {
 #[tokio::test]
 async fn a_table_that_is_rewritten_before_the_lock_is_granted_is_read_as_it_is_then() {
     let line = filled(1_000).await;
-    let other = line
-        .stage
-        .postgres
-        .connect("source")
-        .await
-        .expect("connects");
-    let rewrite = "BEGIN; ALTER TABLE t ALTER COLUMN v TYPE text USING v || '!'";
     // The barrier must not wait for the ALTER: it begins between two chunks.
     line.ask("r1", &[("t", slowly(Some(1_000)))]).await;
     line.parts(1).await;
-    other.batch_execute(rewrite).await.expect("rewrites");
-    until(
-        &line.stage,
-        "SELECT count(*) = 1 FROM pg_locks WHERE NOT granted AND mode = 'AccessShareLock'",
-    )
-    .await;
-    let before = ids(&line.copy_stream().await);
-    other.batch_execute("COMMIT").await.expect("commits");
+    let before = rewritten_meanwhile(&line).await;
     line.copied("r1", 1).await;
     let messages = line.copy_stream().await;
     assert_eq!(ids(&messages), (1..=1_000).collect::<Vec<i64>>());
-    let rewritten = rows(&messages, "t");
-    let rewritten = rewritten
-        .iter()
-        .filter(|row| row["after"]["v"].as_str().is_some_and(|v| v.ends_with('!')));
-    assert_eq!(rewritten.count(), 1_000 - before.len());
+    assert_eq!(rewritten(&messages), 1_000 - before.len());
     assert!(
         line.capture.logs().contains("its chunk is read again"),
         "{}",
@@ -181,26 +220,12 @@ async fn a_first_chunk_that_waited_for_a_rewrite_has_its_rows() {
              INSERT INTO u SELECT i, 'row ' || i FROM generate_series(1, 1500) i",
         )
         .await;
-    let other = line.stage.postgres.connect("source").await;
-    let other = other.expect("connects");
     line.ask("r1", &[("u", slowly(Some(1_000))), ("t", chunks())])
         .await;
     // The barrier must not wait for it.
     line.parts(1).await;
-    let rewrite = "BEGIN; ALTER TABLE t ALTER COLUMN v TYPE text USING v || '!'";
-    other.batch_execute(rewrite).await.expect("rewrites");
-    until(
-        &line.stage,
-        "SELECT count(*) = 1 FROM pg_locks WHERE NOT granted AND mode = 'AccessShareLock'",
-    )
-    .await;
-    other.batch_execute("COMMIT").await.expect("commits");
+    rewritten_meanwhile(&line).await;
     line.copied("r1", 2).await;
-    let messages = line.copy_stream().await;
-    let rewritten = rows(&messages, "t");
-    let rewritten = rewritten
-        .iter()
-        .filter(|row| row["after"]["v"].as_str().is_some_and(|v| v.ends_with('!')));
     // Under a snapshot from before the rewrite the table has no rows.
-    assert_eq!(rewritten.count(), 100);
+    assert_eq!(rewritten(&line.copy_stream().await), 100);
 }
