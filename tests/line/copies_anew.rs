@@ -8,7 +8,7 @@ use millrace_event::subject;
 use millrace_event::work::{COPIES, CopyStatus};
 use millrace_lab::Pipeline;
 
-use crate::backfill::{becomes, corrupt, says};
+use crate::backfill::{becomes, corrupt, may_begin, says};
 use crate::stage::{PATIENCE, Setting, Stage};
 
 const CAPTURE: [&str; 3] = ["run", "--only", "capture"];
@@ -49,6 +49,7 @@ async fn a_column_that_is_lost_in_the_middle_of_a_backfill_is_filled_from_the_fi
         .await;
     let mut pipeline = stage.start();
     stage.equal(&pipeline).await;
+    may_begin(&stage, &pipeline).await;
     says(&stage, &["start", "t"], 0, &[]).await;
     stands(&stage, &pipeline, CHUNK_CAME).await;
     pipeline.kill9();
@@ -132,6 +133,7 @@ async fn rows_that_the_replica_keeps_outlive_a_backfill() {
             .await;
         let pipeline = stage.start();
         stage.equal(&pipeline).await;
+        may_begin(&stage, &pipeline).await;
         stage.sql(gone).await;
         stage
             .target_sql("UPDATE t SET v = 'wrong' WHERE id > 40")

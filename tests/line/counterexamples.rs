@@ -252,6 +252,50 @@ async fn a_truncate_between_a_chunks_snapshot_and_its_publishing_counts() {
     assert_eq!(line.stage.equal(&line.sink).await.rows, 5_000);
 }
 
+/// Its changes lie below the chunk's version, and its commit above: versioned by where they lie, they would lose.
+#[tokio::test]
+async fn a_transaction_that_writes_before_a_chunk_and_commits_behind_it_is_not_undone() {
+    let line = Line::whole(Setting::default(), 3_000).await;
+    line.repairs("1000").await;
+    let writer = line.stage.postgres.connect("source").await;
+    let writer = writer.expect("connects");
+    writer
+        .batch_execute(&format!("BEGIN; {LATE}"))
+        .await
+        .expect("writes");
+    line.ends().await;
+    let shown = "SELECT count(*)::text FROM t WHERE v = 'late'";
+    assert_eq!(line.stage.target_text(shown).await, "0");
+    writer.batch_execute("COMMIT").await.expect("commits");
+    line.equal().await;
+    assert_eq!(line.stage.target_text(SHOWN).await, "100 0 1");
+}
+
+/// The stream does not come as far as the chunk's snapshot before the table is emptied.
+#[tokio::test]
+async fn a_truncate_behind_a_chunk_that_waits_to_be_published_counts() {
+    let line = Line::whole(Setting::default(), 5_000).await;
+    line.repairs("500").await;
+    let sender = "SELECT pid::text FROM pg_stat_replication";
+    let sender = line.stage.source_text(sender).await;
+    let signal = |name: &str| {
+        let sent = std::process::Command::new("kill")
+            .args([name, &sender])
+            .status();
+        assert!(sent.expect("is sent").success());
+    };
+    signal("-STOP");
+    // Another chunk is due within a second.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    line.stage
+        .sql("TRUNCATE t; INSERT INTO t SELECT i, 'new' FROM generate_series(1, 5000, 5) i")
+        .await;
+    signal("-CONT");
+    says(&line.stage, &LIFTED, 0, &[]).await;
+    line.ends().await;
+    assert_eq!(line.stage.equal(&line.sink).await.rows, 1_000);
+}
+
 #[tokio::test]
 async fn capture_and_the_sink_may_be_killed_by_turns_between_any_two_chunks() {
     let mut rng = seeded();

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use millrace_lab::Pipeline;
 
-use crate::backfill::{becomes, is, rows, says};
+use crate::backfill::{becomes, is, may_begin, rows, says};
 use crate::stage::{PATIENCE, Setting, Stage};
 
 const SCHEMA: &str = "CREATE TABLE t (id int PRIMARY KEY, a int, v text);
@@ -395,6 +395,7 @@ async fn backfilling() -> (Stage, Pipeline) {
         .await;
     let pipeline = stage.start();
     stage.equal(&pipeline).await;
+    may_begin(&stage, &pipeline).await;
     let slow = ["start", "t", "--rate", "1000"];
     says(&stage, &slow, 0, &["is queued"]).await;
     becomes(&stage, &pipeline, |line| rows(line) > 0).await;
@@ -438,9 +439,7 @@ async fn a_backfill_goes_on_when_it_brings_another_shape_itself() {
 
 #[tokio::test]
 async fn changes_have_the_column_that_a_backfill_has_found_in_the_target() {
-    let stage = stage(POLICIES[2]).await;
-    let pipeline = stage.start();
-    stage.equal(&pipeline).await;
+    let (stage, pipeline) = whole(POLICIES[2]).await;
     stage
         .sql("ALTER TABLE t ADD COLUMN b int; INSERT INTO t VALUES (60, 6, 'b', 7)")
         .await;
@@ -449,6 +448,7 @@ async fn changes_have_the_column_that_a_backfill_has_found_in_the_target() {
     // From then on a backfill reads the column.
     Stage::logs(&pipeline, "was changed at the source").await;
     stage.target_sql("ALTER TABLE t ADD COLUMN b int").await;
+    may_begin(&stage, &pipeline).await;
     says(&stage, &["start", "t", "--wait"], 0, &["done"]).await;
     stage.equal(&pipeline).await;
     stage

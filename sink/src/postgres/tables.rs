@@ -93,12 +93,14 @@ pub(super) async fn ensure(
                 CopyState::Pending { .. }
                 | CopyState::Loading { .. }
                 | CopyState::Chunks(_)
-                | CopyState::Lapsed { .. }
                 | CopyState::Refused { .. },
             ) => Keyed::Now,
             None
             | Some(
-                CopyState::Loaded { .. } | CopyState::Copied { .. } | CopyState::Parked { .. },
+                CopyState::Loaded { .. }
+                | CopyState::Copied { .. }
+                | CopyState::Parked { .. }
+                | CopyState::Lapsed { .. },
             ) => Keyed::Already,
         },
         // A label that an open transaction adds could not be used before its end.

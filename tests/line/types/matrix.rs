@@ -192,8 +192,8 @@ async fn available(client: &Client) -> Vec<String> {
         .collect()
 }
 
-/// Sends every value of every type through all paths: copied; inserted; updated, with and without whole old rows.
-/// After each the target must have what the source has.
+/// Sends every value of every type through all paths: loaded; inserted; updated, with and without whole old rows; read
+/// again in chunks. After each the target must have what the source has.
 pub(super) async fn matrix(majors: Majors) -> Stage {
     let stage = Stage::set(Setting {
         tables: &[
@@ -267,7 +267,16 @@ pub(super) async fn matrix(majors: Majors) -> Stage {
         }))
         .await;
     stage.run_once().await;
-    all_same(&stage, "updated with whole old rows", &tables).await;
+    let left = all_same(&stage, "updated with whole old rows", &tables).await;
+
+    stage
+        .target_sql(&each(|table| format!("DELETE FROM {};\n", table.name)))
+        .await;
+    let pipeline = stage.start();
+    let ordered = stage.start_with(&["backfill", "start", "--all", "--wait"]);
+    stage.ends(ordered, 0, &["done"]).await;
+    assert_eq!(all_same(&stage, "backfilled", &tables).await, left);
+    Stage::stopped(pipeline).await;
     stage
 }
 

@@ -334,8 +334,12 @@ impl World {
                 version(m, snapshot, &self.recent, self.begun)
             }
             Rule::NoBegin => version(m, snapshot, &self.recent, Lsn::ZERO),
-            Rule::Watermark => Ok(m),
-            Rule::WalAfter => Ok(Lsn(self.wal_end)),
+            // They wait where the rule does: only the version is theirs.
+            Rule::Watermark => version(m, snapshot, &self.recent, self.begun).map(|_| m),
+            Rule::WalAfter => {
+                let waited = version(m, snapshot, &self.recent, self.begun);
+                waited.map(|_| Lsn(self.wal_end))
+            }
             Rule::Narrow => {
                 let narrow = |xid: &u32| !snapshot.shows(u64::from(*xid));
                 let hidden = self.recent.commits.iter().find(|(xid, _)| narrow(xid));
