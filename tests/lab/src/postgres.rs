@@ -27,6 +27,8 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(10);
 const PORT_ATTEMPTS: u32 = 10;
 const LOG_TAIL_LINES: usize = 20;
+/// What a server says while processes of the one before it hold its shared memory.
+const STILL_IN_USE: &str = "is still in use";
 
 /// What a cluster starts with.
 #[derive(Clone, Debug, Default)]
@@ -231,6 +233,21 @@ impl Postgres {
     ///
     /// Fails with the end of the server's log when it does not come up.
     pub async fn start_again(&mut self) -> Result<(), LabError> {
+        let deadline = Instant::now() + START_TIMEOUT;
+        loop {
+            match self.launch().await {
+                // A backend that a killed server had just forked ends a moment after it.
+                Err(LabError::Process { output, .. })
+                    if output.contains(STILL_IN_USE) && Instant::now() < deadline =>
+                {
+                    tokio::time::sleep(POLL).await;
+                }
+                other => return other,
+            }
+        }
+    }
+
+    async fn launch(&mut self) -> Result<(), LabError> {
         self.stop_immediate().await?;
         let log_start = fs::metadata(self.log()).map_or(0, |meta| meta.len());
         let log = append(&self.log())?;
