@@ -13,6 +13,7 @@ use std::sync::Arc;
 use millrace_config::{Columns, OnDelete, OnRowError, OnSchemaChange, OnTruncate, Table};
 use millrace_event::{ColumnSchema, Lsn, TableName, TableSchema, Version};
 
+pub use self::bench::elected;
 use self::bench::{Bench, create, key, put, seen, text};
 use crate::batch::{Batch, Checkpoint};
 use crate::fold::RowChange;
@@ -150,9 +151,7 @@ async fn floors_and_tombstones<T: Target>(target: &T) {
         Rows::from([seen(2, 3, 1, 2, "b")])
     );
     // The floor is as durable as the rows.
-    let Elected::Yes(position) = bench.sink.open().await.expect("opens again") else {
-        panic!("the same sink is elected again");
-    };
+    let position = bench::elected(&mut bench.sink).await;
     assert_eq!(position.checkpoint, bench.at);
     let schema = schema("floors");
     let progress = CopyState::Copied { lsn: Lsn(1) };
@@ -207,9 +206,7 @@ async fn floors_and_tombstones<T: Target>(target: &T) {
     other.push(1, 1, put(1, 1, text("a")));
     other.apply(true).await;
     assert!(target.rows(&other.layout).await.is_empty());
-    let Elected::Yes(position) = bench.sink.open().await.expect("opens again") else {
-        panic!("the same sink is elected again");
-    };
+    let position = bench::elected(&mut bench.sink).await;
     assert_eq!(position.copy, copy);
 }
 

@@ -5,7 +5,6 @@ mod healing;
 mod taking;
 mod told;
 
-use std::collections::HashSet;
 use std::time::Duration;
 
 use millrace_config::{OnDelete, OnTruncate};
@@ -21,7 +20,7 @@ use self::taking::{Taken, reach_of, take};
 use self::told::{Telling, Told};
 use crate::asking::{self, Debts};
 use crate::batch::{Batch, Checkpoint};
-use crate::copying::Copying;
+use crate::copying::{Copying, Keeps};
 use crate::error::Error;
 use crate::life::{Life, now_us};
 use crate::progress::{CopyProgress, CopyState};
@@ -317,15 +316,16 @@ impl Copies {
         };
         self.withdrawn = false;
         self.telling.iter().for_each(Telling::hurry);
-        let keeps_rows: HashSet<_> = life
-            .tables
-            .values()
-            .filter(|table| {
-                table.on_delete == OnDelete::Ignore || table.on_truncate == OnTruncate::Ignore
-            })
-            .map(|table| table.name.clone())
-            .collect();
-        let machine = Copying::new(request, life.limits, keeps_rows, life.progress.clone());
+        let keeps = life.tables.values().filter_map(|table| {
+            let keeps = match (&table.on_delete, table.on_truncate) {
+                (OnDelete::Ignore, _) => Keeps::Deleted,
+                (_, OnTruncate::Ignore) => Keeps::Truncated,
+                _ => return None,
+            };
+            Some((table.name.clone(), keeps))
+        });
+        let keeps = keeps.collect();
+        let machine = Copying::new(request, life.limits, keeps, life.progress.clone());
         self.answer = Some(Answer {
             machine,
             reader: None,

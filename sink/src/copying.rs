@@ -1,7 +1,7 @@
 //! The machine of a sink's copies: from the copy stream's messages to batches. It knows no network and no
 //! clock.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -72,13 +72,22 @@ pub enum CopyError {
     Row(#[from] RowError),
 }
 
+/// Which rows of a table stay that are gone at the source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keeps {
+    /// Those that were deleted there, and perhaps those of a truncate.
+    Deleted,
+    /// Those of a truncate only.
+    Truncated,
+}
+
 /// Applies the answer to one request.
 #[derive(Debug)]
 pub struct Copying {
     request: CopyRequest,
     limits: BatchLimits,
-    /// Tables whose rows stay when they are deleted, or the table truncated, at the source.
-    keeps_rows: HashSet<TableName>,
+    /// Tables of which rows stay that are gone at the source.
+    keeps: HashMap<TableName, Keeps>,
     layouts: HashMap<TableName, Arc<TableLayout>>,
     progress: CopyProgress,
     attempt: u64,
@@ -95,7 +104,7 @@ impl Copying {
     pub fn new(
         request: CopyRequest,
         limits: BatchLimits,
-        keeps_rows: HashSet<TableName>,
+        keeps: HashMap<TableName, Keeps>,
         progress: CopyProgress,
     ) -> Self {
         let reading = progress.reading.as_ref();
@@ -104,7 +113,7 @@ impl Copying {
         Self {
             request,
             limits,
-            keeps_rows,
+            keeps,
             layouts: HashMap::new(),
             progress,
             attempt,
@@ -336,7 +345,7 @@ impl Copying {
                     lsn: copied.lsn,
                     claim,
                 };
-                let keeps_rows = self.keeps_rows.contains(table);
+                let keeps_rows = self.keeps.contains_key(table);
                 self.fold.sweep(&layout, below, keeps_rows);
             }
             (Part::Chunk { after, last }, Some(CopyState::Chunks(chunks))) => {
@@ -364,7 +373,7 @@ impl Copying {
         let order = chunks.order.as_ref();
         // Chunks of a part of the table say nothing about the rest.
         if order.is_none_or(|order| order.filter.is_none()) {
-            let keeps_rows = self.keeps_rows.contains(&layout.source);
+            let keeps_rows = self.keeps.contains_key(&layout.source);
             self.fold.sweep(layout, chunks.lower, keeps_rows);
         }
         self.progress
@@ -380,7 +389,7 @@ impl Copying {
         let Some(Wanted::Keys { keys }) = asked.map(|asked| &asked.rows) else {
             return Ok(());
         };
-        if self.keeps_rows.contains(&layout.source) {
+        if self.keeps.get(&layout.source) == Some(&Keeps::Deleted) {
             return Ok(());
         }
         for key in keys.clone() {

@@ -23,7 +23,6 @@ use millrace_event::{TableName, TableSchema, Version};
 
 pub use session::{Connect, Connecting, migration_sql, status};
 
-use self::keys::Keyless;
 use self::parameters::Uuid;
 use self::session::{PARTITION, Session, Transaction};
 use crate::batch::Batch;
@@ -46,8 +45,6 @@ pub struct PostgresSink {
     /// The relations that this sink writes: others in the same database are not its business.
     relations: BTreeSet<String>,
     session: Option<Session>,
-    /// The tables that get their key later, while there is no session.
-    keyless: Keyless,
 }
 
 impl PostgresSink {
@@ -63,7 +60,6 @@ impl PostgresSink {
             on_row_error: HashMap::new(),
             relations: BTreeSet::new(),
             session: None,
-            keyless: Keyless::default(),
         }
     }
 
@@ -150,9 +146,7 @@ where
 impl Sink for PostgresSink {
     async fn open(&mut self) -> Result<Elected, SinkError> {
         // The old connection must be gone before the new one can win the election.
-        if let Some(session) = self.session.take() {
-            self.keyless = session.keyless;
-        }
+        self.session = None;
         let opened = session::open(
             &self.connect,
             &self.name,
@@ -164,7 +158,6 @@ impl Sink for PostgresSink {
             return Ok(Elected::No);
         };
         session.inserts = inserts::Inserts::of_at_least(self.plain_insert_rows);
-        session.keyless = std::mem::take(&mut self.keyless);
         self.session = Some(session);
         Ok(Elected::Yes(position))
     }

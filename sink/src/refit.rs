@@ -6,10 +6,21 @@ use std::sync::Arc;
 use crate::batch::{Action, Batch, Move, RowOp, Step};
 use crate::row::{Cell, Row, RowError, TableLayout};
 
+/// Why rows do not fit another layout.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Unfit {
+    /// A row does not have its key.
+    #[error(transparent)]
+    Row(#[from] RowError),
+    /// The change may have brought a value that was left out. Kept as unknown, it would be taken for untouched.
+    #[error("column {0:?} was left out of rows that are laid out already")]
+    LeftOut(String),
+}
+
 /// How a row of one layout becomes one of another.
 struct Refit<'l> {
     layout: &'l Arc<TableLayout>,
-    /// For each column where it was; `None` for one that the old layout lacked: its values are not known.
+    /// For each column where it was; `None` for one that the old layout lacked.
     from: Vec<Option<usize>>,
     /// Whether the cells stay where they are, and the key stays the same.
     is_same: bool,
@@ -36,9 +47,21 @@ impl<'l> Refit<'l> {
         *row = cells.collect();
     }
 
-    fn op(&self, op: &mut RowOp) -> Result<(), RowError> {
+    fn knows_all(&self) -> Result<(), Unfit> {
+        let columns = self.layout.columns.iter().zip(&self.from);
+        let mut lacking = columns.filter(|(_, from)| from.is_none());
+        match lacking.next() {
+            None => Ok(()),
+            Some((column, _)) => Err(Unfit::LeftOut(column.target.clone())),
+        }
+    }
+
+    fn op(&self, op: &mut RowOp) -> Result<(), Unfit> {
         let row = match &mut op.action {
-            Action::Put(row) => row,
+            Action::Put(row) => {
+                self.knows_all()?;
+                row
+            }
             Action::Delete { key, last } => {
                 last.iter_mut().for_each(|last| self.row(last));
                 key
@@ -49,7 +72,8 @@ impl<'l> Refit<'l> {
         Ok(())
     }
 
-    fn moved(&self, moved: &mut Move) -> Result<(), RowError> {
+    fn moved(&self, moved: &mut Move) -> Result<(), Unfit> {
+        self.knows_all()?;
         let row = &mut moved.row;
         self.row(&mut row.old);
         self.row(&mut row.row);
@@ -72,12 +96,12 @@ impl Batch {
     /// Has the rows that are laid out as `old` fit another layout of the same version.
     ///
     /// # Errors
-    /// A row does not have the other layout's key.
+    /// A row does not have the other layout's key, or perhaps had a value for a column that only the other one has.
     pub(crate) fn refit(
         &mut self,
         old: &Arc<TableLayout>,
         layout: &Arc<TableLayout>,
-    ) -> Result<(), RowError> {
+    ) -> Result<(), Unfit> {
         let refit = Refit::new(old, layout);
         let is_old = |known: &Arc<TableLayout>| Arc::ptr_eq(known, old);
         for step in &mut self.steps {

@@ -477,6 +477,38 @@ pub fn add_key(target: &TableName, key: &[String]) -> String {
     format!("ALTER TABLE {} ADD {}", target.quoted(), primary_key(key))
 }
 
+/// `CREATE UNIQUE INDEX` over the key, under a name that the server chooses.
+#[must_use]
+pub fn create_unique(target: &TableName, key: &[String]) -> String {
+    let key = join(key.iter().map(|column| quote_identifier(column)), ", ");
+    format!("CREATE UNIQUE INDEX ON {} ({key})", target.quoted())
+}
+
+/// The newest unique index of a table.
+pub const NEWEST_UNIQUE: &str = "SELECT c.relname::text FROM pg_catalog.pg_index i \
+    JOIN pg_catalog.pg_class c ON c.oid = i.indexrelid \
+    WHERE i.indrelid = to_regclass($1::text) AND i.indisunique ORDER BY c.oid DESC LIMIT 1";
+
+/// Makes a unique index the primary key. The index gets the name that a key would have, unless that is too long.
+#[must_use]
+pub fn use_as_key(target: &TableName, index: &str) -> String {
+    let usual = format!("{}_pkey", target.table);
+    let name = if usual.len() <= NAME_BYTES_MAX {
+        &usual
+    } else {
+        index
+    };
+    format!(
+        "ALTER TABLE {} ADD CONSTRAINT {} PRIMARY KEY USING INDEX {}",
+        target.quoted(),
+        quote_identifier(name),
+        quote_identifier(index)
+    )
+}
+
+/// What a name of Postgres has room for.
+const NAME_BYTES_MAX: usize = 63;
+
 fn primary_key(key: &[String]) -> String {
     let key = join(key.iter().map(|column| quote_identifier(column)), ", ");
     format!("PRIMARY KEY ({key})")

@@ -310,7 +310,7 @@ async fn a_copy_from_before_forgotten_deletes_is_refused_aloud() {
     };
     for restarted in [false, true] {
         if restarted {
-            assert!(matches!(sink.open().await, Ok(Elected::Yes(_))));
+            conformance::elected(&mut sink).await;
         }
         for lsn in [5, 6] {
             let refused = sink.apply(&copied(lsn)).await;

@@ -1,6 +1,6 @@
 //! The lives of a sink: what its loop does, turn by turn, around the real machines and the memory target.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 
 use bytes::Bytes;
 use futures_util::FutureExt;
@@ -246,7 +246,7 @@ impl World {
             tables: wanted.collect(),
         };
         let limits = self.replica.limits;
-        let mut machine = Copying::new(wanted, limits, HashSet::new(), row.copy);
+        let mut machine = Copying::new(wanted, limits, HashMap::new(), row.copy);
         for table in &request.tables {
             machine.set_layout(self.layout(table, None)?);
         }

@@ -23,7 +23,7 @@ use crate::stream;
 const SLOT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long a table's lock may be waited for, in milliseconds: the other tables wait behind it.
-const LOCK_TIMEOUT_MS: u32 = 30_000;
+pub(super) const LOCK_TIMEOUT_MS: u32 = 30_000;
 
 impl Asked<'_> {
     /// Copies tables under one snapshot. Ends well also where some could not be copied: those are noted, and

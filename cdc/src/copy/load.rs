@@ -9,7 +9,7 @@ use std::pin::pin;
 
 use bytes::Bytes;
 use futures_util::StreamExt;
-use futures_util::future::{try_join, try_join_all};
+use futures_util::future::{join, try_join, try_join_all};
 use millrace_config::{Code, Condition, limits};
 use millrace_connect::postgres::{Dsn, connect};
 use millrace_event::{
@@ -19,6 +19,7 @@ use tokio::sync::{Mutex, mpsc};
 use tokio_postgres::Client;
 
 use super::Asked;
+use super::attempt::LOCK_TIMEOUT_MS;
 use super::failure::Failure;
 use super::ranges::{Range, ranges};
 use super::reading::check_columns;
@@ -102,8 +103,12 @@ impl Asked<'_> {
         };
         let reading = async {
             let others = (1..READERS_MAX.min(count)).map(|_| work.on_own(reader));
-            try_join(work.read(reader.client), try_join_all(others)).await
+            let read = try_join(work.read(reader.client), try_join_all(others)).await;
+            // Whatever became of it: nothing more comes.
+            ranges.lock().await.turns = None;
+            read
         };
+        // Not dropped where a reader fails: a message half published would be missing to the tables behind this one.
         let publishing = async {
             let mut rows = 0;
             while let Some(mut messages) = order.recv().await {
@@ -113,24 +118,36 @@ impl Asked<'_> {
                         self.show();
                     }
                     rows += count;
-                    out.publish(subject.clone(), payload).await?;
+                    let published = out.publish(subject.clone(), payload).await;
+                    if let Err(failure) = published {
+                        // The readers find nobody who takes what they read.
+                        order.close();
+                        while order.try_recv().is_ok() {}
+                        return Err(failure);
+                    }
                 }
             }
             Ok(rows)
         };
-        let (_, rows) = try_join(reading, publishing).await?;
+        let (read, published) = join(reading, publishing).await;
+        let rows = published?;
+        read?;
         Ok(rows)
     }
+}
+
+/// Keeps out whoever changes the shape of a table or of one of its partitions.
+async fn lock(client: &Client, table: &SourceTable) -> Result<(), Failure> {
+    let sql = format!("LOCK TABLE {} IN ACCESS SHARE MODE", table.name.quoted());
+    let locked = client.batch_execute(&sql).await;
+    locked.map_err(|error| Failure::of_table(&table.name, error))
 }
 
 /// Locks the table and finds its ranges.
 async fn look(client: &Client, table: &SourceTable) -> Result<Vec<Range>, Failure> {
     let refused = |error| Failure::of_table(&table.name, error);
     let name = table.name.quoted();
-    client
-        .batch_execute(&format!("LOCK TABLE {name} IN ACCESS SHARE MODE"))
-        .await
-        .map_err(refused)?;
+    lock(client, table).await?;
     let leaves = client.query(LEAVES, &[&name]).await.map_err(refused)?;
     let now = client.query_one(LEAVES_NOW, &[&name]).await;
     let now: i64 = now.map_err(refused)?.get(0);
@@ -216,7 +233,14 @@ impl Work<'_> {
     /// Reads ranges on a connection of its own.
     async fn on_own(self, reader: &Reader<'_>) -> Result<(), Failure> {
         let client = connect(reader.dsn, session()).await.map_err(Error::from)?;
-        client.batch_execute(&begin(reader.snapshot)).await?;
+        client
+            .batch_execute(&format!(
+                "{}; SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}",
+                begin(reader.snapshot)
+            ))
+            .await?;
+        // All of it, at once: who waited for a lock of ours with a later range's partition would hold us up, and we them.
+        lock(&client, self.table).await?;
         self.read(&client).await
     }
 

@@ -132,6 +132,14 @@ pub async fn withdraw(
             Ok(Alteration::Settled)
         }
         Some(server) if server.code() == &SqlState::LOCK_NOT_AVAILABLE => Ok(Alteration::Locked),
+        // A standby changes nothing: its primary must.
+        Some(server) if server.code() == &SqlState::READ_ONLY_SQL_TRANSACTION => {
+            tracing::warn!(
+                publication = name, code = Code::SourcePrivilege.as_str(), remedy = %sql,
+                "{what} must be taken out of the publication at the primary: {}", server.message()
+            );
+            Ok(Alteration::Settled)
+        }
         _ => Err(error.into()),
     }
 }

@@ -241,7 +241,11 @@ impl PublicationChange {
         }
         match error.as_db_error() {
             // What the publication is keeps it from being changed so: trying again changes nothing.
-            Some(server) if ["0A", "22", "42", "55"].contains(&&server.code().code()[..2]) => {
+            // Except where another capture was quicker: the next look finds what it made.
+            Some(server)
+                if ["0A", "22", "42", "55"].contains(&&server.code().code()[..2])
+                    && server.code() != &SqlState::DUPLICATE_OBJECT =>
+            {
                 Err(Error::halt(Condition::new(
                     Code::PublicationDrift,
                     format!(

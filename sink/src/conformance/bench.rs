@@ -6,7 +6,7 @@ use bytes::Bytes;
 use millrace_event::{Lsn, Position, Version};
 
 use super::{Target, schema, settings};
-use crate::batch::{Batch, Checkpoint};
+use crate::batch::{Batch, Checkpoint, PositionRow};
 use crate::fold::{Fold, RowChange};
 use crate::row::{Cell, Row, TableLayout};
 use crate::sink::{Applied, Elected, Sink};
@@ -41,9 +41,7 @@ impl<S: Sink> Bench<S> {
 
     /// Begins anew where the target stands, as after a restart.
     pub(super) async fn reopen(&mut self) {
-        let Elected::Yes(position) = self.sink.open().await.expect("opens again") else {
-            panic!("the same sink is elected again");
-        };
+        let position = elected(&mut self.sink).await;
         assert_eq!(position.checkpoint, self.at);
     }
 
@@ -128,4 +126,19 @@ pub(super) fn seen(
         Some(big.to_owned()),
     ];
     (id.to_string(), (Version::new(1, Lsn(lsn), seq), row))
+}
+
+/// Opens a sink that was elected before. The target may take a moment to notice that the last connection is gone.
+pub async fn elected<S: Sink>(sink: &mut S) -> PositionRow {
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    loop {
+        if let Elected::Yes(position) = sink.open().await.expect("opens again") {
+            return position;
+        }
+        assert!(
+            std::time::Instant::now() < deadline,
+            "the same sink is elected again"
+        );
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
 }

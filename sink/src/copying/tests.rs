@@ -53,7 +53,7 @@ fn machine(rows: Wanted, state: CopyState) -> Copying {
         tables: BTreeMap::from([(name(), state)]),
         ..CopyProgress::default()
     };
-    let mut machine = Copying::new(request, LIMITS, HashSet::new(), progress);
+    let mut machine = Copying::new(request, LIMITS, HashMap::new(), progress);
     machine.set_layout(layout());
     machine
 }
@@ -200,7 +200,7 @@ fn chunks_go_on_where_they_were_and_end_with_a_sweep_of_what_was_there_before() 
 #[test]
 fn rows_that_outlive_their_delete_outlive_a_copy() {
     let mut kept = machine(all_chunks(), chunks(None));
-    kept.keeps_rows.insert(name());
+    kept.keeps.insert(name(), Keeps::Truncated);
     let last = || Part::Chunk {
         after: None,
         last: true,
@@ -295,7 +295,7 @@ fn a_key_without_a_row_is_gone() {
 
     // Where rows outlive their delete at the source, nothing is known of one that is not there.
     let mut heal = machine(wanted(), copied());
-    heal.keeps_rows.insert(name());
+    heal.keeps.insert(name(), Keeps::Deleted);
     end(&mut heal, 1, Part::Keys);
     let batch = heal.poll(Checkpoint::default(), true).expect("the end");
     assert!(self::ops(&batch).is_empty());

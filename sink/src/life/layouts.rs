@@ -220,7 +220,8 @@ impl Life<'_> {
             let layout = self.renewed(&outdated).await?;
             batch
                 .refit(&outdated, &layout)
-                .map_err(|error| Error::retry("a change has no key", error))?;
+                // Nothing of it is applied: the next life lays the changes out for the target as it is by then.
+                .map_err(|error| Error::retry("collected changes do not fit the target", error))?;
         }
         Ok(())
     }

@@ -10,6 +10,7 @@ use std::collections::HashMap;
 
 use millrace_config::{Code, Condition};
 use millrace_event::{TableName, Version};
+use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Error};
 
 use super::apply::broken;
@@ -21,8 +22,10 @@ use crate::row::TableLayout;
 use crate::sink::SinkError;
 use crate::sql;
 
-/// A table of more rows gets its key before the others come: while an index is built, the sink's other tables wait.
+/// A table of more rows or bytes gets its key before the others come: while an index is built, the sink's other tables
+/// wait.
 const ROWS_MAX: u64 = 4_000_000;
+const BYTES_MAX: u64 = 2 * 1024 * 1024 * 1024;
 
 /// The tables without a key, by relation.
 #[derive(Debug, Default)]
@@ -34,6 +37,7 @@ struct Taken {
     /// The version of its rows: that of one snapshot, in which no key is there twice. `None` before the first.
     version: Option<Version>,
     rows: u64,
+    bytes: u64,
 }
 
 impl Keyless {
@@ -49,44 +53,57 @@ impl Keyless {
 
     /// The tables that must have their key before a batch is applied.
     pub(super) fn due<'b>(&self, batch: &'b Batch) -> Vec<&'b TableLayout> {
-        if self.0.is_empty() {
-            return Vec::new();
-        }
-        let layouts = batch.steps.iter().flat_map(|step| match step {
-            Step::Load(load) if self.may_take(load) => Vec::new(),
-            Step::Load(load) => vec![&*load.layout],
-            Step::Rows(tables) => tables.iter().map(|table| &*table.layout).collect(),
-            Step::Move(moves) => moves.iter().map(|moved| &*moved.layout).collect(),
-            Step::Truncate(tables) => tables.iter().map(|(layout, _)| &**layout).collect(),
-            Step::Sweep { table, .. } => vec![&**table],
-        });
+        let mut taken = self.0.clone();
         let mut due: Vec<&TableLayout> = Vec::new();
-        for layout in layouts.filter(|layout| self.has(&layout.relation())) {
-            if !due.iter().any(|known| known.target == layout.target) {
-                due.push(layout);
+        if taken.is_empty() {
+            return due;
+        }
+        for step in &batch.steps {
+            let layouts: Vec<&TableLayout> = match step {
+                Step::Load(load) if take(&mut taken, load) => Vec::new(),
+                Step::Load(load) => vec![&load.layout],
+                Step::Rows(tables) => tables.iter().map(|table| &*table.layout).collect(),
+                Step::Move(moves) => moves.iter().map(|moved| &*moved.layout).collect(),
+                Step::Truncate(tables) => tables.iter().map(|(layout, _)| &**layout).collect(),
+                Step::Sweep { table, .. } => vec![table],
+            };
+            for layout in layouts {
+                let is_known = due.iter().any(|known| known.target == layout.target);
+                if !is_known && self.has(&layout.relation()) {
+                    due.push(layout);
+                }
             }
         }
         due
     }
 
-    fn may_take(&self, load: &Load) -> bool {
-        self.0.get(&load.layout.relation()).is_none_or(|taken| {
-            let is_same = taken.version.is_none_or(|version| version == load.version);
-            is_same && taken.rows + load.rows() as u64 <= ROWS_MAX
-        })
-    }
-
-    /// A batch is going to be applied.
+    /// A batch is going to be applied: nothing of it is due.
     pub(super) fn take(&mut self, batch: &Batch) {
         for step in &batch.steps {
-            if let Step::Load(load) = step
-                && let Some(taken) = self.0.get_mut(&load.layout.relation())
-            {
-                taken.version = Some(load.version);
-                taken.rows += load.rows() as u64;
+            if let Step::Load(load) = step {
+                take(&mut self.0, load);
             }
         }
     }
+}
+
+/// Takes rows of a load, if their table needs no key for them.
+fn take(keyless: &mut HashMap<String, Taken>, load: &Load) -> bool {
+    let Some(taken) = keyless.get_mut(&load.layout.relation()) else {
+        return true;
+    };
+    let rows = taken.rows + load.rows() as u64;
+    let bytes = taken.bytes + load.bytes() as u64;
+    let is_same = taken.version.is_none_or(|version| version == load.version);
+    if !is_same || rows > ROWS_MAX || bytes > BYTES_MAX {
+        return false;
+    }
+    *taken = Taken {
+        version: Some(load.version),
+        rows,
+        bytes,
+    };
+    true
 }
 
 /// Gives tables their key where a batch cannot do without.
@@ -103,38 +120,44 @@ pub(super) async fn make(session: &mut Session, batch: &Batch) -> Result<(), Sin
         let key: Vec<_> = key
             .map(|column| layout.columns[*column].target.clone())
             .collect();
-        let begun = client.batch_execute("BEGIN").await;
-        begun.map_err(|error| fault::general("giving a table its key", error))?;
+        let failed = |error| fault::general("giving a table its key", error);
+        client.batch_execute("BEGIN").await.map_err(failed)?;
         let added = add(client, &layout.source, &layout.target, &key).await;
         let end = if added.is_ok() { "COMMIT" } else { "ROLLBACK" };
-        let ended = client.batch_execute(end).await;
-        added?;
-        ended.map_err(|error| fault::general("giving a table its key", error))?;
+        client.batch_execute(end).await.map_err(failed)?;
         session.transaction = Transaction::Closed;
+        // Also where it cannot be made: whoever asks for the table next is told, and it is not tried for every batch.
         session.keyless.0.remove(&layout.relation());
+        added?;
     }
     Ok(())
 }
 
 /// Gives a table its key within the transaction that is open.
+///
+/// The index comes first, beside everybody who reads the table. Only the word that it is the primary key needs the table
+/// alone for a moment; where somebody reads for long, a unique index does as well.
 pub(super) async fn add(
     client: &Client,
     source: &TableName,
     target: &TableName,
     key: &[String],
 ) -> Result<(), SinkError> {
-    let sql = sql::add_key(target, key);
-    let Err(error) = bounded(client, &sql).await else {
+    let Err(error) = index(client, target, key).await else {
         return Ok(());
     };
-    if matches!(fault::cause(&error), Cause::World | Cause::Aborted) {
+    let is_locked = error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE);
+    if !is_locked && matches!(fault::cause(&error), Cause::World | Cause::Aborted) {
         return Err(fault::general("giving a table its key", error));
     }
     let message = fault::message(&error);
     let condition = Condition::new(
         Code::TargetKey,
         format!("target table {target} cannot be given its key: {message}"),
-        format!("remove the rows that stand in the way, then: {sql};"),
+        format!(
+            "end what writes to it, remove rows that stand in the way, then: {};",
+            sql::add_key(target, key)
+        ),
     );
     Err(SinkError::Table {
         table: source.clone(),
@@ -143,11 +166,29 @@ pub(super) async fn add(
     })
 }
 
-/// However large the table is; but whoever reads it waits behind a statement that waits for its lock.
-async fn bounded(client: &Client, sql: &str) -> Result<(), Error> {
+async fn index(client: &Client, target: &TableName, key: &[String]) -> Result<(), Error> {
+    // However large the table is; but others wait behind a statement that waits for its lock.
     client.execute(sql::UNBOUNDED, &[]).await?;
     client.batch_execute(sql::LOCK_BOUNDED).await?;
-    client.batch_execute(sql).await?;
+    client
+        .batch_execute(&sql::create_unique(target, key))
+        .await?;
+    let newest = client
+        .query_one(sql::NEWEST_UNIQUE, &[&target.quoted()])
+        .await?;
+    let sql = sql::use_as_key(target, newest.get(0));
+    client.batch_execute("SAVEPOINT millrace_key").await?;
+    if let Err(error) = client.batch_execute(&sql).await {
+        let undo = "ROLLBACK TO SAVEPOINT millrace_key";
+        client.batch_execute(undo).await?;
+        tracing::warn!(
+            table = %target, remedy = %sql,
+            "a unique index is the table's key, and no primary key yet: {}", fault::message(&error)
+        );
+    }
+    client
+        .batch_execute("RELEASE SAVEPOINT millrace_key")
+        .await?;
     client.batch_execute(sql::LOCK_AS_BEFORE).await
 }
 
@@ -233,12 +274,25 @@ mod tests {
     }
 
     #[test]
+    fn the_rows_of_a_batch_count_together() {
+        let mut keyless = Keyless::default();
+        keyless.created("public.orders".to_owned());
+        assert!(is_due(&keyless, vec![load(5, 1), load(6, 1)]));
+        keyless.0.get_mut("public.orders").unwrap().rows = ROWS_MAX - 3;
+        assert!(is_due(&keyless, vec![load(5, 2), load(5, 2)]));
+    }
+
+    #[test]
     fn a_large_table_gets_its_key_on_the_way() {
         let mut keyless = Keyless::default();
         keyless.created("public.orders".to_owned());
         keyless.0.get_mut("public.orders").unwrap().rows = ROWS_MAX - 3;
         assert!(!is_due(&keyless, vec![load(5, 3)]));
         assert!(is_due(&keyless, vec![load(5, 4)]));
+        keyless.0.get_mut("public.orders").unwrap().rows = 0;
+        keyless.0.get_mut("public.orders").unwrap().bytes = BYTES_MAX - 5;
+        assert!(!is_due(&keyless, vec![load(5, 2)]));
+        assert!(is_due(&keyless, vec![load(5, 3)]));
     }
 
     #[test]

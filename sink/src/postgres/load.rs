@@ -5,7 +5,8 @@
 //! them. Either way a row gets its version as one more column.
 //!
 //! COPY knows no guard. So it is used only where the rows are newer than all that is remembered of the table, and
-//! the unique index proves that none of the keys is there: if one is, the batch is applied again with guards.
+//! the unique index proves that none of the keys is there: if one is, the batch is applied again with guards. A table that
+//! has no key yet has rows of the same snapshot only (`keys.rs`).
 
 use std::collections::HashMap;
 use std::pin::pin;

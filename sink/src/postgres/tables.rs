@@ -88,7 +88,7 @@ pub(super) async fn ensure(
         holds: copied.is_some_and(CopyState::holds_rows),
         is_keyless: session.keyless.has(&relation),
         keyed: match copied {
-            Some(CopyState::Pending { .. }) if may_wait(session, schema, settings) => Keyed::Later,
+            Some(CopyState::Pending { .. }) if may_wait(session, settings) => Keyed::Later,
             Some(
                 CopyState::Pending { .. }
                 | CopyState::Loading { .. }
@@ -142,17 +142,8 @@ pub(super) async fn ensure(
 
 /// Whether a table that is created for its load may get its key behind the rows: the source has no key twice, and
 /// neither has the target, which has the same key, of the same values.
-fn may_wait(session: &Session, schema: &TableSchema, settings: &Table) -> bool {
-    let is_masked = |name: &String| {
-        settings
-            .columns
-            .mask
-            .iter()
-            .any(|(masked, _)| masked == name)
-    };
-    matches!(session.transaction, Transaction::Closed)
-        && settings.key.is_none()
-        && !schema.key.iter().any(is_masked)
+fn may_wait(session: &Session, settings: &Table) -> bool {
+    matches!(session.transaction, Transaction::Closed) && settings.key.is_none()
 }
 
 /// When a table that lacks its key gets it.

@@ -33,6 +33,13 @@ fn after() -> Arc<TableLayout> {
     )
 }
 
+fn renamed() -> Arc<TableLayout> {
+    layout(
+        &[("b", "b"), ("gone", "kept"), ("a", "renamed")],
+        vec![0, 2],
+    )
+}
+
 fn row(cells: &[Option<&str>]) -> Row {
     let cell = |cell: &Option<&str>| match cell {
         Some(text) => Cell::Text(Bytes::copy_from_slice(text.as_bytes())),
@@ -73,7 +80,7 @@ fn steps(batch: &Batch) -> String {
 
 #[test]
 fn rows_that_were_collected_are_as_if_they_had_been_collected_later() {
-    let (old, new) = (before(), after());
+    let (old, new) = (before(), renamed());
     let mut refitted = collected(
         &old,
         vec![
@@ -89,7 +96,7 @@ fn rows_that_were_collected_are_as_if_they_had_been_collected_later() {
     let later = collected(
         &new,
         vec![
-            put(&[Some("x"), None, Some("1")], None),
+            put(&[Some("x"), Some("g"), Some("1")], None),
             RowChange::Delete(row(&[Some("y"), None, Some("2")])),
             put(
                 &[Some("y"), None, Some("3")],
@@ -104,6 +111,26 @@ fn rows_that_were_collected_are_as_if_they_had_been_collected_later() {
     refitted.refit(&old, &new).expect("has its key");
     assert_eq!(steps(&refitted), steps(&later));
     assert!(refitted.layout_that(is_old).is_none());
+}
+
+#[test]
+fn rows_of_which_a_value_was_left_out_are_collected_again() {
+    let (old, new) = (before(), after());
+    let whole = || put(&[Some("1"), Some("x"), Some("g")], None);
+    let moved = || {
+        put(
+            &[Some("3"), Some("y"), None],
+            Some(&[Some("2"), Some("y"), None]),
+        )
+    };
+    for change in [whole(), moved()] {
+        let refused = collected(&old, vec![change]).refit(&old, &new);
+        assert!(matches!(refused, Err(Unfit::LeftOut(column)) if column == "late"));
+    }
+    // A delete brings no values.
+    let delete = RowChange::Delete(row(&[Some("2"), Some("y"), None]));
+    let fitted = collected(&old, vec![delete]).refit(&old, &new);
+    fitted.expect("has its key");
 }
 
 #[test]

@@ -145,8 +145,6 @@ async fn a_loaded_table_has_its_key_at_the_end_of_its_load() {
     // The stream's side asks for the same layout meanwhile.
     ensure(&mut line.sink, &line.schema).await;
     assert!(!line.has_key().await);
-    // A session that was lost changes nothing.
-    assert!(matches!(line.sink.open().await, Ok(Elected::Yes(_))));
     let last = vec![line.load(5, "3\t1\tc\n"), line.sweep(5)];
     assert_eq!(line.apply(last).await, 1);
     assert!(line.has_key().await);
@@ -163,14 +161,7 @@ async fn a_load_that_is_cut_off_leaves_no_table_without_a_key() {
     assert!(!line.has_key().await);
     // Another process, which knows nothing of it.
     line.sink = line.target.sink("cut_off");
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
-    while !matches!(line.sink.open().await, Ok(Elected::Yes(_))) {
-        assert!(
-            std::time::Instant::now() < deadline,
-            "the first one is gone"
-        );
-        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-    }
+    conformance::elected(&mut line.sink).await;
     ensure(&mut line.sink, &line.schema).await;
     assert!(line.has_key().await);
     // Rows that are there come again.
@@ -248,4 +239,61 @@ async fn a_table_whose_key_is_the_settings_has_it_from_the_start() {
         at: position.checkpoint,
     };
     assert!(line.has_key().await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_reads_the_table_for_long_does_not_hold_its_load_up() {
+    let postgres = Postgres::start(PostgresOptions::default())
+        .await
+        .expect("starts");
+    let mut line = Line::start(&postgres, "read_for_long").await;
+    assert_eq!(line.apply(vec![line.load(5, "1\t1\ta\n")]).await, 1);
+    let table = line.layout.target.quoted();
+    let read = format!("BEGIN; SELECT count(*) FROM {table}");
+    line.target
+        .client
+        .batch_execute(&read)
+        .await
+        .expect("reads");
+    let last = vec![line.load(5, "2\t1\tb\n"), line.sweep(5)];
+    assert_eq!(line.apply(last).await, 1);
+    // It has a unique index, so it takes whatever comes.
+    assert!(!line.has_key().await);
+    assert_eq!(line.apply(vec![line.load(6, "1\t1\tc\n")]).await, 1);
+    ensure(&mut line.sink, &line.schema).await;
+    line.target
+        .client
+        .batch_execute("COMMIT")
+        .await
+        .expect("ends");
+    assert_eq!(line.texts().await, rows(&[(1, "c"), (2, "b")]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_is_there_twice_parks_the_table_with_the_statement() {
+    let postgres = Postgres::start(PostgresOptions::default())
+        .await
+        .expect("starts");
+    let mut line = Line::start(&postgres, "twice").await;
+    assert_eq!(line.apply(vec![line.load(5, "1\t1\ta\n")]).await, 1);
+    let table = line.layout.target.quoted();
+    let own = format!("INSERT INTO {table} (id, n, big) VALUES (1, 1, 'of somebody else')");
+    line.target
+        .client
+        .batch_execute(&own)
+        .await
+        .expect("writes");
+    let last = batch(line.at, None, vec![line.sweep(5)]);
+    let refused = line.sink.apply(&last).await;
+    let Err(SinkError::Table { condition, .. }) = refused else {
+        panic!("{refused:?}")
+    };
+    assert_eq!(condition.code, Code::TargetKey);
+    assert!(
+        condition.remedy.contains("ADD PRIMARY KEY"),
+        "{condition:?}"
+    );
+    // The session goes on for the others.
+    let nothing = batch(line.at, None, Vec::new());
+    line.sink.apply(&nothing).await.expect("applies");
 }
