@@ -128,7 +128,12 @@ async fn what_left_while_nothing_runs_is_told_by_the_status() {
     // Back, and nobody has read it again.
     stage.sql(RETURN).await;
     assert_eq!(told(&stage).await, ("parked".to_owned(), false));
-    stage.once().await;
+    let pipeline = stage.start();
+    let deadline = Instant::now() + PATIENCE;
+    while told(&stage).await != ("streaming".to_owned(), true) {
+        assert!(Instant::now() < deadline, "{}", pipeline.logs());
+    }
+    Stage::stopped(pipeline).await;
     assert_eq!(told(&stage).await, ("stopped".to_owned(), true));
     // One that was never captured is put in by the next run.
     let config = stage.same_config().table("public.w", "");

@@ -11,6 +11,9 @@ use nix::unistd::Pid;
 
 const POLL: Duration = Duration::from_millis(5);
 
+/// How long a process may take to stop where it is. Beyond, a test meets one that still answers.
+const STOP_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// One child process in a process group of its own: a Ctrl-C meant for us does not reach it.
 #[derive(Debug)]
 pub(crate) struct Process {
@@ -57,7 +60,19 @@ impl Process {
         if self.ended()?.is_some() {
             return Ok(());
         }
-        kill(pid_of(self.child.id()), signal).map_err(io::Error::from)
+        kill(pid_of(self.child.id()), signal).map_err(io::Error::from)?;
+        if signal == Signal::SIGSTOP {
+            self.wait_until_stopped();
+        }
+        Ok(())
+    }
+
+    /// A signal takes a moment, in which a thread may still answer.
+    fn wait_until_stopped(&self) {
+        let deadline = Instant::now() + STOP_TIMEOUT;
+        while !is_stopped(self.child.id()) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Waits until the process has ended; `None` when `timeout` passed first.
@@ -158,4 +173,19 @@ fn children_of(pid: u32) -> Vec<u32> {
                 .collect()
         })
         .unwrap_or_default()
+}
+
+/// Whether all threads of a process are held; where the system does not tell, they are taken to be.
+fn is_stopped(pid: u32) -> bool {
+    let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else {
+        return true;
+    };
+    threads.flatten().all(|thread| {
+        let stat = std::fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+        // The state comes behind the name, which is in parentheses and may have any character.
+        let state = stat
+            .rsplit_once(") ")
+            .and_then(|(_, rest)| rest.chars().next());
+        matches!(state, None | Some('T'))
+    })
 }
