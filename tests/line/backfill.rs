@@ -195,48 +195,6 @@ async fn a_rate_is_kept_and_can_be_lifted() {
     stage.equal(&pipeline).await;
 }
 
-/// Its stream comes first for as long as a sink is half a minute behind: chunks that are there already wait.
-#[tokio::test]
-async fn a_sink_that_is_far_behind_catches_up_before_it_takes_chunks() {
-    let (stage, pipeline) = whole(ROWS).await;
-    says(&stage, &["start", "t", "--rate", "500"], 0, &[]).await;
-    becomes(&stage, &pipeline, |line| rows(line) > 0).await;
-    let lock = "BEGIN; LOCK TABLE millrace.position IN SHARE MODE";
-    stage.target_sql(lock).await;
-    for first in (1_000_000..1_100_000).step_by(1_000) {
-        let insert = format!(
-            "INSERT INTO t SELECT i, 'late' FROM generate_series({first}, {first} + 999) i"
-        );
-        stage.sql(&insert).await;
-    }
-    let shown =
-        "SELECT coalesce((jsonb_path_query_first(copy, '$.tables[*].rows'))::text, '0') || ' ' ||
-        (SELECT count(*) FROM t WHERE v = 'late') FROM millrace.position WHERE sink = 'replica'";
-    let counts = async || {
-        let text = stage.target_text(shown).await;
-        let (chunks, late) = text.split_once(' ').expect("two numbers");
-        let number = |text: &str| text.parse::<u64>().expect("a number");
-        (number(chunks), number(late))
-    };
-    tokio::time::sleep(Duration::from_secs(32)).await;
-    let (before, _) = counts().await;
-    stage.target_sql("COMMIT").await;
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let (chunks, late) = counts().await;
-        if chunks > before {
-            assert_eq!(late, 100_000, "{}", pipeline.logs());
-            break;
-        }
-        assert!(Instant::now() < deadline, "{}", pipeline.logs());
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    let lifted = ["resume", "t", "--rate", "unlimited"];
-    says(&stage, &lifted, 0, &[]).await;
-    becomes(&stage, &pipeline, is("done")).await;
-    stage.equal(&pipeline).await;
-}
-
 #[tokio::test]
 async fn what_is_paused_in_the_middle_goes_on_from_there() {
     let (stage, pipeline) = whole(ROWS).await;
