@@ -26,11 +26,13 @@ pub(super) const LIMIT_ARGUMENT: &str = "900s";
 /// How often the target is asked whether it has the last row.
 const VISIBLE_POLL: Duration = Duration::from_millis(10);
 
-/// Both Postgres servers': room to work in, and no checkpoint in the middle of a turn.
-const SETTINGS: [(&str, &str); 3] = [
+/// Both Postgres servers': room to work in, and neither a checkpoint in the middle of a turn nor the vacuum of another
+/// turn's rows.
+const SETTINGS: [(&str, &str); 4] = [
     ("shared_buffers", "256MB"),
     ("max_wal_size", "16GB"),
     ("checkpoint_timeout", "1h"),
+    ("autovacuum", "off"),
 ];
 
 /// The servers; dropped, they are gone.
