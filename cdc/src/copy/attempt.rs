@@ -22,9 +22,6 @@ use crate::stream;
 /// How long creating the temporary slot may wait for transactions that are open at the source.
 const SLOT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long a table's lock may be waited for, in milliseconds: the other tables wait behind it.
-pub(super) const LOCK_TIMEOUT_MS: u32 = 30_000;
-
 impl Asked<'_> {
     /// Copies tables under one snapshot. Ends well also where some could not be copied: those are noted, and
     /// due later.
@@ -76,12 +73,7 @@ impl Asked<'_> {
             .snapshot_name
             .ok_or_else(|| Error::retry_because("the source exported no snapshot"))?;
         let client = connect(&dsn, session()).await.map_err(Error::from)?;
-        client
-            .batch_execute(&format!(
-                "{}; SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}",
-                load::begin(&snapshot)
-            ))
-            .await?;
+        client.batch_execute(&load::begin(&snapshot)).await?;
         let lsn = created.consistent_point;
         tracing::info!(sink, consistent_point = %lsn, tables = tables.len(), "copying");
         self.setbacks.attempt_goes_on();

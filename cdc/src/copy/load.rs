@@ -19,8 +19,8 @@ use tokio::sync::{Mutex, mpsc};
 use tokio_postgres::Client;
 
 use super::Asked;
-use super::attempt::LOCK_TIMEOUT_MS;
 use super::failure::Failure;
+use super::keyset::Keyset;
 use super::ranges::{Range, ranges};
 use super::reading::check_columns;
 use super::session::session;
@@ -38,6 +38,9 @@ const MESSAGE_SPARE_BYTES: usize = 4 * 1024;
 /// Connections that read a table at the same time. One reads about twice as fast as a target takes rows, so more
 /// would only cost the source more at once.
 const READERS_MAX: usize = 2;
+
+/// How long a table's lock may be waited for, in milliseconds: the other tables wait behind it.
+const LOCK_TIMEOUT_MS: u32 = 30_000;
 
 /// Messages of one range that are read and not yet published: about a range of usual rows, so that its reader need not
 /// wait for its turn.
@@ -68,10 +71,11 @@ pub(super) struct Reader<'r> {
     pub(super) lsn: Lsn,
 }
 
-/// Begins a transaction that sees what the snapshot shows.
+/// Begins a transaction that sees what the snapshot shows, and waits for no lock for long.
 pub(super) fn begin(snapshot: &str) -> String {
     format!(
-        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT {}",
+        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT {}; \
+         SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}",
         quote_literal(snapshot)
     )
 }
@@ -138,8 +142,7 @@ impl Asked<'_> {
 
 /// Keeps out whoever changes the shape of a table or of one of its partitions.
 async fn lock(client: &Client, table: &SourceTable) -> Result<(), Failure> {
-    let sql = format!("LOCK TABLE {} IN ACCESS SHARE MODE", table.name.quoted());
-    let locked = client.batch_execute(&sql).await;
+    let locked = client.batch_execute(&Keyset::lock(&table.name)).await;
     locked.map_err(|error| Failure::of_table(&table.name, error))
 }
 
@@ -233,12 +236,7 @@ impl Work<'_> {
     /// Reads ranges on a connection of its own.
     async fn on_own(self, reader: &Reader<'_>) -> Result<(), Failure> {
         let client = connect(reader.dsn, session()).await.map_err(Error::from)?;
-        client
-            .batch_execute(&format!(
-                "{}; SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}",
-                begin(reader.snapshot)
-            ))
-            .await?;
+        client.batch_execute(&begin(reader.snapshot)).await?;
         // All of it, at once: who waited for a lock of ours with a later range's partition would hold us up, and we them.
         lock(&client, self.table).await?;
         self.read(&client).await
