@@ -8,9 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use async_nats::jetstream::{self, kv};
-use millrace_config::{
-    Code, Condition, Config, Confirm, Mask, Origin as OriginFilter, SyncInterval, limits,
-};
+use millrace_config::{Code, Condition, Config, Mask, Origin as OriginFilter, limits};
 use millrace_connect::nats::{self, Reconnect};
 use millrace_connect::postgres::{Dsn, Session, connect};
 use millrace_event::{Lsn, subject, work};
@@ -327,11 +325,9 @@ fn settings(
     epoch: u32,
     max_payload: usize,
 ) -> Settings {
-    let confirm = match (config.stream.confirm, config.stream.sync_interval) {
-        (Confirm::Synced, SyncInterval::Every(interval)) => {
-            ConfirmPolicy::Synced(interval + limits::CONFIRM_MARGIN)
-        }
-        _ => ConfirmPolicy::Acked,
+    let confirm = match config.stream.kept_until_synced() {
+        Some(age) => ConfirmPolicy::Synced(age),
+        None => ConfirmPolicy::Acked,
     };
     let keys: HashMap<_, _> = tables
         .iter()

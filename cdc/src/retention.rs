@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 
 use async_nats::jetstream::Context;
 use async_nats::jetstream::kv::{self, Operation};
-use millrace_config::{Code, Condition, Config, Confirm, Sink, State, SyncInterval, limits};
+use millrace_config::{Code, Condition, Config, Sink, State};
 use millrace_event::Position;
 use millrace_event::work::{ParkedClaim, SinkReport};
 
@@ -68,12 +68,8 @@ impl<'r> Retention<'r> {
         fullness: &'r Fullness,
         status: &'r Status,
     ) -> Self {
-        let confirm_age = match (config.stream.confirm, config.stream.sync_interval) {
-            (Confirm::Synced, SyncInterval::Every(interval)) => {
-                interval + limits::CONFIRM_MARGIN + CONFIRM_SLACK
-            }
-            _ => Duration::ZERO,
-        };
+        let synced = config.stream.kept_until_synced();
+        let confirm_age = synced.map_or(Duration::ZERO, |age| age + CONFIRM_SLACK);
         Self {
             jetstream: &stream.jetstream,
             name: &stream.name,

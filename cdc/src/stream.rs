@@ -203,6 +203,8 @@ pub async fn ensure_copy_stream(
         subjects: vec![millrace_event::subject::copy_all(source, sink)],
         max_bytes: i64::try_from(COPY_BYTES_MAX).unwrap_or(i64::MAX),
         num_replicas: replicas,
+        // What a crash of the broker takes with it is copied again.
+        persist_mode: shape::persist_mode(replicas, true),
         // It holds little and not for long: to compress it would cost the broker more than to write it.
         compression: None,
         ..base()

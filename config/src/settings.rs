@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use millrace_event::TableName;
 
-use crate::{Place, Secret};
+use crate::{Place, Secret, limits};
 
 /// Everything that the configuration directory says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -105,6 +105,20 @@ pub struct Stream {
     pub tls_cert: Option<PathBuf>,
     /// PEM file with the client's private key; set together with `tls_cert`.
     pub tls_key: Option<PathBuf>,
+}
+
+impl Stream {
+    /// How long after its acknowledgement a message is surely on the broker's disk, as far as the slot keeps it
+    /// until then: none where an acknowledgement is all that is waited for.
+    #[must_use]
+    pub fn kept_until_synced(&self) -> Option<Duration> {
+        match (self.confirm, self.sync_interval) {
+            (Confirm::Synced, SyncInterval::Every(interval)) => {
+                Some(interval + limits::CONFIRM_MARGIN)
+            }
+            _ => None,
+        }
+    }
 }
 
 /// The address of a NATS server, which may hold a user and a password: printed without them.

@@ -4,10 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use async_nats::jetstream::{self, stream::PersistenceMode};
 use millrace_event::Lsn;
 use millrace_lab::Pipeline;
 use rand::rngs::StdRng;
 
+use crate::bad_input::edit;
 use crate::kill::{random_moment, seeded, shop_setting, traffic};
 use crate::stage::{PATIENCE, Setting, Stage};
 use crate::two_captures::{ordered, whole, write};
@@ -80,6 +82,63 @@ async fn after_a_lost_tail_the_stream_has_no_hole_and_nothing_is_reordered() {
     let count = writer.await.expect("writer");
     stage.equal(&pipeline).await;
     whole(&stage, count).await;
+}
+
+/// A broker that writes behind its acknowledgements loses the newest of them with its process.
+#[tokio::test]
+async fn what_a_killed_broker_had_not_written_is_published_again() {
+    let mut rng = seeded();
+    let mut stage = Stage::set(Setting {
+        stream: SYNCED,
+        ..ordered()
+    })
+    .await;
+    let mut pipeline = stage.start();
+    Stage::readyz(&mut pipeline, 200, "streaming").await;
+    assert_eq!(persist_mode(&stage).await, PersistenceMode::Async);
+    let stop = Arc::new(AtomicBool::new(false));
+    let writer = write(&stage, &stop).await;
+    for _ in 0..4 {
+        random_moment(&mut rng, 1000).await;
+        stage.nats.kill9();
+        stage.nats.start_again().await.expect("broker");
+    }
+    stop.store(true, Ordering::Relaxed);
+    let count = writer.await.expect("writer");
+    stage.equal(&pipeline).await;
+    whole(&stage, count).await;
+    assert!(!pipeline.logs().contains("E1206"), "{}", pipeline.logs());
+}
+
+async fn persist_mode(stage: &Stage) -> PersistenceMode {
+    let jetstream = jetstream::new(stage.nats.client().await.expect("client"));
+    let stream = jetstream.get_stream("CDC_shop").await.expect("a stream");
+    stream.cached_info().config.persist_mode.unwrap_or_default()
+}
+
+#[tokio::test]
+async fn only_a_stream_whose_changes_the_slot_keeps_is_written_behind() {
+    for (how, mode) in [
+        (SYNCED, PersistenceMode::Async),
+        ("confirm = \"acked\"", PersistenceMode::Default),
+        ("sync_interval = \"always\"", PersistenceMode::Default),
+    ] {
+        let stage = Stage::set(Setting {
+            stream: how,
+            ..Setting::default()
+        })
+        .await;
+        let mut pipeline = stage.start();
+        Stage::readyz(&mut pipeline, 200, "streaming").await;
+        assert_eq!(persist_mode(&stage).await, mode, "{how}");
+        pipeline.terminate().expect("signal");
+        assert_eq!(pipeline.wait(PATIENCE).await.expect("ends"), 0);
+        if mode == PersistenceMode::Async {
+            edit(&stage.folder, "\"synced\"", "\"acked\"");
+            let expected = ["E1205", "persist_mode: async", "millrace drop"];
+            stage.ends(stage.start(), 4, &expected).await;
+        }
+    }
 }
 
 #[tokio::test]

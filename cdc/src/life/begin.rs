@@ -134,6 +134,7 @@ pub(super) async fn prepare(
         max_bytes: config.stream.retention.max_bytes,
         replicas: usize::from(config.stream.replicas),
         partitions: config.stream.partitions,
+        kept_until_synced: config.stream.kept_until_synced().is_some(),
     };
     stream::ensure_stream(&stream.jetstream, &shape).await?;
     let without = publishing.ensure(earlier, plan).await?;

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use async_nats::jetstream::Context;
-use async_nats::jetstream::stream::Config;
+use async_nats::jetstream::stream::{Config, PersistenceMode};
 use millrace_config::{Code, Condition};
 
 use super::{InfoAnswer, StreamError, StreamState, base, create, find, request};
@@ -24,10 +24,15 @@ pub struct StreamShape {
     pub replicas: usize,
     /// Partitions that its subjects have.
     pub partitions: u16,
+    /// Whether the slot keeps a change until the broker has synced it, however soon it is acknowledged. The broker may
+    /// write behind its acknowledgements then: what a crash takes with it comes again from the slot, and a write for
+    /// each message is a quarter of all that a message costs the broker.
+    pub kept_until_synced: bool,
 }
 
 /// Creates a source's stream where it is missing. Where it exists, its limit in bytes and its replicas are brought to
-/// `shape`; whatever else differs is the operator's to decide.
+/// `shape`; whatever else differs is the operator's to decide. A stream that writes before it acknowledges, although
+/// it need not, is as good.
 ///
 /// # Errors
 /// A condition that names each difference, or what JetStream answers.
@@ -39,6 +44,9 @@ pub async fn ensure_stream(
     let Some(found) = find(jetstream, &wanted.name).await? else {
         return create(jetstream, &wanted).await;
     };
+    if writes_behind(&found.config) && !writes_behind(&wanted) {
+        return Err(acknowledged_too_early(&wanted).into());
+    }
     let differences = differences(&wanted, &found.config);
     if !differences.is_empty() {
         let message = format!(
@@ -78,12 +86,34 @@ fn config(shape: &StreamShape) -> Config {
         deny_delete: true,
         max_bytes: i64::try_from(shape.max_bytes).unwrap_or(i64::MAX),
         num_replicas: shape.replicas,
+        persist_mode: persist_mode(shape.replicas, shape.kept_until_synced),
         metadata: HashMap::from([
             (FORMAT_KEY.to_owned(), "1".to_owned()),
             (PARTITIONS_KEY.to_owned(), shape.partitions.to_string()),
         ]),
         ..base()
     }
+}
+
+fn writes_behind(config: &Config) -> bool {
+    config.persist_mode == Some(PersistenceMode::Async)
+}
+
+/// JetStream never changes how a stream writes.
+fn acknowledged_too_early(wanted: &Config) -> Condition {
+    let message = format!(
+        "stream {} was made with `persist_mode: async`: it acknowledges a message before it is written, which only \
+         one replica with `confirm = \"synced\"` and a `sync_interval` other than \"always\" can do with",
+        wanted.name
+    );
+    let remedy = "set `stream.confirm`, `stream.sync_interval` and `stream.replicas` as they were, or have the stream \
+                  made anew: `millrace drop`, then start again";
+    Condition::new(Code::StreamShape, message, remedy)
+}
+
+/// A replicated stream has a log of its own that is written first, and knows no other mode.
+pub(super) fn persist_mode(replicas: usize, may_write_behind: bool) -> Option<PersistenceMode> {
+    (replicas == 1 && may_write_behind).then_some(PersistenceMode::Async)
 }
 
 /// What differs and may not be changed in place, for a human.

@@ -166,7 +166,8 @@ impl Contender {
     fn configure(self, stage: &Stage) -> Result<ConfigFolder, LabError> {
         let source = stage.source.url(DATABASE);
         let mut dir = ConfigDir::new(self.name(), &source, &stage.nats.url())
-            .stream("confirm = \"acked\"")
+            // The broker sets aside what each of the streams may take.
+            .stream("retention = { max_bytes = \"4GiB\" }")
             .table(TABLE, "");
         if self.is_packed() {
             dir = dir.stream(&format!("events_per_message = {PACKED}"));
