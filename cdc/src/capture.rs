@@ -204,9 +204,9 @@ impl Capture {
         );
         let mut frontier = Frontier::new(settings.confirm, resume.last_seq, resume.confirmed);
         let mut represented = resume.confirmed;
-        if let Some((boundary, age)) = resume.boundary {
+        if let Some((boundary, held)) = resume.boundary {
             represented = represented.max(boundary.end_lsn);
-            frontier.found(boundary, now.saturating_sub(age));
+            frontier.found(boundary, held, now);
         }
         Self {
             assembler: Assembler::new(settings.limits),

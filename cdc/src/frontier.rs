@@ -35,7 +35,8 @@ const AGING_MAX: u32 = 256;
 #[derive(Debug)]
 struct Aging {
     boundary: Boundary,
-    acked_at: Duration,
+    /// When it is old enough.
+    due_at: Duration,
 }
 
 /// A group of boundaries that were acknowledged shortly after another; the newest stands for all.
@@ -81,8 +82,8 @@ impl Frontier {
         }
     }
 
-    /// Takes a boundary that the stream already held before this life, acknowledged at `acked_at`.
-    pub fn found(&mut self, boundary: Boundary, acked_at: Duration) {
+    /// Takes a boundary that the stream already held before this life, and has held for `held`.
+    pub fn found(&mut self, boundary: Boundary, held: Duration, now: Duration) {
         assert_eq!(
             self.published, 0,
             "what was found is older than what is published"
@@ -93,7 +94,11 @@ impl Frontier {
         );
         match self.policy {
             ConfirmPolicy::Acked => self.confirm(boundary.end_lsn),
-            ConfirmPolicy::Synced(_) => self.aging.push_back(Aging { boundary, acked_at }),
+            ConfirmPolicy::Synced(age) => self.aging.push_back(Aging {
+                boundary,
+                // A life's clock begins with it: only what is left to wait can be told by it.
+                due_at: now + age.saturating_sub(held),
+            }),
         }
     }
 
@@ -135,7 +140,7 @@ impl Frontier {
     fn age(&mut self, boundary: Boundary, age: Duration, now: Duration) {
         let newest = Aging {
             boundary,
-            acked_at: now,
+            due_at: now + age,
         };
         match &mut self.granule {
             Some(granule) if now < granule.opened_at + age / AGING_MAX => granule.newest = newest,
@@ -157,13 +162,10 @@ impl Frontier {
     /// The newest boundary that is old enough to be confirmed, to be looked up in the stream. Answer with
     /// [`Frontier::on_verified`]; until then there is no other.
     pub fn due(&mut self, now: Duration) -> Option<Boundary> {
-        let ConfirmPolicy::Synced(age) = self.policy else {
-            return None;
-        };
         if self.verifying.is_some() {
             return None;
         }
-        let old_enough = |aging: &Aging| now >= aging.acked_at + age;
+        let old_enough = |aging: &Aging| now >= aging.due_at;
         if self
             .granule
             .as_ref()
@@ -247,6 +249,24 @@ mod tests {
         assert_eq!(frontier.confirmed(), Lsn(5));
         frontier.on_verified(due);
         assert_eq!(frontier.confirmed(), Lsn(15));
+    }
+
+    #[test]
+    fn what_the_stream_held_long_before_this_life_is_due_at_once() {
+        let age = Duration::from_secs(150);
+        let boundary = Boundary {
+            stream_seq: 100,
+            position: at(10),
+            end_lsn: Lsn(15),
+        };
+        for (held, due) in [(600, 1), (150, 1), (149, 2), (0, 151)] {
+            let mut frontier = Frontier::new(ConfirmPolicy::Synced(age), 100, Lsn(5));
+            let began = Duration::from_secs(1);
+            frontier.found(boundary, Duration::from_secs(held), began);
+            let before = Duration::from_secs(due) - Duration::from_millis(1);
+            assert_eq!(frontier.due(before), None, "held for {held} s");
+            assert_eq!(frontier.due(Duration::from_secs(due)), Some(boundary));
+        }
     }
 
     #[test]

@@ -250,3 +250,26 @@ async fn what_the_broker_may_lose_is_not_confirmed_before_its_time() {
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
 }
+
+/// Somebody runs it from cron: no run lasts as long as a message must age.
+#[tokio::test]
+async fn a_short_run_confirms_what_the_stream_has_held_long_enough() {
+    let stage = Stage::set(Setting {
+        stream: "sync_interval = \"1s\"",
+        ..Setting::default()
+    })
+    .await;
+    let run_once = || Stage::start_in(&stage.folder, &["run", "--once"]);
+    stage.sql("INSERT INTO t VALUES (1, 'one')").await;
+    stage.ends(run_once(), 0, &[]).await;
+    stage.sql("INSERT INTO t VALUES (2, 'two')").await;
+    let written = wal_end(&stage).await;
+    stage.ends(run_once(), 0, &[]).await;
+    assert!(confirmed(&stage).await < written);
+    // The margin is 30 s.
+    tokio::time::sleep(Duration::from_secs(32)).await;
+    let began = Instant::now();
+    stage.ends(run_once(), 0, &[]).await;
+    assert!(confirmed(&stage).await >= written);
+    assert!(began.elapsed() < Duration::from_secs(20), "no short run");
+}
