@@ -39,7 +39,7 @@ async fn usual() -> Stage {
 
 /// Waits until the process streams and tells of `public.u`, and of no other table, that it is parked with this code
 /// and a remedy that says this.
-async fn parked(pipeline: &mut Pipeline, code: &str, remedy: &str) {
+pub(crate) async fn parked(pipeline: &mut Pipeline, code: &str, remedy: &str) {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let (_, status) = pipeline.get("/status").await.expect("answers");
@@ -62,7 +62,7 @@ async fn parked(pipeline: &mut Pipeline, code: &str, remedy: &str) {
 }
 
 /// Runs SQL of the application until Postgres takes it.
-async fn taken(stage: &Stage, pipeline: &Pipeline, sql: &str) {
+pub(crate) async fn taken(stage: &Stage, pipeline: &Pipeline, sql: &str) {
     let deadline = Instant::now() + PATIENCE;
     while let Err(error) = stage.source.batch_execute(sql).await {
         assert!(Instant::now() < deadline, "{error:?}\n{}", pipeline.logs());
@@ -86,7 +86,7 @@ async fn told(stage: &Stage) -> (String, String, bool) {
     )
 }
 
-async fn others_go_on(stage: &Stage, pipeline: &Pipeline, id: u32) {
+pub(crate) async fn others_go_on(stage: &Stage, pipeline: &Pipeline, id: u32) {
     stage
         .sql(&format!("INSERT INTO t VALUES ({id}, 'on')"))
         .await;

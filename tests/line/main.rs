@@ -41,6 +41,7 @@ mod own_consumer;
 mod parked_too_long;
 mod parking;
 mod partial_and_letters;
+mod partition_identity;
 mod postgres_18;
 mod premade_targets;
 mod publication_changes;
