@@ -36,6 +36,7 @@ mod least_privilege;
 mod load;
 mod lost_identity;
 mod lost_targets;
+mod newest_unseen;
 mod once_stopped;
 mod own_consumer;
 mod parked_too_long;
