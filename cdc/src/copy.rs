@@ -50,8 +50,8 @@ use crate::commits::Commits;
 use crate::life::{Source, Stream};
 use crate::source::{self, SourceTable};
 use crate::status::{CopyTrouble, Status};
-use crate::stored::understood;
 use crate::stream;
+use crate::understood;
 
 /// How often requests are looked for, should nothing tell of them.
 const LOOK_INTERVAL: Duration = Duration::from_millis(200);

@@ -9,8 +9,8 @@ use millrace_event::work::Origin;
 
 use crate::life::Stream;
 use crate::replication::{ReplicationConnection, SystemIdentity};
-use crate::stored::understood;
 use crate::stream::Tail;
+use crate::understood;
 use crate::{Error, stream};
 
 /// The key of what the source was.

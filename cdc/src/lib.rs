@@ -21,7 +21,6 @@ mod run;
 mod schemas;
 mod seen;
 mod status;
-mod stored;
 mod tuple;
 mod watch;
 
@@ -39,7 +38,7 @@ pub use check::check;
 pub use commits::Committed;
 pub use error::Error;
 pub use identity::published::{Captured, captured};
+pub use millrace_config::understood;
 pub use relation::{RelationError, SubjectId};
 pub use run::run;
 pub use status::{CopyTrouble, Status};
-pub use stored::understood;

@@ -1,5 +1,6 @@
 //! One life of a capture: from nothing to streaming. What it finds decides how it begins.
 
+mod away;
 mod begin;
 mod publishing;
 
@@ -14,6 +15,7 @@ use millrace_connect::postgres::{Dsn, Session, connect};
 use millrace_event::{Lsn, subject, work};
 use tokio_postgres::Client;
 
+pub(crate) use self::away::Away;
 pub(crate) use self::begin::slot_blocked;
 use self::begin::{decide, prepare, publish_start};
 use self::publishing::Publishing;
@@ -99,8 +101,30 @@ async fn fitted(dsn: Dsn, client: &Client) -> Result<Dsn, Error> {
     })
 }
 
+/// The broker, as far as it must be there before anything is decided.
+struct Reached {
+    jetstream: jetstream::Context,
+    /// In bytes.
+    max_payload: usize,
+    /// Whether anything was ever captured of this source.
+    captured_before: bool,
+}
+
+async fn reach(config: &Config) -> Result<Reached, Error> {
+    let admin = nats::connect(&config.stream, "millrace capture", INBOX, Reconnect::Always).await?;
+    let max_payload = admin.server_info().max_payload;
+    let jetstream = jetstream::new(admin);
+    stream::require_level(&jetstream).await?;
+    let captured_before = captured_before(config, &jetstream).await?;
+    Ok(Reached {
+        jetstream,
+        max_payload,
+        captured_before,
+    })
+}
+
 /// Connects, checks, begins or resumes, and starts replication.
-pub(crate) async fn open(config: &Config, now: Duration) -> Result<Life, Error> {
+pub(crate) async fn open(config: &Config, now: Duration, away: &mut Away) -> Result<Life, Error> {
     let dsn = Dsn::parse(config.source.url.read()?.expose())
         .map_err(millrace_connect::postgres::ConnectError::from)?;
     let session = Session {
@@ -114,23 +138,31 @@ pub(crate) async fn open(config: &Config, now: Duration) -> Result<Life, Error> 
     let first = FirstLook::take(config, &client).await?;
     let inspected = source::inspect_tables(&client, &facts, &config.tables, salt.as_ref()).await?;
 
-    let admin = nats::connect(&config.stream, "millrace capture", INBOX, Reconnect::Always).await?;
-    let max_payload = admin.server_info().max_payload;
-    let jetstream = jetstream::new(admin);
-    stream::require_level(&jetstream).await?;
-    let inspected =
-        match inspected.refused.is_empty() || captured_before(config, &jetstream).await? {
-            true => inspected,
-            // Nothing is made for a capture that does not begin.
-            false => Inspected {
-                tables: inspected.all()?,
-                refused: Vec::new(),
-            },
-        };
-    let stream = open_buckets(config, jetstream).await?;
+    let reached = match reach(config).await {
+        Ok(reached) => reached,
+        Err(error) => {
+            let refused = &inspected.refused;
+            let relieved = away.relieve(config, &client, facts.version, refused).await;
+            if let Err(error) = relieved {
+                tracing::warn!(reason = %error.chain(), "tables stay published that their application cannot change");
+            }
+            return Err(error);
+        }
+    };
+    let max_payload = reached.max_payload;
+    let inspected = match inspected.refused.is_empty() || reached.captured_before {
+        true => inspected,
+        // Nothing is made for a capture that does not begin.
+        false => Inspected {
+            tables: inspected.all()?,
+            refused: Vec::new(),
+        },
+    };
+    let stream = open_buckets(config, reached.jetstream).await?;
     let publication = source::publication_name(&config.source.name);
     let members = source::published_tables(&client, facts.version, &publication).await?;
-    let known = Earlier::read(&stream).await?;
+    let mut known = Earlier::read(&stream).await?;
+    away.settle(&mut known, &stream).await?;
     let (mut tables, refused) = known.admit(inspected, &members, |_| true)?;
     let watched = Watched::begin(first, &refused, &stream.state).await?;
     let left_out = LeftOut::read(&stream.state, &client).await?;
@@ -219,6 +251,7 @@ pub(crate) async fn open(config: &Config, now: Duration) -> Result<Life, Error> 
         .map_err(|error| Error::retry(error.to_string(), error))?;
     let settings = settings(config, &facts, &tables, epoch, max_payload);
     let capture = Capture::new(settings, resume(&state, &tail, confirmed), now);
+    away.streams(&tables, &refused);
     let source = Source {
         dsn,
         client,

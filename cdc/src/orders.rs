@@ -11,7 +11,7 @@ use millrace_event::work::{self, BackfillOrder, orders_key};
 
 use crate::Error;
 use crate::life::Stream;
-use crate::stored::understood;
+use crate::understood;
 
 /// A list that others change at the same moment is tried so often, with a pause between.
 const ATTEMPTS: u32 = 8;

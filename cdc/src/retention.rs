@@ -16,8 +16,8 @@ use millrace_event::work::{ParkedClaim, SinkReport};
 use crate::Error;
 use crate::life::Stream;
 use crate::status::Status;
-use crate::stored::understood;
 use crate::stream::{self, StreamState};
+use crate::understood;
 
 /// How often the stream's size is looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
@@ -57,8 +57,8 @@ pub(crate) struct Retention<'r> {
     confirm_age: Duration,
     fullness: &'r Fullness,
     status: &'r Status,
-    /// The revision of the last report that was not understood; revisions begin with 1.
-    unread: AtomicU64,
+    /// Of each sink, the revision of its last report that was not understood; revisions begin with 1.
+    unread: Vec<AtomicU64>,
 }
 
 impl<'r> Retention<'r> {
@@ -79,7 +79,7 @@ impl<'r> Retention<'r> {
             confirm_age,
             fullness,
             status,
-            unread: AtomicU64::new(0),
+            unread: config.sinks.iter().map(|_| AtomicU64::new(0)).collect(),
         }
     }
 
@@ -160,14 +160,14 @@ impl<'r> Retention<'r> {
     /// What each sink last said of itself, and what the stream has there.
     async fn reports(&self, state: &StreamState) -> Result<Vec<Reported<'r>>, Error> {
         let mut reports = Vec::with_capacity(self.sinks.len());
-        for sink in self.sinks {
+        for (sink, unread) in self.sinks.iter().zip(&self.unread) {
             let entry = self
                 .reports
                 .entry(&sink.name)
                 .await
                 .map_err(|error| Error::retry("a sink's report cannot be read", error))?;
             let entry = entry.filter(|entry| entry.operation == Operation::Put);
-            let report = entry.and_then(|entry| self.understood(&sink.name, &entry));
+            let report = entry.and_then(|entry| self.understood(&sink.name, &entry, unread));
             let (name, required) = (sink.name.as_str(), sink.required);
             let found = match &report {
                 Some(report) if required && report.stream_seq >= state.first_seq => {
@@ -187,12 +187,12 @@ impl<'r> Retention<'r> {
 
     /// A report. One that is not understood keeps what a required sink has not applied, like none; that is said
     /// once: a sink that runs reports again within a second.
-    fn understood(&self, sink: &str, entry: &kv::Entry) -> Option<SinkReport> {
+    fn understood(&self, sink: &str, entry: &kv::Entry, unread: &AtomicU64) -> Option<SinkReport> {
         let condition = match understood(&self.reports.name, sink, &entry.value) {
             Ok(report) => return Some(report),
             Err(condition) => condition,
         };
-        let said = self.unread.swap(entry.revision, Ordering::Relaxed);
+        let said = unread.swap(entry.revision, Ordering::Relaxed);
         if said != entry.revision {
             tracing::warn!(
                 code = condition.code.as_str(), remedy = %condition.remedy,

@@ -17,7 +17,7 @@ use crate::capture::{Capture, CaptureError, Input, Output};
 use crate::commits::Commits;
 use crate::copy::Copier;
 use crate::left_out::LeftOut;
-use crate::life::{self, Life, Source, Stream};
+use crate::life::{self, Away, Life, Source, Stream};
 use crate::publish::{self, Acks, Sender};
 use crate::replication::{Frame, WalBatch, WalHandle, WalReader};
 use crate::retention::{Fullness, Retention};
@@ -41,8 +41,9 @@ const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
 pub async fn run(config: &Config, status: &Status, stop: &CancellationToken) -> Result<(), Error> {
     let backoff = Backoff::default();
     let mut failures = 0_u32;
+    let mut away = Away::default();
     loop {
-        let Err(error) = Box::pin(live(config, status, stop)).await else {
+        let Err(error) = Box::pin(live(config, status, &mut away, stop)).await else {
             return Ok(());
         };
         // A life that got as far as streaming starts the backoff anew.
@@ -76,14 +77,19 @@ pub async fn run(config: &Config, status: &Status, stop: &CancellationToken) -> 
 }
 
 /// One life: connects, streams, and returns at `stop` or with what ended it.
-async fn live(config: &Config, status: &Status, stop: &CancellationToken) -> Result<(), Error> {
+async fn live(
+    config: &Config,
+    status: &Status,
+    away: &mut Away,
+    stop: &CancellationToken,
+) -> Result<(), Error> {
     let began = Instant::now();
     // Boxed: it is the largest future here, and done when the loop begins.
     let life = tokio::select! {
         biased;
         // Before streaming there is nothing to drain.
         () = stop.cancelled() => return Ok(()),
-        life = Box::pin(life::open(config, began.elapsed())) => life?,
+        life = Box::pin(life::open(config, began.elapsed(), away)) => life?,
     };
     let Life {
         capture,

@@ -8,7 +8,7 @@ use tokio_postgres::Client;
 
 use crate::Error;
 use crate::source::{self, SourceTable};
-use crate::stored::understood;
+use crate::understood;
 
 /// Keeps every table's schema: as the latest, and under its version.
 ///

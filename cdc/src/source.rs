@@ -4,6 +4,7 @@ mod catalog;
 mod describe;
 mod generated;
 mod key;
+mod leaves;
 mod membership;
 mod publication;
 mod room;

@@ -78,9 +78,17 @@ impl<'a> RowChange<'a> {
         };
         let mut new = new.map(|tuple| row(published, tuple)).transpose()?;
         let mut key_changed = false;
-        if let (Some((kind, old)), Some(new)) = (&old, &mut new) {
+        if let (Some((kind, old)), Some(new)) = (&mut old, &mut new) {
+            // A partition that logs less of old rows than its table is told as the table: NULL stands for what it
+            // does not log. What is unchanged is not NULL, and shows it.
+            let lacks = |(new, old): (&Datum<'_>, &Datum<'_>)| {
+                *new == Datum::Unchanged && *old == Datum::Null
+            };
+            if new.iter().zip(old.iter()).any(lacks) {
+                *kind = OldKind::Key;
+            }
             // A key tuple says NULL for every other column: only its key columns are values.
-            for (index, (datum, known)) in new.iter_mut().zip(old).enumerate() {
+            for (index, (datum, known)) in new.iter_mut().zip(old.iter()).enumerate() {
                 let has_value = *kind == OldKind::Full || relation.key().contains(&index);
                 if *datum == Datum::Unchanged && has_value {
                     *datum = *known;

@@ -16,6 +16,7 @@ mod report;
 mod secret;
 mod settings;
 mod state;
+mod stored;
 mod unbuilt;
 
 pub use backoff::Backoff;
@@ -31,3 +32,4 @@ pub use settings::{
     Sink, SinkType, Source, Stream, SyncInterval, Table,
 };
 pub use state::{Exit, State};
+pub use stored::understood;

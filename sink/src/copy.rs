@@ -4,6 +4,7 @@ mod bucket;
 mod healing;
 mod taking;
 mod told;
+mod unread;
 
 use std::time::Duration;
 
@@ -14,10 +15,11 @@ use millrace_event::{Position, TableName, subject};
 use tokio::time::Instant;
 
 pub(crate) use self::bucket::withdraw;
-use self::bucket::{put, read, request_key, strike};
+use self::bucket::{Stored, put, request_key, stored_request, strike};
 use self::healing::Healing;
 use self::taking::{Taken, reach_of, take};
-use self::told::{Telling, Told};
+use self::told::{Telling, Told, Word};
+pub(crate) use self::unread::Unread;
 use crate::asking::{self, Debts};
 use crate::batch::{Batch, Checkpoint};
 use crate::copying::{Copying, Keeps};
@@ -138,7 +140,13 @@ impl Copies {
         let Some(Told { orders, status }) = telling.latest() else {
             return Ok(Looked::Nothing);
         };
-        let ordered = asking::follow_orders(&life.progress, &orders, collected, now_us());
+        let ordered = match &orders {
+            Word::Said(orders) => {
+                asking::follow_orders(&life.progress, orders, collected, now_us())
+            }
+            // What was ordered before goes on, and what was carried out is not forgotten.
+            Word::Unread => None,
+        };
         if let Some(progress) = ordered {
             // A request that an order has changed the sense of must not be gone on with.
             let asked = self.answer.as_ref().map(|answer| answer.machine.request());
@@ -147,9 +155,14 @@ impl Copies {
             }
             return Ok(Looked::Changed(progress));
         }
-        strike(life, &orders).await?;
-        self.clearing &= status.is_some();
-        self.take_status(life, status).await?;
+        if let Word::Said(orders) = &orders {
+            strike(life, orders).await?;
+        }
+        // What capture said before holds until it is understood again.
+        if let Word::Said(status) = status {
+            self.clearing &= status.is_some();
+            self.take_status(life, status).await?;
+        }
         let cut = self.cut_loads(life).await?;
         if !cut.is_empty() {
             tracing::warn!(
@@ -170,8 +183,7 @@ impl Copies {
     async fn withdraw(&mut self, life: &Life<'_>) -> Result<(), Error> {
         self.answer = None;
         if !self.withdrawn {
-            withdraw(life).await?;
-            self.withdrawn = true;
+            self.withdrawn = withdraw(life).await?;
         }
         Ok(())
     }
@@ -224,9 +236,13 @@ impl Copies {
             let asked = answer.machine.request().id.as_str();
             return Ok(asking::cut_loads(&life.progress, Some(asked), cut));
         }
-        let stored: Option<CopyRequest> = read(life, &request_key(life)).await?;
-        let asked = stored.as_ref().map(|request| request.id.as_str());
-        Ok(asking::cut_loads(&life.progress, asked, &[]))
+        let stored = match stored_request(life).await? {
+            // Nobody knows whether it is the one that is being answered.
+            Stored::Unread => return Ok(Vec::new()),
+            Stored::Request(request) => Some(request.id),
+            Stored::Nothing => None,
+        };
+        Ok(asking::cut_loads(&life.progress, stored.as_deref(), &[]))
     }
 
     /// Looks for rows that are incomplete, unless the last ones are still awaited.
@@ -293,7 +309,11 @@ impl Copies {
         if answer.is_some_and(|answer| answer.status.is_some()) {
             return Ok(());
         }
-        let stored: Option<CopyRequest> = read(life, &request_key(life)).await?;
+        let stored = match stored_request(life).await? {
+            Stored::Unread => return Ok(()),
+            Stored::Request(request) => Some(request),
+            Stored::Nothing => None,
+        };
         if let Some(asked) = asked {
             if stored.is_none_or(|stored| stored.id != asked.id) {
                 put(life, &request_key(life), &asked).await?;

@@ -17,6 +17,7 @@ use tokio::task::JoinHandle;
 use self::layouts::Layouts;
 use self::stream::bucket;
 use crate::batch::{Batch, Checkpoint, PositionRow};
+use crate::copy::{Unread, withdraw};
 use crate::error::Error;
 use crate::postgres::{PostgresSink, connector};
 use crate::progress::CopyProgress;
@@ -47,6 +48,8 @@ pub(crate) struct Life<'l> {
     pub(crate) copies: kv::Store,
     schemas: kv::Store,
     reports: kv::Store,
+    /// The request in the bucket of copies, where it is not understood.
+    pub(crate) unread_request: Unread,
     reported_at: Option<tokio::time::Instant>,
     /// The committed sequence and position of the last report.
     reported: Option<(u64, Position)>,
@@ -98,6 +101,7 @@ impl<'l> Life<'l> {
             schemas: bucket(&jetstream, source, work::SCHEMAS).await?,
             reports: bucket(&jetstream, source, work::SINKS).await?,
             jetstream,
+            unread_request: Unread::default(),
             reported_at: None,
             reported: None,
             limits: BatchLimits {
@@ -134,10 +138,7 @@ impl<'l> Life<'l> {
         }
         if standing != Standing::Same {
             // An answer to an earlier request may lie on the copy stream: its rows are older than this beginning.
-            self.copies
-                .delete(format!("request.{}", self.settings.name))
-                .await
-                .map_err(|error| Error::retry("a copy request cannot be withdrawn", error))?;
+            withdraw(self).await?;
         }
         if progress != self.progress {
             let to = match standing {

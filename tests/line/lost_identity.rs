@@ -4,6 +4,9 @@
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
+use async_nats::jetstream;
+use millrace_event::subject;
+use millrace_event::work::STATE;
 use millrace_lab::{ConfigDir, Pipeline};
 use serde_json::Value;
 
@@ -39,7 +42,7 @@ async fn usual() -> Stage {
 
 /// Waits until the process streams and tells of `public.u`, and of no other table, that it is parked with this code
 /// and a remedy that says this.
-async fn parked(pipeline: &mut Pipeline, code: &str, remedy: &str) {
+pub(crate) async fn parked(pipeline: &mut Pipeline, code: &str, remedy: &str) {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let (_, status) = pipeline.get("/status").await.expect("answers");
@@ -62,7 +65,7 @@ async fn parked(pipeline: &mut Pipeline, code: &str, remedy: &str) {
 }
 
 /// Runs SQL of the application until Postgres takes it.
-async fn taken(stage: &Stage, pipeline: &Pipeline, sql: &str) {
+pub(crate) async fn taken(stage: &Stage, pipeline: &Pipeline, sql: &str) {
     let deadline = Instant::now() + PATIENCE;
     while let Err(error) = stage.source.batch_execute(sql).await {
         assert!(Instant::now() < deadline, "{error:?}\n{}", pipeline.logs());
@@ -86,7 +89,7 @@ async fn told(stage: &Stage) -> (String, String, bool) {
     )
 }
 
-async fn others_go_on(stage: &Stage, pipeline: &Pipeline, id: u32) {
+pub(crate) async fn others_go_on(stage: &Stage, pipeline: &Pipeline, id: u32) {
     stage
         .sql(&format!("INSERT INTO t VALUES ({id}, 'on')"))
         .await;
@@ -132,6 +135,86 @@ async fn a_table_without_identity_is_parked_alone_and_its_application_goes_on() 
     while told(&stage).await != ("streaming".to_owned(), String::new(), true) {
         assert!(Instant::now() < deadline, "{}", pipeline.logs());
     }
+}
+
+#[tokio::test]
+async fn a_table_without_identity_does_not_stay_published_while_the_broker_is_away() {
+    let mut stage = usual().await;
+    let mut pipeline = stage.start();
+    stage.equal(&pipeline).await;
+    stage.nats.stop().await.expect("stopped");
+    stage.sql(NOTHING).await;
+    taken(&stage, &pipeline, MISSED).await;
+    assert_eq!(stage.source_text(MEMBER).await, "0");
+    assert!(pipeline.logs().contains("E1107"), "{}", pipeline.logs());
+    stage.nats.start_again().await.expect("broker");
+    parked(&mut pipeline, "E1107", MEND).await;
+    others_go_on(&stage, &pipeline, 1).await;
+    stage.sql(MEND).await;
+    stage.equal(&pipeline).await;
+
+    // It may be mended before the broker is back.
+    stage.nats.stop().await.expect("stopped");
+    stage.sql(NOTHING).await;
+    taken(&stage, &pipeline, "UPDATE u SET v = 'again' WHERE id <= 50").await;
+    stage.sql(MEND).await;
+    stage.sql("DELETE FROM u WHERE id > 550").await;
+    stage.nats.start_again().await.expect("broker");
+    stage.equal(&pipeline).await;
+    assert_eq!(stage.source_text(MEMBER).await, "1");
+
+    // What was taken out is not taken for complete by another process.
+    stage.nats.stop().await.expect("stopped");
+    stage.sql(NOTHING).await;
+    taken(
+        &stage,
+        &pipeline,
+        "UPDATE u SET v = 'once more' WHERE id <= 50",
+    )
+    .await;
+    pipeline.kill9();
+    stage.nats.start_again().await.expect("broker");
+    let mut pipeline = stage.start();
+    parked(&mut pipeline, "E1107", MEND).await;
+    stage.sql(MEND).await;
+    stage.equal(&pipeline).await;
+}
+
+#[tokio::test]
+async fn a_table_that_loses_its_key_before_the_stream_begins_is_marked() {
+    let stage = usual().await;
+    let blocker = stage.postgres.connect("source").await.expect("connects");
+    let block = "BEGIN; SELECT pg_current_xact_id()";
+    blocker.batch_execute(block).await.expect("blocks");
+    // It waits for its slot, with the publication made and remembered.
+    let mut pipeline = stage.start();
+    let state = subject::bucket_name("shop", STATE);
+    let jetstream = jetstream::new(stage.nats.client().await.expect("client"));
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let state = jetstream.get_key_value(&state).await;
+        let remembered = match state {
+            Ok(state) => state.get("published").await.ok().flatten(),
+            Err(_) => None,
+        };
+        if remembered.is_some() {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{}", pipeline.logs());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    pipeline.kill9();
+    blocker.batch_execute("ROLLBACK").await.expect("ends");
+    stage.sql(NOTHING).await;
+    blocker.batch_execute(block).await.expect("blocks");
+    let mut pipeline = stage.start();
+    taken(&stage, &pipeline, MISSED).await;
+    blocker.batch_execute("ROLLBACK").await.expect("ends");
+    Stage::logs(&pipeline, "parked: table public.u").await;
+    pipeline.kill9();
+    stage.sql(MEND).await;
+    let pipeline = stage.start();
+    stage.equal(&pipeline).await;
 }
 
 #[tokio::test]

@@ -136,3 +136,71 @@ async fn only_a_bucket_that_is_not_there_is_made() {
         );
     }
 }
+
+#[tokio::test]
+async fn a_sink_leaves_what_it_does_not_understand_and_says_so_once() {
+    let stage = stage().await;
+    let capture = stage.start_with(&["run", "--only", "capture"]);
+    Stage::logs(&capture, "stream begun").await;
+    stopped(capture).await;
+    let copies = bucket(&stage, COPIES).await;
+    let keys = ["request.replica", "status.replica", "orders.replica"];
+    for key in keys {
+        copies.put(key, GARBAGE.into()).await.expect("put");
+    }
+    let sink = stage.start_with(&["run", "--only", "sink:replica"]);
+    for key in keys {
+        let said = format!("key {key} of bucket MILLRACE_shop_copies is not understood");
+        Stage::logs(&sink, &said).await;
+    }
+    // It looks every second.
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    let logs = sink.logs();
+    assert_eq!(logs.matches("E1211").count(), keys.len(), "{logs}");
+    assert!(!logs.contains("copy requested"), "{logs}");
+    for key in keys {
+        let value = copies.get(key).await.expect("read").expect("kept");
+        assert_eq!(&value[..], GARBAGE, "{key}");
+    }
+    copies.delete(keys[0]).await.expect("deleted");
+    Stage::logs(&sink, "copy requested").await;
+    stopped(sink).await;
+
+    // With the request that the sink has made, and nothing else of theirs.
+    copies.delete(keys[1]).await.expect("deleted");
+    let pipeline = stage.start();
+    stage.equal(&pipeline).await;
+    let list = copies.get(keys[2]).await.expect("read").expect("kept");
+    assert_eq!(&list[..], GARBAGE);
+    // A list that is understood again is carried out.
+    stage.target_sql("UPDATE u SET v = 'by hand'").await;
+    let order = BackfillOrder::new("19ab-0".to_owned(), TableName::new("public", "u"));
+    let list = serde_json::to_vec(&[order]).expect("json");
+    copies.put(keys[2], list.into()).await.expect("put");
+    stage.equal(&pipeline).await;
+}
+
+#[tokio::test]
+async fn reports_that_are_not_understood_are_told_once_each() {
+    let stage = stage().await;
+    let folder = stage
+        .same_config()
+        .sink("other", &stage.target_url())
+        .write();
+    let folder = folder.expect("folder");
+    let capture = Stage::start_in(&folder, &["run", "--only", "capture"]);
+    Stage::logs(&capture, "stream begun").await;
+    stopped(capture).await;
+    let reports = bucket(&stage, SINKS).await;
+    for sink in ["replica", "other"] {
+        reports.put(sink, GARBAGE.into()).await.expect("put");
+    }
+    let capture = Stage::start_in(&folder, &["run", "--only", "capture"]);
+    // They are read every ten seconds.
+    tokio::time::sleep(Duration::from_secs(23)).await;
+    for sink in ["replica", "other"] {
+        let said = format!("key {sink} of bucket MILLRACE_shop_sinks");
+        let logs = capture.logs();
+        assert_eq!(logs.matches(&said).count(), 1, "{logs}");
+    }
+}

@@ -19,7 +19,7 @@ use crate::Error;
 use crate::life::Stream;
 use crate::orders::{Cause, order_backfill};
 use crate::source::{Clause, Member, SourceTable};
-use crate::stored::understood;
+use crate::understood;
 
 /// The key of the tables that were in the publication.
 const PUBLISHED_KEY: &str = "published";

@@ -94,6 +94,7 @@ impl Publishing<'_> {
             refused: refused.iter().map(|table| table.name.clone()).collect(),
             ..Drift::default()
         };
+        let members = source::published_tables(client, version, &name).await?;
         if plan == Plan::Resume {
             let publication = source::find_publication(client, &name).await?;
             if earlier
@@ -102,13 +103,15 @@ impl Publishing<'_> {
             {
                 return Err(Error::halt(source::publication_gone(&name)));
             }
-            let members = source::published_tables(client, version, &name).await?;
             drift = Drift {
                 refused: drift.refused,
                 ..earlier.check(&name, tables, &members, config.source.create)?
             };
-            earlier.lose(stream, &drift, now_us()).await?;
-            relieve(client, config, refused, &members).await?;
+        }
+        // Also where the stream is not begun: a crash may have left the publication behind.
+        earlier.lose(stream, &drift, now_us()).await?;
+        relieve(client, config, refused, &members).await?;
+        if plan == Plan::Resume {
             let removed = earlier.let_go(config, stream).await?;
             let own = |table: &TableName| members.get(table).is_some_and(|member| member.own);
             drift.leaving = self

@@ -26,7 +26,7 @@ pub(super) struct Seen {
     /// of another table's is 0.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(super) names: Vec<(String, i16)>,
-    /// A digest of what identifies rows, and of what the table logs of old ones.
+    /// A digest of what identifies rows, and of what the table and its partitions log of old ones.
     pub(super) keys: String,
     /// A backfill that is to be ordered.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -8,7 +8,8 @@ use super::judgement::{Column, Entry, Look, Seen};
 use crate::Error;
 use crate::source::wal_position;
 
-/// All tables at once, and all of a table as one snapshot shows it: what one statement changed is seen together.
+/// All tables at once, and all of a table as one snapshot shows it: what one statement changed is seen together. What
+/// partitions log of old rows is taken without their number: one more that is like the others ends no life.
 const LOOK: &str = "SELECT w.place, c.oid, \
     md5(coalesce(p.files, nullif(c.relfilenode, 0)::text, '')), coalesce(p.leaves, '{}'), coalesce(p.empty, '{}'), \
     coalesce(p.members, '{}'), coalesce(p.attached, '{}'), \
@@ -18,7 +19,13 @@ const LOOK: &str = "SELECT w.place, c.oid, \
     i.indimmediate, i.indkey, ARRAY(SELECT attnum FROM pg_attribute WHERE attrelid = c.oid AND attnotnull \
     AND attnum = ANY (i.indkey::int2[]) ORDER BY attnum)), ',' ORDER BY i.indexrelid) \
     FROM pg_index i WHERE i.indrelid = c.oid AND i.indisvalid AND i.indisunique \
-    AND (i.indisprimary OR i.indisreplident OR w.keyed)), '')) \
+    AND (i.indisprimary OR i.indisreplident OR w.keyed)), '') || coalesce((SELECT string_agg(DISTINCT d.logged, ',' \
+    ORDER BY d.logged) FROM (SELECT concat_ws(' ', l.relreplident, l.relpersistence, (SELECT string_agg(concat(\
+    i.indimmediate, ARRAY(SELECT attname::text FROM pg_attribute WHERE attrelid = l.oid \
+    AND attnum = ANY (i.indkey::int2[]) ORDER BY 1)), ',' ORDER BY i.indexrelid) \
+    FROM pg_index i WHERE i.indrelid = l.oid AND i.indisvalid AND CASE l.relreplident WHEN 'd' THEN i.indisprimary \
+    WHEN 'i' THEN i.indisreplident ELSE false END)) AS logged FROM pg_partition_tree(c.oid) t \
+    JOIN pg_class l ON l.oid = t.relid WHERE c.relkind = 'p' AND t.isleaf AND l.relkind = 'r') d), '')) \
     FROM unnest($1::text[], $2::bool[]) WITH ORDINALITY w(name, keyed, place) \
     JOIN pg_class c ON c.oid = to_regclass(w.name) \
     CROSS JOIN LATERAL (SELECT string_agg(l.oid::text || ':' || coalesce(nullif(l.relfilenode, 0)::text, ''), ',' \

@@ -9,6 +9,7 @@ use tokio_postgres::Client;
 use super::SourceFacts;
 use super::generated::check_generated;
 use super::key::{UniqueIndex, key_of, logs_old_rows};
+use super::leaves::{Leaf, check_leaves, leaves};
 use super::membership::{Clause, Member};
 use super::selection::{self, CatalogColumn};
 use crate::Error;
@@ -256,19 +257,31 @@ const COLUMNS: &str = "SELECT a.attnum, a.attname::text, a.atttypid, a.atttypmod
     a.attgenerated <> '' FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid \
     WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum";
 
-/// The unique indexes that can identify rows, with their columns in the index's order. Since Postgres 18 a column
-/// may be NOT NULL for new rows only.
-const KEYS: &str = "SELECT i.indisprimary, i.indisreplident, \
-    array_agg(a.attname::text ORDER BY k.place), bool_and(a.attnotnull AND NOT EXISTS (SELECT FROM pg_constraint n \
-    WHERE n.conrelid = a.attrelid AND n.contype = 'n' AND NOT n.convalidated AND n.conkey = ARRAY[a.attnum])), \
-    c.relname::text, i.indimmediate \
-    FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid \
+/// The unique indexes of relation `c` that can identify rows, with their columns in the index's order. Since Postgres 18
+/// a column may be NOT NULL for new rows only.
+pub(super) const KEYS: &str = "SELECT i.indisprimary, i.indisreplident, \
+    array_agg(a.attname::text ORDER BY k.place) AS columns, bool_and(a.attnotnull AND NOT EXISTS (SELECT \
+    FROM pg_constraint n WHERE n.conrelid = a.attrelid AND n.contype = 'n' AND NOT n.convalidated \
+    AND n.conkey = ARRAY[a.attnum])) AS not_null, x.relname::text, i.indimmediate \
+    FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid \
     CROSS JOIN unnest(i.indkey::smallint[]) WITH ORDINALITY k(attnum, place) \
     JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum \
-    WHERE i.indrelid = $1 AND i.indisunique AND i.indisvalid AND i.indpred IS NULL \
+    WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid AND i.indpred IS NULL \
     AND k.place <= i.indnkeyatts AND i.indexprs IS NULL \
-    GROUP BY i.indexrelid, i.indisprimary, i.indisreplident, c.relname, i.indimmediate \
+    GROUP BY i.indexrelid, i.indisprimary, i.indisreplident, x.relname, i.indimmediate \
     ORDER BY i.indexrelid";
+
+/// A row of [`KEYS`], whose columns begin at `first`.
+pub(super) fn unique_index(row: &tokio_postgres::Row, first: usize) -> UniqueIndex {
+    UniqueIndex {
+        primary: row.get(first),
+        identity: row.get(first + 1),
+        columns: row.get(first + 2),
+        not_null: row.get(first + 3),
+        name: row.get(first + 4),
+        immediate: row.get(first + 5),
+    }
+}
 
 async fn inspect_table(
     client: &Client,
@@ -306,26 +319,27 @@ async fn inspect_table(
         );
     }
     let catalog = catalog_columns(client, oid).await?;
-    let indexes: Vec<UniqueIndex> = client
-        .query(KEYS, &[&oid])
-        .await?
-        .iter()
-        .map(|row| UniqueIndex {
-            primary: row.get(0),
-            identity: row.get(1),
-            columns: row.get(2),
-            not_null: row.get(3),
-            name: row.get(4),
-            immediate: row.get(5),
-        })
-        .collect();
-    let key = key_of(table, &identity, &indexes).map_err(|condition| {
-        let harm = match logs_old_rows(&identity, &indexes) {
-            true => Harm::None,
-            false => Harm::Published,
-        };
-        Obstacle::Refused(condition, harm)
-    })?;
+    let sql = format!("SELECT k.* FROM pg_class c CROSS JOIN LATERAL ({KEYS}) k WHERE c.oid = $1");
+    let indexes = client.query(&sql, &[&oid]).await?;
+    let indexes: Vec<_> = indexes.iter().map(|row| unique_index(row, 0)).collect();
+    // Postgres writes to the partitions, and looks at their identities alone.
+    let leaves = match row.get(1) {
+        "p" => Some(leaves(client, oid).await?),
+        _ => None,
+    };
+    let logs = match &leaves {
+        Some(leaves) => leaves.iter().all(Leaf::logs_old_rows),
+        None => logs_old_rows(&identity, &indexes),
+    };
+    let harm = match logs {
+        true => Harm::None,
+        false => Harm::Published,
+    };
+    let key = key_of(table, &identity, &indexes).and_then(|key| {
+        check_leaves(name, &key, leaves.as_deref().unwrap_or_default())?;
+        Ok(key)
+    });
+    let key = key.map_err(|condition| Obstacle::Refused(condition, harm))?;
     let generated = catalog.iter().filter(|column| column.generated);
     let generated: Vec<_> = generated.map(|column| column.name.clone()).collect();
     if !generated.is_empty() {

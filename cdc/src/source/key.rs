@@ -32,9 +32,7 @@ pub(super) fn key_of(
     indexes: &[UniqueIndex],
 ) -> Result<Vec<String>, Condition> {
     let immediate = || indexes.iter().filter(|index| index.immediate);
-    let primary = immediate().find(|index| index.primary);
-    // Since Postgres 18 its columns may be NOT NULL for new rows only.
-    let by_identity = immediate().find(|index| index.identity && index.not_null);
+    let (primary, by_identity) = (primary(indexes), by_identity(indexes));
     let found = match &table.key {
         Some(key) => immediate().find(|index| index.not_null && same_columns(&index.columns, key)),
         None => primary.or(by_identity),
@@ -42,17 +40,39 @@ pub(super) fn key_of(
     let Some(found) = found else {
         return Err(no_key(table, indexes));
     };
-    let logged = match identity {
-        "d" => primary,
-        "i" => by_identity,
-        _ => None,
-    };
     let key = table.key.as_ref().unwrap_or(&found.columns);
-    let covers = |index: &UniqueIndex| key.iter().all(|column| index.columns.contains(column));
-    match identity == "f" || logged.is_some_and(covers) {
+    match logs_key(identity, indexes, key) {
         true => Ok(key.clone()),
         false => Err(no_identity(table, identity, found, key, indexes)),
     }
+}
+
+fn primary(indexes: &[UniqueIndex]) -> Option<&UniqueIndex> {
+    let mut immediate = indexes.iter().filter(|index| index.immediate);
+    immediate.find(|index| index.primary)
+}
+
+/// Since Postgres 18 its columns may be NOT NULL for new rows only.
+fn by_identity(indexes: &[UniqueIndex]) -> Option<&UniqueIndex> {
+    let mut immediate = indexes.iter().filter(|index| index.immediate);
+    immediate.find(|index| index.identity && index.not_null)
+}
+
+impl UniqueIndex {
+    /// Whether every column of a key is among its own.
+    pub(super) fn covers(&self, key: &[String]) -> bool {
+        key.iter().all(|column| self.columns.contains(column))
+    }
+}
+
+/// Whether a relation logs the key of its old rows.
+pub(super) fn logs_key(identity: &str, indexes: &[UniqueIndex], key: &[String]) -> bool {
+    let logged = match identity {
+        "d" => primary(indexes),
+        "i" => by_identity(indexes),
+        _ => None,
+    };
+    identity == "f" || logged.is_some_and(|index| index.covers(key))
 }
 
 /// Whether the table logs anything to tell an old row by. Without it Postgres takes no update and no delete of a
@@ -147,10 +167,6 @@ fn no_identity(
         "n" => " (REPLICA IDENTITY NOTHING)",
         _ => "",
     };
-    let choice = match found.primary {
-        true => "DEFAULT".to_owned(),
-        false => format!("USING INDEX {}", quote_identifier(&found.name)),
-    };
     Condition::new(
         Code::NoReplicaIdentity,
         format!(
@@ -158,11 +174,20 @@ fn no_identity(
              publishing it would break the application's own updates and deletes",
             list(key)
         ),
-        format!("ALTER TABLE {quoted} REPLICA IDENTITY {choice}, or FULL"),
+        identity_remedy(&quoted, found),
     )
 }
 
-fn list(columns: &[String]) -> String {
+/// The statement that makes an index what a relation logs of its old rows.
+pub(super) fn identity_remedy(quoted: &str, index: &UniqueIndex) -> String {
+    let choice = match index.primary {
+        true => "DEFAULT".to_owned(),
+        false => format!("USING INDEX {}", quote_identifier(&index.name)),
+    };
+    format!("ALTER TABLE {quoted} REPLICA IDENTITY {choice}, or FULL")
+}
+
+pub(super) fn list(columns: &[String]) -> String {
     let quoted: Vec<_> = columns
         .iter()
         .map(|column| quote_identifier(column))

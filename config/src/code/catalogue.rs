@@ -86,7 +86,8 @@ codes! {
     NoReplicaIdentity = "E1107", "a table has no replica identity",
         "Postgres does not log the key of the table's old rows: it has no primary key (a DEFERRABLE one does \
         not count), or its replica identity is another index or NOTHING; since Postgres 18 it may have no \
-        generated column either, and FULL has them all. Publishing the table would make the application's own \
+        generated column either, and FULL has them all. Of a partitioned table every partition counts: each has a \
+        replica identity of its own. Publishing the table would make the application's own \
         UPDATE and DELETE statements fail, so Millrace does not touch the publication. Run the statement \
         beside this code; or add a primary key, set `REPLICA IDENTITY USING INDEX` to a unique index over columns \
         that are not null, or remove the table's file. A table that was captured before is parked, and the others \

@@ -1,6 +1,8 @@
 //! What a sink reads and writes in the bucket of copies: its request, and the orders that it has carried out.
 
-use millrace_event::work::{BackfillOrder, orders_key};
+use async_nats::jetstream::kv::Operation;
+use millrace_config::understood;
+use millrace_event::work::{BackfillOrder, CopyRequest, orders_key};
 
 use crate::error::Error;
 use crate::life::Life;
@@ -10,17 +12,45 @@ pub(super) fn request_key(life: &Life<'_>) -> String {
     format!("request.{}", life.settings.name)
 }
 
-/// Withdraws the request that is being answered, if there is one: capture then clears the copy stream away.
-pub(crate) async fn withdraw(life: &Life<'_>) -> Result<(), Error> {
+/// What the bucket has as the sink's request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Stored {
+    /// None.
+    Nothing,
+    /// This one.
+    Request(CopyRequest),
+    /// One that is not understood: capture does not answer it, and it is left as it is.
+    Unread,
+}
+
+/// Reads the sink's request.
+pub(super) async fn stored_request(life: &Life<'_>) -> Result<Stored, Error> {
     let key = request_key(life);
     let failed = |error| Error::retry("copy requests cannot be read", error);
-    if life.copies.get(&key).await.map_err(failed)?.is_none() {
-        return Ok(());
+    let entry = life.copies.entry(&key).await.map_err(failed)?;
+    let Some(entry) = entry.filter(|entry| entry.operation == Operation::Put) else {
+        return Ok(Stored::Nothing);
+    };
+    Ok(match understood(&life.copies.name, &key, &entry.value) {
+        Ok(request) => Stored::Request(request),
+        Err(condition) => {
+            life.unread_request.warn(entry.revision, &condition);
+            Stored::Unread
+        }
+    })
+}
+
+/// Withdraws the request that is being answered, if there is one: capture then clears the copy stream away. Returns
+/// whether there is none now: one that is not understood stays.
+pub(crate) async fn withdraw(life: &Life<'_>) -> Result<bool, Error> {
+    match stored_request(life).await? {
+        Stored::Nothing => return Ok(true),
+        Stored::Unread => return Ok(false),
+        Stored::Request(_) => {}
     }
-    life.copies
-        .delete(&key)
-        .await
-        .map_err(|error| Error::retry("a copy request cannot be withdrawn", error))
+    let deleted = life.copies.delete(&request_key(life)).await;
+    deleted.map_err(|error| Error::retry("a copy request cannot be withdrawn", error))?;
+    Ok(true)
 }
 
 /// Takes orders that were carried out off the list, unless somebody changed it meanwhile: then next time.
@@ -34,8 +64,9 @@ pub(super) async fn strike(life: &Life<'_>, orders: &[BackfillOrder]) -> Result<
     let Some(entry) = life.copies.entry(&key).await.map_err(failed)? else {
         return Ok(());
     };
-    let stored: Vec<BackfillOrder> = serde_json::from_slice(&entry.value).unwrap_or_default();
-    if stored != orders {
+    // Of a list that is not understood nothing is known to be carried out.
+    let stored: Option<Vec<BackfillOrder>> = serde_json::from_slice(&entry.value).ok();
+    if stored.as_deref() != Some(orders) {
         return Ok(());
     }
     let left: Vec<_> = orders
@@ -48,18 +79,6 @@ pub(super) async fn strike(life: &Life<'_>, orders: &[BackfillOrder]) -> Result<
         tracing::debug!(%error, "the list of orders has changed");
     }
     Ok(())
-}
-
-pub(super) async fn read<T: serde::de::DeserializeOwned>(
-    life: &Life<'_>,
-    key: &str,
-) -> Result<Option<T>, Error> {
-    let entry = life
-        .copies
-        .get(key)
-        .await
-        .map_err(|error| Error::retry("copy requests cannot be read", error))?;
-    Ok(entry.and_then(|entry| serde_json::from_slice(&entry).ok()))
 }
 
 pub(super) async fn put<T: serde::Serialize>(

@@ -1,12 +1,16 @@
-//! What others tell a sink in the bucket of copies, read beside the sink's loop: the broker may be far.
+//! What others tell a sink in the bucket of copies, read beside the sink's loop: the broker may be far. What is there
+//! and is not understood is never taken for none.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::jetstream::kv;
+use millrace_config::understood;
 use millrace_event::work::{BackfillOrder, CopyStatus, orders_key};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
+
+use super::unread::Unread;
 
 /// How often it is read.
 const READ_INTERVAL: Duration = Duration::from_millis(300);
@@ -15,12 +19,27 @@ const READ_INTERVAL: Duration = Duration::from_millis(300);
 const HURRIED_INTERVAL: Duration = Duration::from_millis(10);
 
 /// What was read last.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) struct Told {
     /// What operators and capture have ordered.
-    pub(super) orders: Vec<BackfillOrder>,
+    pub(super) orders: Word<Vec<BackfillOrder>>,
     /// What capture says about the request that it answers.
-    pub(super) status: Option<CopyStatus>,
+    pub(super) status: Word<Option<CopyStatus>>,
+}
+
+/// One of the things that a sink is told.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Word<T> {
+    /// It says this; where there is none, the default.
+    Said(T),
+    /// It is there, and nobody knows what it says: what was done last stays so, and it is left as it is.
+    Unread,
+}
+
+impl<T: Default> Default for Word<T> {
+    fn default() -> Self {
+        Self::Said(T::default())
+    }
 }
 
 /// Reads it for as long as it lives.
@@ -41,12 +60,19 @@ impl Telling {
     pub(super) fn begin(copies: kv::Store, sink: &str) -> Self {
         let (sender, told) = watch::channel(None);
         let keys = (orders_key(sink), format!("status.{sink}"));
+        let unread = (Unread::default(), Unread::default());
         let hurried = Arc::new(Notify::new());
         let hurries = Arc::clone(&hurried);
         let task = tokio::spawn(async move {
             let mut interval = READ_INTERVAL;
             while !sender.is_closed() {
-                match read(&copies, &keys.0, &keys.1).await {
+                let told = async {
+                    let orders = word(&copies, &keys.0, &unread.0);
+                    let status = word(&copies, &keys.1, &unread.1);
+                    let (orders, status) = tokio::try_join!(orders, status)?;
+                    Ok::<_, kv::EntryError>(Told { orders, status })
+                };
+                match told.await {
                     Ok(now) => {
                         sender.send_if_modified(|told| {
                             let news = told.as_ref() != Some(&now);
@@ -94,12 +120,21 @@ impl Telling {
     }
 }
 
-async fn read(copies: &kv::Store, orders: &str, status: &str) -> Result<Told, kv::EntryError> {
-    let (orders, status) = tokio::try_join!(copies.get(orders), copies.get(status))?;
-    // What cannot be understood is no order, and no answer.
-    let orders = orders.and_then(|value| serde_json::from_slice(&value).ok());
-    Ok(Told {
-        orders: orders.unwrap_or_default(),
-        status: status.and_then(|value| serde_json::from_slice(&value).ok()),
+/// Reads the value of a key, and warns once of one that is not understood.
+async fn word<T: serde::de::DeserializeOwned + Default>(
+    copies: &kv::Store,
+    key: &str,
+    unread: &Unread,
+) -> Result<Word<T>, kv::EntryError> {
+    let entry = copies.entry(key).await?;
+    let Some(entry) = entry.filter(|entry| entry.operation == kv::Operation::Put) else {
+        return Ok(Word::default());
+    };
+    Ok(match understood(&copies.name, key, &entry.value) {
+        Ok(value) => Word::Said(value),
+        Err(condition) => {
+            unread.warn(entry.revision, &condition);
+            Word::Unread
+        }
     })
 }

@@ -27,7 +27,17 @@ impl Life<'_> {
             .map_err(|error| Error::retry("the stream cannot be read", error))?;
         let last = state.state.last_sequence;
         let created = state.created.unix_timestamp_nanos().to_string();
-        let message = stream.get_raw_message(last).await.map_err(|_| waiting())?;
+        // The broker has no message of that number, and says only that it is asked wrongly.
+        if last == 0 {
+            return Err(waiting());
+        }
+        let message =
+            stream.get_raw_message(last).await.map_err(|error| {
+                match is_missing_message(error.kind()) {
+                    true => waiting(),
+                    false => Error::retry("the stream's newest message cannot be read", error),
+                }
+            })?;
         let position = position_of(&message.headers, &message.payload)
             .ok_or_else(|| Error::retry_because("the stream's newest message is not ours"))?;
         Ok((
@@ -77,6 +87,11 @@ fn is_missing(error: &GetStreamError) -> bool {
         return false;
     };
     answer.error_code() == ErrorCode::STREAM_NOT_FOUND
+}
+
+/// Whether the broker says that there is no such message. Any other answer says nothing about the stream.
+fn is_missing_message(kind: stream::RawMessageErrorKind) -> bool {
+    kind == stream::RawMessageErrorKind::NoMessageFound
 }
 
 /// A bucket that capture makes.

@@ -1,9 +1,10 @@
 //! What is stored beside the stream, in KV buckets. A value that is there and is not understood is never taken for
 //! none: what it said would be lost without a word.
 
-use millrace_config::{Code, Condition};
 use millrace_event::work;
 use serde::de::DeserializeOwned;
+
+use crate::{Code, Condition};
 
 /// Reads the value of a key.
 ///
