@@ -18,7 +18,9 @@ const LOOK: &str = "SELECT w.place, c.oid, \
     i.indimmediate, i.indkey, ARRAY(SELECT attnum FROM pg_attribute WHERE attrelid = c.oid AND attnotnull \
     AND attnum = ANY (i.indkey::int2[]) ORDER BY attnum)), ',' ORDER BY i.indexrelid) \
     FROM pg_index i WHERE i.indrelid = c.oid AND i.indisvalid AND i.indisunique \
-    AND (i.indisprimary OR i.indisreplident OR w.keyed)), '')) \
+    AND (i.indisprimary OR i.indisreplident OR w.keyed)), '')), \
+    (SELECT ARRAY(SELECT unnest((i.indkey::int2[])[0:i.indnkeyatts - 1]) ORDER BY 1) FROM pg_index i \
+    WHERE i.indrelid = c.oid AND i.indisprimary AND NOT w.keyed) \
     FROM unnest($1::text[], $2::bool[]) WITH ORDINALITY w(name, keyed, place) \
     JOIN pg_class c ON c.oid = to_regclass(w.name) \
     CROSS JOIN LATERAL (SELECT string_agg(l.oid::text || ':' || coalesce(nullif(l.relfilenode, 0)::text, ''), ',' \
@@ -71,6 +73,7 @@ fn found(row: &Row, table: &Table) -> Look {
             columns: columns(row, table),
             names: Vec::new(),
             keys: row.get(16),
+            primary: row.get(17),
             due: None,
         },
         empty: row.get(4),
