@@ -17,6 +17,7 @@ use millrace_event::{
 };
 use tokio::sync::{Mutex, mpsc};
 use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
 
 use super::Asked;
 use super::failure::Failure;
@@ -46,12 +47,13 @@ const LOCK_TIMEOUT_MS: u32 = 30_000;
 /// wait for its turn.
 const READ_AHEAD: usize = 16;
 
-/// The tables that hold the rows of one, with their files for the snapshot and now, and their blocks.
+/// The tables that hold the rows of one, with their files for the snapshot and now, and their blocks. One that is gone
+/// has none now.
 const LEAVES: &str = "WITH RECURSIVE tree AS ( \
     SELECT c.oid, c.relkind FROM pg_class c WHERE c.oid = $1::text::regclass \
     UNION ALL SELECT c.oid, c.relkind FROM tree t JOIN pg_inherits i ON i.inhparent = t.oid \
     JOIN pg_class c ON c.oid = i.inhrelid WHERE t.relkind = 'p') \
-    SELECT format('%I.%I', n.nspname, c.relname), c.relfilenode = pg_relation_filenode(c.oid), \
+    SELECT format('%I.%I', n.nspname, c.relname), c.relfilenode IS NOT DISTINCT FROM pg_relation_filenode(c.oid), \
     coalesce(pg_relation_size(c.oid), 0) / current_setting('block_size')::bigint \
     FROM tree JOIN pg_class c USING (oid) JOIN pg_namespace n ON n.oid = c.relnamespace \
     WHERE c.relkind <> 'p' ORDER BY c.oid";
@@ -237,9 +239,16 @@ impl Work<'_> {
     async fn on_own(self, reader: &Reader<'_>) -> Result<(), Failure> {
         let client = connect(reader.dsn, session()).await.map_err(Error::from)?;
         client.batch_execute(&begin(reader.snapshot)).await?;
-        // All of it, at once: who waited for a lock of ours with a later range's partition would hold us up, and we them.
-        lock(&client, self.table).await?;
-        self.read(&client).await
+        // All of it, at once, and without waiting: who waits for the lock of the first connection goes before us, and
+        // would have to wait for a load that waits for us.
+        let name = &self.table.name;
+        let at_once = format!("{} NOWAIT", Keyset::lock(name));
+        match client.batch_execute(&at_once).await {
+            Ok(()) => self.read(&client).await,
+            // The others read it without us.
+            Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => Ok(()),
+            Err(error) => Err(Failure::of_table(name, error)),
+        }
     }
 
     /// Reads ranges until none is left.
