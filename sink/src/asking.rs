@@ -161,7 +161,7 @@ pub(crate) fn follow_orders(
                 // What began by itself must become whole, whoever paces it.
                 let adopts = chunks.order.as_ref().is_none_or(|own| own.adopts);
                 if own && order.is_cancelled() && adopts {
-                    chunks.order = None;
+                    *chunks = chunks.clone().ordered(None, now_us);
                 } else if own && order.is_cancelled() {
                     // Each row that came is right, and each that did not is as it was.
                     let lsn = millrace_event::Lsn::ZERO;
@@ -171,11 +171,12 @@ pub(crate) fn follow_orders(
                 } else if own && !order.is_cancelled() {
                     // What must be whole is not narrowed by an order that came later.
                     let filter = chunks.order.as_ref().and_then(|own| own.filter.clone());
-                    chunks.order = Some(BackfillOrder {
+                    let order = BackfillOrder {
                         filter,
                         adopts,
                         ..order.clone()
-                    });
+                    };
+                    *chunks = chunks.clone().ordered(Some(order), now_us);
                 }
             }
             Some(state @ CopyState::Copied { .. }) if !order.is_cancelled() && !order.adopts => {

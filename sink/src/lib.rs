@@ -24,6 +24,7 @@ pub mod conformance;
 pub mod copying;
 pub mod fold;
 pub mod guard;
+pub mod late;
 pub mod load;
 pub mod memory;
 pub mod postgres;

@@ -1,6 +1,7 @@
 //! How far a sink's tables are: which have their rows, which wait for them, and which the target refuses.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use millrace_event::work::BackfillOrder;
 use millrace_event::{Lsn, Position, TableName, Version};
@@ -289,6 +290,12 @@ pub struct Chunks {
     /// When it began: the sink's clock, microseconds since 1970. It names this copy of the table, which the rows of
     /// an earlier one do not complete.
     pub began_us: i64,
+    /// Since when its order holds it: the sink's clock, microseconds since 1970.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub paused_at_us: Option<i64>,
+    /// How long it was held before that, microseconds.
+    #[serde(default)]
+    pub paused_us: i64,
     /// Who wanted it.
     pub order: Option<BackfillOrder>,
 }
@@ -303,8 +310,38 @@ impl Chunks {
             lower: Version::new(position.epoch(), position.commit_lsn(), u32::MAX),
             rows: 0,
             began_us: now_us,
-            order,
+            paused_at_us: None,
+            paused_us: 0,
+            order: None,
         }
+        .ordered(order, now_us)
+    }
+
+    /// The same chunks under this order from now on.
+    #[must_use]
+    pub fn ordered(mut self, order: Option<BackfillOrder>, now_us: i64) -> Self {
+        let paused = order.as_ref().is_some_and(|order| order.paused);
+        match (self.paused_at_us, paused) {
+            (None, true) => self.paused_at_us = Some(now_us),
+            (Some(since), false) => {
+                self.paused_us += now_us.saturating_sub(since).max(0);
+                self.paused_at_us = None;
+            }
+            (None, false) | (Some(_), true) => {}
+        }
+        self.order = order;
+        self
+    }
+
+    /// How long it has taken, without pauses, at `now_us`: microseconds since 1970.
+    #[must_use]
+    pub fn took(&self, now_us: i64) -> Duration {
+        // A clock that was set back takes no time.
+        let until = self.paused_at_us.unwrap_or(now_us);
+        let took = until
+            .saturating_sub(self.began_us)
+            .saturating_sub(self.paused_us);
+        Duration::from_micros(u64::try_from(took).unwrap_or(0))
     }
 }
 

@@ -15,6 +15,7 @@ use crate::batch::Batch;
 use crate::beside::Beside;
 use crate::copy::withdraw;
 use crate::error::Error;
+use crate::late::may_turn_aside;
 use crate::life::{Life, now_us};
 use crate::progress::{CopyProgress, CopyState};
 use crate::rejoin;
@@ -316,13 +317,12 @@ impl Following<'_> {
         self.in_flight == Whose::Nobodys && self.worker.is_at_rest()
     }
 
-    /// Whether what is beside the stream comes first. While the stream is far ahead it does not: freshness goes
-    /// before completeness.
+    /// Whether what is beside the stream comes first.
     fn is_besides_turn(&self) -> bool {
-        let checkpoint = self.life.checkpoint;
-        let age_us = now_us().saturating_sub(checkpoint.source_ts_us);
-        let late = checkpoint.source_ts_us != 0 && age_us > LAG_MAX_US && !self.worker.is_drained();
-        self.may_turn() && self.last != Whose::Besides && !late
+        let source_ts_us = self.life.checkpoint.source_ts_us;
+        self.may_turn()
+            && self.last != Whose::Besides
+            && may_turn_aside(source_ts_us, now_us(), self.worker.is_drained())
     }
 
     async fn hand_out(&mut self) -> Result<(), Error> {
@@ -407,9 +407,6 @@ impl Following<'_> {
         take(self, delivery).await
     }
 }
-
-/// A sink that is further behind than this, microseconds, does nothing else meanwhile.
-const LAG_MAX_US: i64 = 30_000_000;
 
 fn is_too_old(error: &Error) -> bool {
     matches!(error, Error::Retry { source: Some(source), .. } if source.is::<CopyTooOld>())

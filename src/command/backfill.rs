@@ -15,6 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use futures_util::future::join_all;
 use millrace_config::{Code, Condition, Config, Exit, Sink, Table};
 use millrace_event::work::BackfillOrder;
+use millrace_sink::late::is_late;
 use millrace_sink::progress::CopyProgress;
 
 use crate::admin::now_us;
@@ -95,19 +96,35 @@ fn by_sink<'c>(pairs: &[Pair<'c>]) -> BySink<'c> {
 /// What each sink's target says: how its tables stand, or why that is not known.
 type Standings<'c> = BTreeMap<&'c str, Result<Option<CopyProgress>, Condition>>;
 
-async fn standings<'c>(sinks: &BySink<'c>) -> (Standings<'c>, BTreeSet<&'c str>) {
+/// Why a sink does nothing beside its stream for now.
+type Held<'c> = BTreeMap<&'c str, &'static str>;
+
+/// No process holds the sink.
+const STOPPED: &str = "no process runs the sink now";
+const LATE: &str = "the sink is more than 30 s behind the source: its stream comes first";
+
+async fn standings<'c>(sinks: &BySink<'c>) -> (Standings<'c>, Held<'c>) {
     let seen = sinks.values().map(|(sink, _)| super::status::target(sink));
     let seen = join_all(seen).await;
-    let mut stopped = BTreeSet::new();
+    let now_us = now_us();
+    let mut held = Held::new();
     let mut standings = Standings::new();
     for (name, seen) in sinks.keys().zip(seen) {
-        if seen.as_ref().is_ok_and(|seen| seen.part.state == "stopped") {
-            stopped.insert(*name);
+        if let Ok(seen) = &seen {
+            let newest_us = seen
+                .row
+                .as_ref()
+                .map_or(0, |row| row.checkpoint.source_ts_us);
+            if seen.part.state == "stopped" {
+                held.insert(*name, STOPPED);
+            } else if is_late(newest_us, now_us) {
+                held.insert(*name, LATE);
+            }
         }
         let progress = seen.map(|seen| seen.row.map(|row| row.copy));
         standings.insert(*name, progress);
     }
-    (standings, stopped)
+    (standings, held)
 }
 
 fn at<'a>(sink: &'a str, table: &'a Table, standings: &'a Standings<'_>) -> At<'a> {
@@ -132,7 +149,7 @@ async fn start(config: &Config, asked: &BackfillStart) -> Result<Exit, Refusal> 
     let warnings = source::check(config, &tables, asked.filter.as_deref()).await?;
     let sinks = by_sink(&pairs);
     let bucket = Bucket::open(config).await?;
-    let (standings, stopped) = standings(&sinks).await;
+    let (standings, held) = standings(&sinks).await;
 
     let wanted: Vec<(&str, BackfillOrder)> = pairs
         .iter()
@@ -175,7 +192,7 @@ async fn start(config: &Config, asked: &BackfillStart) -> Result<Exit, Refusal> 
             return Err(Refusal::Conditions(decided.refused));
         }
         super::answer(&decided.lines());
-        if stopped.contains(sink) {
+        if held.get(sink) == Some(&STOPPED) {
             super::say(&format!(
                 "no process runs sink {sink} now: it begins when one does"
             ));
@@ -260,7 +277,7 @@ async fn look(config: &Config, pairs: &[Pair<'_>]) -> Report {
     let sinks = by_sink(pairs);
     let names: Vec<&str> = sinks.keys().copied().collect();
     let tables: BTreeSet<_> = pairs.iter().map(|pair| &pair.table.name).collect();
-    let ((standings, _), told, estimates) = tokio::join!(
+    let ((standings, held), told, estimates) = tokio::join!(
         standings(&sinks),
         told(config, &names),
         source::estimates(config, &tables),
@@ -287,6 +304,8 @@ async fn look(config: &Config, pairs: &[Pair<'_>]) -> Report {
             at: at(sink, pair.table, &standings),
             told: told.get(sink).unwrap_or(&nothing),
             estimate: estimates.get(&pair.table.name).copied(),
+            filtered: pair.table.filter.is_some(),
+            held: held.get(sink).copied(),
             now_us,
         }
         .line()

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use async_nats::jetstream::{self, kv};
 use millrace_event::subject;
 use millrace_event::work::{BackfillOrder, COPIES, orders_key};
-use millrace_lab::{Pipeline, PostgresOptions};
+use millrace_lab::{Pipeline, PostgresOptions, Proxy};
 use serde_json::Value;
 
 use crate::stage::{PATIENCE, Setting, Stage};
@@ -319,7 +319,7 @@ async fn a_first_load_is_neither_paused_nor_cancelled_nor_doubled() {
 
 #[tokio::test]
 async fn a_slot_that_may_be_lost_meanwhile_is_warned_of() {
-    let whole = Whole::set(Setting {
+    let stage = Stage::set(Setting {
         schema: "CREATE TABLE t (id int PRIMARY KEY, v text);
             ALTER TABLE t ALTER COLUMN v SET STORAGE EXTERNAL;
             INSERT INTO t SELECT i, repeat('x', 1000000) FROM generate_series(1, 80) i",
@@ -330,6 +330,14 @@ async fn a_slot_that_may_be_lost_meanwhile_is_warned_of() {
         ..Setting::default()
     })
     .await;
+    // A load is warned of before its snapshot is taken.
+    let once = stage.start_with(&["run", "--once"]);
+    let said = ["E1141", "table public.t has", "48MB", "\"copying\""];
+    let logs = stage.ends(once, 0, &said).await;
+    assert!(logs.find("E1141") < logs.find("\"copying\""), "{logs}");
+    assert!(stage.compared().await.expect("compare").is_equal());
+    let orders = bucket(&stage).await;
+    let whole = Whole { stage, orders };
     let said = ["warning: E1141", "public.t has", "48MB", "is queued"];
     whole.says(&["start", "t"], 0, &said).await;
     whole.says(&["cancel", "t"], 0, &["cancelled"]).await;
@@ -339,6 +347,64 @@ async fn a_slot_that_may_be_lost_meanwhile_is_warned_of() {
     tokio::time::sleep(Duration::from_secs(1)).await;
     let logs = whole.says(&["start", "t"], 0, &["is queued"]).await;
     assert!(!logs.contains("E1141"), "{logs}");
+}
+
+#[tokio::test]
+async fn of_two_commands_at_the_same_moment_one_is_taken() {
+    let whole = Whole::usual().await;
+    // Both have read the list before either writes it: an answer of the broker takes longer than they are apart.
+    let proxy = Proxy::start(format!("127.0.0.1:{}", whole.stage.nats.port()));
+    let proxy = proxy.await.expect("proxy");
+    let stage = &whole.stage;
+    let (source, target) = (stage.postgres.url("source"), stage.postgres.url("target"));
+    let far = stage.config(&source, &target, &format!("nats://{}", proxy.address()));
+    let folder = far.write().expect("folder");
+    proxy.delay(Duration::from_millis(150));
+    let written = async || {
+        let info = whole.orders.stream.get_info().await;
+        info.expect("the bucket").state.last_sequence
+    };
+    let before = written().await;
+    // Neither goes on before both have come so far.
+    stage
+        .target_sql("BEGIN; LOCK TABLE millrace.position")
+        .await;
+    let mut commands = [(); 2].map(|()| Stage::start_in(&folder, &["backfill", "start", "t"]));
+    let waiting = "SELECT count(*)::text FROM pg_stat_activity WHERE wait_event_type = 'Lock'";
+    let deadline = Instant::now() + PATIENCE;
+    while stage.source_text(waiting).await != "2" {
+        assert!(
+            Instant::now() < deadline,
+            "{:?}",
+            commands.map(|run| run.logs())
+        );
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    stage.target_sql("COMMIT").await;
+    let mut codes = Vec::new();
+    for command in &mut commands {
+        codes.push(command.wait(PATIENCE).await.expect("ends"));
+    }
+    let [first, second] = commands.map(|run| run.logs());
+    let (taken, refused) = match codes[..] {
+        [0, 4] => (first, second),
+        [4, 0] => (second, first),
+        _ => panic!("{codes:?}\n{first}\n{second}"),
+    };
+    let (revision, orders) = whole.listed().await;
+    assert_eq!(orders.len(), 1, "{orders:?}");
+    let id = &orders[0].id;
+    assert!(
+        taken.contains(id.as_str()) && taken.contains("is queued"),
+        "{taken}"
+    );
+    assert!(
+        refused.contains("E1320") && refused.contains(id.as_str()),
+        "{refused}"
+    );
+    assert!(!refused.contains("is queued"), "{refused}");
+    // Nothing but that was written.
+    assert_eq!((written().await, revision), (before + 1, before + 1));
 }
 
 #[tokio::test]

@@ -3,10 +3,11 @@
 use std::fs;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
-use millrace_lab::Compared;
+use millrace_lab::{Compared, Proxy};
 
-use crate::stage::{Setting, Stage};
+use crate::stage::{PATIENCE, Setting, Stage};
 
 /// Rows of about 2 KiB that fill more than two ranges of blocks (64 MiB).
 const WIDE_ROWS: u64 = 40_000;
@@ -180,4 +181,86 @@ async fn an_infinite_date_among_binary_forms_is_loaded_as_text() {
         .await;
     let pipeline = stage.start();
     assert_eq!(stage.equal(&pipeline).await.rows, 1_000);
+}
+
+const PARTITIONS: &str = "CREATE TABLE t (id int PRIMARY KEY, v text) PARTITION BY RANGE (id);
+    CREATE TABLE t_0 PARTITION OF t FOR VALUES FROM (0) TO (1000);
+    CREATE TABLE t_1 PARTITION OF t FOR VALUES FROM (1000) TO (2000);
+    CREATE TABLE t_2 PARTITION OF t FOR VALUES FROM (2000) TO (3000);
+    CREATE TABLE t_3 PARTITION OF t FOR VALUES FROM (3000) TO (4000)";
+const FILL: &str = "INSERT INTO t SELECT i, 'row ' || i FROM generate_series(1, 3999) i";
+
+/// While one connection of a load holds its lock and the next is still on its way, a partition is taken out: that waits
+/// for the first, and the second would wait behind it.
+async fn goes_while_it_is_read(change: &'static str) {
+    let stage = Stage::set(Setting {
+        schema: PARTITIONS,
+        ..Setting::default()
+    })
+    .await;
+    stage.sql(FILL).await;
+    let near = format!("127.0.0.1:{}", stage.postgres.port());
+    let proxy = Proxy::start(near.clone()).await.expect("proxy");
+    let far = stage.postgres.url("source");
+    let far = far.replace(&near, &proxy.address().to_string());
+    let folder = stage.config(&far, &stage.target_url(), &stage.nats.url());
+    let folder = folder.write().expect("folder");
+    let mut capture = Stage::start_in(&folder, &["run", "--only", "capture"]);
+    Stage::readyz(&mut capture, 200, "streaming").await;
+    proxy.delay(Duration::from_millis(100));
+    let sink = Stage::start_in(&folder, &["run", "--only", "sink:replica"]);
+    let held = "SELECT count(*)::text FROM pg_locks l JOIN pg_stat_activity a USING (pid) \
+        WHERE l.relation = 't_3'::regclass AND l.mode = 'AccessShareLock' AND a.application_name LIKE 'millrace%'";
+    let deadline = Instant::now() + PATIENCE;
+    while stage.source_text(held).await == "0" {
+        assert!(Instant::now() < deadline, "{}", capture.logs());
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let began = Instant::now();
+    stage.sql(change).await;
+    proxy.delay(Duration::ZERO);
+    // The load's end, and no time limit, let it in.
+    assert!(
+        began.elapsed() < Duration::from_secs(15),
+        "{:?}",
+        began.elapsed()
+    );
+    stage.sql("UPDATE t SET v = 'later' WHERE id % 7 = 0").await;
+    let rows = stage.equal(&sink).await.rows;
+    assert_eq!(rows, 2_999, "{}", capture.logs());
+    Stage::logs(&capture, "table copied").await;
+    assert!(!capture.logs().contains("cut off"), "{}", capture.logs());
+}
+
+#[tokio::test]
+async fn a_partition_that_is_dropped_while_a_load_reads_it_waits_for_the_load_alone() {
+    goes_while_it_is_read("DROP TABLE t_3").await;
+}
+
+#[tokio::test]
+async fn a_partition_that_is_detached_while_a_load_reads_it_waits_for_the_load_alone() {
+    goes_while_it_is_read("ALTER TABLE t DETACH PARTITION t_3").await;
+}
+
+#[tokio::test]
+async fn a_partition_that_goes_between_snapshot_and_lock_is_not_loaded() {
+    let stage = Stage::set(Setting {
+        schema: &format!(
+            "{PARTITIONS}; CREATE TABLE first (id int PRIMARY KEY, v text);
+             ALTER TABLE first ALTER v SET STORAGE PLAIN;
+             INSERT INTO first SELECT i, repeat('x', 1900) FROM generate_series(1, {WIDE_ROWS}) i"
+        ),
+        tables: &[("public.first", ""), ("public.t", "")],
+        ..Setting::default()
+    })
+    .await;
+    stage.sql(FILL).await;
+    let pipeline = stage.start();
+    Stage::logs(&pipeline, "\"copying\"").await;
+    // While the other table is read, this one is not locked yet. To the snapshot they are partitions still.
+    stage.sql("DROP TABLE t_1").await;
+    stage.sql("ALTER TABLE t DETACH PARTITION t_3").await;
+    let whole = WIDE_ROWS + 999 + 1_000;
+    assert_eq!(stage.equal(&pipeline).await.rows, whole);
+    Stage::logs(&pipeline, "its partitions changed").await;
 }

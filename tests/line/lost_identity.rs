@@ -9,6 +9,7 @@ use millrace_event::subject;
 use millrace_event::work::STATE;
 use millrace_lab::{ConfigDir, Pipeline};
 use serde_json::Value;
+use tokio_postgres::error::SqlState;
 
 use crate::stage::{PATIENCE, Setting, Stage};
 
@@ -105,8 +106,9 @@ async fn a_table_without_identity_is_parked_alone_and_its_application_goes_on() 
     stage.sql(NOTHING).await;
     // Postgres refuses it as long as the table is published.
     let refused = stage.source.batch_execute(MISSED).await;
-    let refused = refused.expect_err("it is published").to_string();
-    assert!(refused.contains("db error"), "{refused}");
+    let refused = refused.expect_err("it is published");
+    let expected = SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE;
+    assert_eq!(refused.code(), Some(&expected), "{refused:?}");
     taken(&stage, &pipeline, MISSED).await;
     parked(&mut pipeline, "E1107", MEND).await;
     Stage::readyz(&mut pipeline, 200, "streaming").await;

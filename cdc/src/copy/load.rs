@@ -17,6 +17,7 @@ use millrace_event::{
 };
 use tokio::sync::{Mutex, mpsc};
 use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
 
 use super::Asked;
 use super::failure::Failure;
@@ -46,12 +47,13 @@ const LOCK_TIMEOUT_MS: u32 = 30_000;
 /// wait for its turn.
 const READ_AHEAD: usize = 16;
 
-/// The tables that hold the rows of one, with their files for the snapshot and now, and their blocks.
+/// The tables that hold the rows of one, with their files for the snapshot and now, and their blocks. One that is gone
+/// has none now.
 const LEAVES: &str = "WITH RECURSIVE tree AS ( \
     SELECT c.oid, c.relkind FROM pg_class c WHERE c.oid = $1::text::regclass \
     UNION ALL SELECT c.oid, c.relkind FROM tree t JOIN pg_inherits i ON i.inhparent = t.oid \
     JOIN pg_class c ON c.oid = i.inhrelid WHERE t.relkind = 'p') \
-    SELECT format('%I.%I', n.nspname, c.relname), c.relfilenode = pg_relation_filenode(c.oid), \
+    SELECT format('%I.%I', n.nspname, c.relname), c.relfilenode IS NOT DISTINCT FROM pg_relation_filenode(c.oid), \
     coalesce(pg_relation_size(c.oid), 0) / current_setting('block_size')::bigint \
     FROM tree JOIN pg_class c USING (oid) JOIN pg_namespace n ON n.oid = c.relnamespace \
     WHERE c.relkind <> 'p' ORDER BY c.oid";
@@ -237,9 +239,16 @@ impl Work<'_> {
     async fn on_own(self, reader: &Reader<'_>) -> Result<(), Failure> {
         let client = connect(reader.dsn, session()).await.map_err(Error::from)?;
         client.batch_execute(&begin(reader.snapshot)).await?;
-        // All of it, at once: who waited for a lock of ours with a later range's partition would hold us up, and we them.
-        lock(&client, self.table).await?;
-        self.read(&client).await
+        // All of it, at once, and without waiting: who waits for the lock of the first connection goes before us, and
+        // would have to wait for a load that waits for us.
+        let name = &self.table.name;
+        let at_once = format!("{} NOWAIT", Keyset::lock(name));
+        match client.batch_execute(&at_once).await {
+            Ok(()) => self.read(&client).await,
+            // The others read it without us.
+            Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => Ok(()),
+            Err(error) => Err(Failure::of_table(name, error)),
+        }
     }
 
     /// Reads ranges until none is left.
@@ -386,5 +395,73 @@ mod tests {
         let alone = alone.expect("the large row fills a message");
         assert_eq!((alone.payload.len(), alone.count), (5 + MESSAGE_BYTES, 1));
         assert!(packing.take().is_none());
+    }
+
+    /// Ranges of two tables with so many blocks, and the end where what is read of them is published.
+    fn of_two(blocks: [u32; 2]) -> (Mutex<Ranges>, mpsc::Receiver<mpsc::Receiver<Message>>) {
+        let (turns, order) = mpsc::channel(1);
+        let those = ["a", "b"].into_iter().zip(blocks);
+        let those = those.flat_map(|(relation, blocks)| ranges(relation, blocks));
+        let rest = those.collect::<Vec<_>>().into_iter();
+        let turns = Some(turns);
+        (Mutex::new(Ranges { rest, turns }), order)
+    }
+
+    fn named(range: &Range) -> Bytes {
+        let condition = range.condition().unwrap_or_default();
+        format!("{} {condition}", range.relation).into()
+    }
+
+    /// What is published of these ranges by two readers, one of which takes long.
+    async fn published(blocks: [u32; 2]) -> Vec<Bytes> {
+        let (ranges, mut order) = of_two(blocks);
+        let read = async |pauses: usize| {
+            loop {
+                let next = ranges.lock().await.next().await;
+                let Some((range, read)) = next else { break };
+                for _ in 0..pauses {
+                    tokio::task::yield_now().await;
+                }
+                let payload = named(&range);
+                read.send(Message { payload, count: 1 })
+                    .await
+                    .expect("taken");
+            }
+        };
+        let publish = async {
+            let mut published = Vec::new();
+            while let Some(mut messages) = order.recv().await {
+                while let Some(Message { payload, .. }) = messages.recv().await {
+                    published.push(payload);
+                }
+            }
+            published
+        };
+        let all = async { tokio::join!(read(0), read(7), publish).2 };
+        let in_time = tokio::time::timeout(std::time::Duration::from_secs(10), all).await;
+        in_time.expect("nobody waits for ever")
+    }
+
+    #[tokio::test]
+    async fn each_range_is_read_once_and_published_in_its_order() {
+        // A table that is empty, or that has grown since, is read to its end too: its last range has none.
+        for blocks in [[0, 0], [5_000, 0], [0, 513], [512 * 20 + 1, 512 * 7]] {
+            let [a, b] = blocks;
+            let expected: Vec<_> = ranges("a", a).chain(ranges("b", b)).collect();
+            let last = expected.last().and_then(Range::condition);
+            assert!(last.is_none_or(|condition| !condition.contains('<')));
+            let expected: Vec<_> = expected.iter().map(named).collect();
+            assert_eq!(published(blocks).await, expected, "{blocks:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn no_range_is_begun_that_nobody_publishes() {
+        let (ranges, order) = of_two([5_000, 5_000]);
+        drop(order);
+        let mut ranges = ranges.lock().await;
+        assert!(ranges.next().await.is_none());
+        assert!(ranges.turns.is_none() && ranges.rest.len() > 0);
+        assert!(ranges.next().await.is_none());
     }
 }

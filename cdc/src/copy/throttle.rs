@@ -6,8 +6,11 @@ use std::time::Duration;
 const ROWS_FIRST: u32 = 500;
 /// The most rows of a chunk: what is read under one snapshot, and read again if it is refused.
 const ROWS_MAX: u32 = 10_000;
-/// How long reading a chunk should take: so long the source keeps what its snapshot shows.
+/// How long reading a chunk's rows should take: so long the source keeps what its snapshot shows. What a chunk takes
+/// however few rows it has comes on top.
 const READ_GOAL: Duration = Duration::from_millis(500);
+/// A chunk that takes too long has at least so many rows nevertheless: the time may not be theirs.
+const ROWS_LEAST: u128 = 50;
 /// The payload bytes of a chunk, which wait in memory until the reader of the WAL has passed its snapshot.
 pub(super) const CHUNK_BYTES_MAX: usize = 8 * 1024 * 1024;
 /// What part of that a chunk is planned for: rows differ, and one that is cut off costs a session.
@@ -27,6 +30,8 @@ pub(super) struct Throttle {
     rows: u32,
     rows_per_second: Option<u32>,
     due: Duration,
+    /// What the quickest chunk took. Of a source that is far most is spent on the way: fewer rows take as long.
+    least: Option<Duration>,
 }
 
 impl Throttle {
@@ -36,6 +41,7 @@ impl Throttle {
             rows: ROWS_FIRST,
             rows_per_second,
             due: Duration::ZERO,
+            least: None,
         }
     }
 
@@ -63,8 +69,11 @@ impl Throttle {
         }
         let bytes_each = (taken.bytes as u64 / taken.rows).max(1);
         let by_bytes = BYTES_PLANNED / bytes_each;
-        let nanos_each = (taken.time.as_nanos() / u128::from(taken.rows)).max(1);
-        let by_time = READ_GOAL.as_nanos() / nanos_each;
+        let for_rows = taken.time.saturating_sub(self.least.unwrap_or_default());
+        let least = self.least.map_or(taken.time, |least| least.min(taken.time));
+        self.least = Some(least);
+        let nanos_each = (for_rows.as_nanos() / u128::from(taken.rows)).max(1);
+        let by_time = (READ_GOAL.as_nanos() / nanos_each).max(ROWS_LEAST);
         // Not more than twice as many: a small chunk says little.
         let most = u64::from(self.rows()).saturating_mul(2);
         let next = by_bytes
@@ -113,6 +122,46 @@ mod tests {
         assert_eq!(throttle.rows(), 1);
         throttle.read(taken(0, 0, 60_000), Duration::ZERO);
         assert_eq!(throttle.rows(), 1);
+    }
+
+    /// How many rows chunks have, and how long they take, if each takes `fixed` and each of its rows `micros_each`.
+    fn chunks(
+        throttle: &mut Throttle,
+        count: usize,
+        fixed: u64,
+        micros_each: u64,
+    ) -> Vec<(u32, u64)> {
+        let chunk = |_| {
+            let rows = throttle.rows();
+            let millis = fixed + u64::from(rows) * micros_each / 1_000;
+            throttle.read(taken(rows.into(), 50_000, millis), Duration::ZERO);
+            (rows, millis)
+        };
+        (0..count).map(chunk).collect()
+    }
+
+    #[test]
+    fn a_source_that_is_far_is_no_reason_for_small_chunks() {
+        let mut throttle = Throttle::new(None);
+        let sizes = chunks(&mut throttle, 12, 2_000, 10);
+        assert!(sizes.iter().all(|(rows, _)| *rows >= 100), "{sizes:?}");
+        assert_eq!(throttle.rows(), ROWS_MAX, "{sizes:?}");
+        // Where it becomes far on the way, they stay large enough to come to an end.
+        let mut throttle = Throttle::new(None);
+        chunks(&mut throttle, 8, 5, 10);
+        let sizes = chunks(&mut throttle, 20, 2_000, 10);
+        assert!(sizes.iter().all(|(rows, _)| *rows >= 50), "{sizes:?}");
+    }
+
+    #[test]
+    fn slow_rows_take_no_longer_for_all_that() {
+        let mut throttle = Throttle::new(None);
+        chunks(&mut throttle, 1, 0, 10_000);
+        let sizes = chunks(&mut throttle, 20, 0, 10_000);
+        assert!(
+            sizes.iter().all(|(_, millis)| *millis <= 1_000),
+            "{sizes:?}"
+        );
     }
 
     #[test]

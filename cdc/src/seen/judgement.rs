@@ -28,6 +28,9 @@ pub(super) struct Seen {
     pub(super) names: Vec<(String, i16)>,
     /// A digest of what identifies rows, and of what the table and its partitions log of old ones.
     pub(super) keys: String,
+    /// The numbers of the primary key's columns, ascending, where that is what identifies rows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) primary: Option<Vec<i16>>,
     /// A backfill that is to be ordered.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) due: Option<Due>,
@@ -151,6 +154,12 @@ fn unseen(before: &Seen, now: &Look) -> Option<&'static str> {
         if now.iter().any(again) {
             return Some("a partition went and came back");
         }
+    }
+    if let (Some(before), Some(now)) = (&before.primary, &now.primary)
+        && before != now
+    {
+        // Until it was found out, changes named their rows by the old one.
+        return Some("it has another key");
     }
     let rewritten = before.files != now.files;
     let names = before.known_names();

@@ -25,7 +25,9 @@ const LOOK: &str = "SELECT w.place, c.oid, \
     AND attnum = ANY (i.indkey::int2[]) ORDER BY 1)), ',' ORDER BY i.indexrelid) \
     FROM pg_index i WHERE i.indrelid = l.oid AND i.indisvalid AND CASE l.relreplident WHEN 'd' THEN i.indisprimary \
     WHEN 'i' THEN i.indisreplident ELSE false END)) AS logged FROM pg_partition_tree(c.oid) t \
-    JOIN pg_class l ON l.oid = t.relid WHERE c.relkind = 'p' AND t.isleaf AND l.relkind = 'r') d), '')) \
+    JOIN pg_class l ON l.oid = t.relid WHERE c.relkind = 'p' AND t.isleaf AND l.relkind = 'r') d), '')), \
+    (SELECT ARRAY(SELECT unnest((i.indkey::int2[])[0:i.indnkeyatts - 1]) ORDER BY 1) FROM pg_index i \
+    WHERE i.indrelid = c.oid AND i.indisprimary AND NOT w.keyed) \
     FROM unnest($1::text[], $2::bool[]) WITH ORDINALITY w(name, keyed, place) \
     JOIN pg_class c ON c.oid = to_regclass(w.name) \
     CROSS JOIN LATERAL (SELECT string_agg(l.oid::text || ':' || coalesce(nullif(l.relfilenode, 0)::text, ''), ',' \
@@ -78,6 +80,7 @@ fn found(row: &Row, table: &Table) -> Look {
             columns: columns(row, table),
             names: Vec::new(),
             keys: row.get(16),
+            primary: row.get(17),
             due: None,
         },
         empty: row.get(4),

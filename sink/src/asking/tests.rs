@@ -308,3 +308,36 @@ fn what_a_replica_needs_is_not_cancelled() {
     let waiting = progress(&[("t", pending())]);
     assert_eq!(follow_orders(&waiting, &orders, at(9), NOW_US), None);
 }
+
+#[test]
+fn the_time_of_a_pause_is_kept_with_the_chunks() {
+    const S: i64 = 1_000_000;
+    let paused = BackfillOrder {
+        paused: true,
+        ..order("o", "t")
+    };
+    let at_us = |begun: &CopyProgress, order: &BackfillOrder, now_us| {
+        let orders = std::slice::from_ref(order);
+        follow_orders(begun, orders, at(9), now_us)
+    };
+    let took = |progress: &CopyProgress, now_us| match &progress.tables[&table("t")] {
+        CopyState::Chunks(chunks) => chunks.took(now_us).as_secs(),
+        other => panic!("{other:?}"),
+    };
+    let begun = at_us(&progress(&[("t", copied())]), &order("o", "t"), 100 * S).expect("begins");
+    assert_eq!(took(&begun, 107 * S), 7);
+    let held = at_us(&begun, &paused, 110 * S).expect("is held");
+    assert_eq!(took(&held, 500 * S), 10);
+    // The same word again is no other pause.
+    assert_eq!(at_us(&held, &paused, 400 * S), None);
+    let resumed = at_us(&held, &order("o", "t"), 500 * S).expect("goes on");
+    assert_eq!(took(&resumed, 505 * S), 15);
+    let again = at_us(&resumed, &paused, 505 * S).expect("is held again");
+    let again = at_us(&again, &order("o", "t"), 605 * S).expect("goes on");
+    assert_eq!(took(&again, 605 * S), 15);
+    // One that is held before it begins has taken no time.
+    let held = at_us(&progress(&[("t", copied())]), &paused, 100 * S).expect("begins");
+    assert_eq!(took(&held, 200 * S), 0);
+    // A clock that goes back takes none either.
+    assert_eq!(took(&begun, 0), 0);
+}

@@ -100,11 +100,12 @@ pub(super) struct Line {
     pub(super) state: Stage,
     /// Rows that came since it began.
     pub(super) rows: Option<u64>,
-    /// Of so many, as the source estimates; none where it does not know, and of a part of a table.
+    /// Of so many, as the source estimates; none where it does not know, and of a part of a table or of one that is
+    /// captured in part.
     pub(super) of: Option<u64>,
     /// `rows` of `of`, in percent.
     pub(super) percent: Option<f64>,
-    /// Rows a second on average since it began.
+    /// Rows a second on average since it began, pauses not counted.
     pub(super) rows_per_second: Option<f64>,
     /// The seconds that are left at that pace.
     pub(super) eta_seconds: Option<u64>,
@@ -128,6 +129,10 @@ pub(super) struct Known<'k> {
     pub(super) told: &'k Told,
     /// How many rows the source thinks that the table has.
     pub(super) estimate: Option<u64>,
+    /// Whether a condition of its settings leaves rows of it out: nobody knows how many.
+    pub(super) filtered: bool,
+    /// Why the sink does nothing of the kind for now, whatever the table.
+    pub(super) held: Option<&'static str>,
     /// This machine's clock, microseconds since 1970.
     pub(super) now_us: i64,
 }
@@ -196,7 +201,8 @@ impl Known<'_> {
                 .told
                 .status
                 .as_ref()
-                .and_then(|status| self.trouble(status));
+                .and_then(|status| self.trouble(status))
+                .or_else(|| self.held.map(ToOwned::to_owned));
             line.estimate(self.of());
         }
         line
@@ -210,6 +216,9 @@ impl Known<'_> {
 
     /// How many rows there are, as it was when the copy began, else as it is.
     fn of(&self) -> Option<u64> {
+        if self.filtered {
+            return None;
+        }
         let told = self.told.status.as_ref().and_then(|status| {
             let mut estimates = status.estimates.iter();
             estimates.find(|(table, _)| table == self.at.table)
@@ -238,10 +247,8 @@ impl Line {
 
     fn progress(&mut self, chunks: &Chunks, now_us: i64) {
         self.rows = Some(chunks.rows);
-        // Two machines' clocks: the sink's wrote when it began.
-        let took = Duration::from_micros(
-            u64::try_from(now_us.saturating_sub(chunks.began_us)).unwrap_or(0),
-        );
+        // Two machines' clocks: the sink's wrote when it began, and when it was paused.
+        let took = chunks.took(now_us);
         if took >= Duration::from_secs(1) {
             self.rows_per_second = Some(round(chunks.rows as f64 / took.as_secs_f64()));
         }

@@ -25,6 +25,7 @@ fn seen(oid: u32, files: &str, leaves: &[u32], columns: &[Column]) -> Seen {
         columns: columns.to_vec(),
         names: Vec::new(),
         keys: String::new(),
+        primary: Some(vec![1]),
         due: None,
     }
 }
@@ -83,6 +84,22 @@ fn a_compaction_is_no_change_of_rows_and_a_rewrite_may_be() {
     assert!(due(&before, again, &[]));
     let another = seen(8, "a", &[], &before.columns);
     assert!(due(&before, another, &[]));
+}
+
+#[test]
+fn rows_are_read_again_under_another_key() {
+    let columns = [column(1, "id", 23), column(2, "v", 25)];
+    let with = |primary: Option<&[i16]>| Seen {
+        primary: primary.map(<[i16]>::to_vec),
+        ..seen(7, "a", &[], &columns)
+    };
+    let key = with(Some(&[1]));
+    assert!(due(&key, with(Some(&[1, 2])), &[]));
+    assert!(due(&key, with(Some(&[2])), &[]));
+    assert!(!due(&key, with(Some(&[1])), &[]));
+    // An older release did not look; and a table without a key is parked, and read again once it has one.
+    assert!(!due(&with(None), key.clone(), &[]));
+    assert!(!due(&key, with(None), &[]));
 }
 
 #[test]

@@ -35,9 +35,19 @@ fn told(orders: &[BackfillOrder], estimate: u64, trouble: Option<&str>) -> Told 
 
 /// A line 10 s after chunks began.
 fn line(state: Option<CopyState>, told: &Told, estimate: Option<u64>) -> Line {
+    line_where(state, told, estimate, |_| {})
+}
+
+/// The same where more is known.
+fn line_where(
+    state: Option<CopyState>,
+    told: &Told,
+    estimate: Option<u64>,
+    known: impl FnOnce(&mut Known<'_>),
+) -> Line {
     let mut progress = CopyProgress::default();
     progress.tables.extend(state.map(|state| (table(), state)));
-    Known {
+    let mut all = Known {
         at: At {
             sink: "wh",
             table: &table(),
@@ -45,9 +55,12 @@ fn line(state: Option<CopyState>, told: &Told, estimate: Option<u64>) -> Line {
         },
         told,
         estimate,
+        filtered: false,
+        held: None,
         now_us: BEGAN_US + 10_000_000,
-    }
-    .line()
+    };
+    known(&mut all);
+    all.line()
 }
 
 #[test]
@@ -89,6 +102,55 @@ fn a_part_of_a_table_has_no_estimate() {
     );
     assert_eq!(line.rows_per_second, Some(250.0));
     assert_eq!(line.details(), "order o, at most 5 rows/s, where id > 3");
+}
+
+#[test]
+fn a_table_that_is_captured_in_part_has_no_estimate() {
+    let told = told(&[order("o")], 10_000, None);
+    let running = || Some(chunks(2_500, Some(order("o"))));
+    let line = line_where(running(), &told, Some(10_000), |known| {
+        known.filtered = true;
+    });
+    assert_eq!(
+        (line.of, line.percent, line.eta_seconds),
+        (None, None, None)
+    );
+    assert_eq!(line.rows_per_second, Some(250.0));
+}
+
+#[test]
+fn a_pause_is_not_counted() {
+    let told = told(&[order("o")], 10_000, None);
+    let paused = BackfillOrder {
+        paused: true,
+        ..order("o")
+    };
+    let begun = Chunks::begin(
+        Position::new(1, Lsn(9), 0),
+        Some(order("o")),
+        BEGAN_US - 3_600_000_000,
+    );
+    // 5 s, an hour's pause, and 5 s until now.
+    let resumed = Chunks {
+        rows: 2_500,
+        ..begun
+    }
+    .ordered(Some(paused.clone()), BEGAN_US - 3_595_000_000)
+    .ordered(Some(order("o")), BEGAN_US + 5_000_000);
+    let going = line(Some(CopyState::Chunks(resumed.clone())), &told, None);
+    assert_eq!(
+        (going.rows_per_second, going.eta_seconds),
+        (Some(250.0), Some(30))
+    );
+    // While it is paused its pace stays what it was.
+    let held = resumed.ordered(Some(paused), BEGAN_US + 5_000_000);
+    let held = line_where(Some(CopyState::Chunks(held)), &told, None, |known| {
+        known.now_us += 86_400_000_000;
+    });
+    assert_eq!(
+        (held.state, held.rows_per_second, held.eta_seconds),
+        (Stage::Chunks, Some(500.0), Some(15))
+    );
 }
 
 #[test]
@@ -148,6 +210,31 @@ fn what_waits_says_why() {
     let waiting = line(Some(chunks(0, None)), &told, None);
     assert_eq!(waiting.reason.as_deref(), Some("a transaction is open"));
     let done = line(Some(CopyState::Copied { lsn: Lsn(1) }), &told, None);
+    assert_eq!(done.reason, None);
+}
+
+#[test]
+fn a_sink_that_is_far_behind_says_why_nothing_comes() {
+    let told = told(&[], 0, Some("a transaction is open"));
+    let late = |state, told: &Told| {
+        line_where(Some(state), told, None, |known| {
+            known.held = Some(super::super::LATE);
+        })
+    };
+    let nothing = Told::default();
+    let claim = Claim::default();
+    let began_us = BEGAN_US;
+    for waiting in [chunks(5, None), CopyState::Pending { claim, began_us }] {
+        let waiting = late(waiting, &nothing);
+        assert_eq!(waiting.reason.as_deref(), Some(super::super::LATE));
+        assert!(waiting.in_words().contains("30 s behind"));
+    }
+    let bound = format!("{} s", millrace_sink::late::LAG_MAX_US / 1_000_000);
+    assert!(super::super::LATE.contains(&bound), "{bound}");
+    // What the table itself waits for says more.
+    let own = late(chunks(5, None), &told);
+    assert_eq!(own.reason.as_deref(), Some("a transaction is open"));
+    let done = late(CopyState::Copied { lsn: Lsn(1) }, &nothing);
     assert_eq!(done.reason, None);
 }
 
