@@ -211,8 +211,9 @@ const IDENTITIES: &str = "SELECT c.oid::regclass::text, c.relreplident = 'f', \
 /// What is logged of old rows, of each relation that holds rows of the table.
 pub(super) async fn identities(client: &Client, oid: u32) -> Result<Vec<Identity>, Error> {
     let tree = partition_tree("$1::oid");
-    let sql =
-        format!("{IDENTITIES} WHERE c.oid IN (SELECT relid FROM {tree} tree WHERE isleaf) ORDER BY 1");
+    let sql = format!(
+        "{IDENTITIES} WHERE c.oid IN (SELECT relid FROM {tree} tree WHERE isleaf) ORDER BY 1"
+    );
     let rows = client.query(&sql, &[&oid]).await?;
     let identity = |row: &tokio_postgres::Row| Identity {
         relation: row.get(0),
