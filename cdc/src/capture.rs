@@ -343,9 +343,7 @@ impl Capture {
             Message::Commit(commit) => self.on_commit(&commit),
             Message::Relation(relation) => {
                 self.named(&relation);
-                if let Some(new) = self.relations.announce(&relation) {
-                    self.outputs.push_back(Output::Describe(new));
-                }
+                self.relations.announce(&relation);
                 Ok(())
             }
             Message::Insert(insert) => {

@@ -48,7 +48,8 @@ pub async fn check(running: &Config, config: &Config) -> Result<(), Error> {
     let stream = life::open_buckets(config, jetstream).await?;
     let earlier = Earlier::read(&stream).await?;
     let publication = source::publication_name(&config.source.name);
-    let members = source::published_tables(&client, facts.version, &publication).await?;
+    let mut members = source::published_tables(&client, facts.version, &publication).await?;
+    earlier.recall(&mut members);
     let unchanged = |table: &TableName| {
         let of = |config: &Config| config.tables.iter().find(|of| of.name == *table).cloned();
         of(running) == of(config)

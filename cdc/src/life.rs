@@ -160,11 +160,12 @@ pub(crate) async fn open(config: &Config, now: Duration, away: &mut Away) -> Res
     };
     let stream = open_buckets(config, reached.jetstream).await?;
     let publication = source::publication_name(&config.source.name);
-    let members = source::published_tables(&client, facts.version, &publication).await?;
+    let mut members = source::published_tables(&client, facts.version, &publication).await?;
     let mut known = Earlier::read(&stream).await?;
     away.settle(&mut known, &stream).await?;
+    known.recall(&mut members);
     let (mut tables, refused) = known.admit(inspected, &members, |_| true)?;
-    let watched = Watched::begin(first, &refused, &stream.state).await?;
+    let watched = Watched::begin(first, &client, &refused, &stream.state).await?;
     let left_out = LeftOut::read(&stream.state, &client).await?;
     let mut earlier = Earlier::read(&stream).await?;
     earlier.carry_over(&mut tables)?;

@@ -22,6 +22,8 @@ pub(crate) struct Published {
     pub wal_columns: usize,
     /// What makes the WAL's rows the published ones; `None` where they are.
     pub binding: Option<Binding>,
+    /// Whether nothing was published under this shape yet.
+    is_new: bool,
     subjects: [SubjectId; Op::ALL.len()],
     /// Changes published since they were last asked for, by operation.
     counts: [u64; Op::ALL.len()],
@@ -137,8 +139,8 @@ impl Relations {
         })
     }
 
-    /// Takes an announcement. Returns the table's shape where the table is published and the shape is new.
-    pub(crate) fn announce(&mut self, announced: &pgoutput::Relation<'_>) -> Option<Arc<Relation>> {
+    /// Takes an announcement.
+    pub(crate) fn announce(&mut self, announced: &pgoutput::Relation<'_>) {
         // An empty schema stands for pg_catalog, which no publication can contain.
         let name = TableName::new(announced.schema, announced.table);
         let left_out = match self.key_of(&name, announced) {
@@ -147,7 +149,6 @@ impl Relations {
             Err(error) => Announced::LeftOut(error),
         };
         self.by_oid.insert(announced.relid, left_out);
-        None
     }
 
     /// The places of a table's key columns among those that are published; `None` where it is not configured.
@@ -195,12 +196,7 @@ impl Relations {
         Ok(Some(key))
     }
 
-    fn publish(
-        &mut self,
-        name: TableName,
-        key: Vec<usize>,
-        announced: &pgoutput::Relation<'_>,
-    ) -> Option<Arc<Relation>> {
+    fn publish(&mut self, name: TableName, key: Vec<usize>, announced: &pgoutput::Relation<'_>) {
         let selection = self.selections.get(&name).map(Arc::as_ref);
         let columns: Vec<_> = announced
             .columns
@@ -225,7 +221,7 @@ impl Relations {
             if known.relation == relation {
                 // What is left out may have changed all the same.
                 (known.wal_columns, known.binding) = (wal_columns, binding);
-                return None;
+                return;
             }
             counts = Some(known.counts);
         }
@@ -234,15 +230,24 @@ impl Relations {
             self.subject(name)
         });
         let published = Published {
-            relation: Arc::clone(&relation),
+            relation,
             wal_columns,
             binding,
+            is_new: true,
             subjects,
             counts: counts.unwrap_or_default(),
         };
         self.by_oid
             .insert(announced.relid, Announced::Published(published));
-        Some(relation)
+    }
+
+    /// The shape of a relation, the first time that it is asked for.
+    pub(crate) fn take_new(&mut self, relid: u32) -> Option<Arc<Relation>> {
+        let Some(Announced::Published(published)) = self.by_oid.get_mut(&relid) else {
+            return None;
+        };
+        let was_new = std::mem::take(&mut published.is_new);
+        was_new.then(|| Arc::clone(&published.relation))
     }
 
     /// Counts a change that was published.
@@ -332,8 +337,17 @@ mod tests {
         published
     }
 
+    /// The shape that an announcement brings, if it is new.
+    fn announce(
+        relations: &mut Relations,
+        message: &pgoutput::Relation<'_>,
+    ) -> Option<Arc<Relation>> {
+        relations.announce(message);
+        relations.take_new(message.relid)
+    }
+
     fn left_out(mut relations: Relations, message: &pgoutput::Relation<'_>) -> RelationError {
-        assert!(relations.announce(message).is_none());
+        assert!(announce(&mut relations, message).is_none());
         let Some(Announced::LeftOut(error)) = relations.get(7) else {
             panic!("it is left out");
         };
@@ -344,8 +358,8 @@ mod tests {
     fn a_shape_is_new_once() {
         let mut relations = relations("id");
         let message = announced(ReplicaIdentity::Default, &[true, false]);
-        assert!(relations.announce(&message).is_some());
-        assert!(relations.announce(&message).is_none());
+        assert!(announce(&mut relations, &message).is_some());
+        assert!(announce(&mut relations, &message).is_none());
         published(&relations);
         assert!(relations.get(8).is_none());
     }
@@ -354,10 +368,10 @@ mod tests {
     fn another_primary_key_tells_rows_apart() {
         let message = announced(ReplicaIdentity::Default, &[true, false]);
         let mut relations = relations("name");
-        let relation = relations.announce(&message).expect("new");
+        let relation = announce(&mut relations, &message).expect("new");
         assert_eq!(relation.key(), [0]);
         let both = announced(ReplicaIdentity::Default, &[true, true]);
-        let relation = relations.announce(&both).expect("new");
+        let relation = announce(&mut relations, &both).expect("new");
         assert_eq!(relation.key(), [1]);
     }
 
@@ -373,7 +387,7 @@ mod tests {
         assert!(matches!(error, RelationError::KeyMissing { .. }), "{error}");
         assert_eq!(error.table(), &TableName::new("public", "t"));
         let message = announced(ReplicaIdentity::Full, &[true, true]);
-        assert!(relations("name").announce(&message).is_some());
+        assert!(announce(&mut relations("name"), &message).is_some());
     }
 
     #[test]
@@ -382,7 +396,7 @@ mod tests {
         selection.exclude("id");
         let mut relations = selected("name", selection);
         let full = announced(ReplicaIdentity::Full, &[true, true]);
-        let shape = relations.announce(&full).expect("new");
+        let shape = announce(&mut relations, &full).expect("new");
         let columns: Vec<_> = shape.columns().iter().map(Column::name).collect();
         assert_eq!((columns, shape.key()), (vec!["name"], &[0][..]));
         let found = published(&relations);
@@ -392,12 +406,12 @@ mod tests {
         // The column is gone: the shape is the same, the rows are not.
         let mut narrow = full.clone();
         narrow.columns.remove(0);
-        assert!(relations.announce(&narrow).is_none());
+        assert!(announce(&mut relations, &narrow).is_none());
         let found = published(&relations);
         assert_eq!((found.wal_columns, &found.binding), (1, &None));
 
         let mut relations = selected("id", Selection::default());
-        relations.announce(&full);
+        announce(&mut relations, &full);
         let mut selection = Selection::default();
         selection.exclude("id");
         let error = left_out(selected("id", selection), &full);
@@ -409,7 +423,7 @@ mod tests {
         let (shop, db) = ("shop".to_owned(), "db".to_owned());
         let mut relations = Relations::new(shop, db, HashMap::new(), HashMap::new());
         let message = announced(ReplicaIdentity::Nothing, &[false, false]);
-        assert!(relations.announce(&message).is_none());
+        assert!(announce(&mut relations, &message).is_none());
         assert!(matches!(relations.get(7), Some(Announced::NotConfigured)));
     }
 }

@@ -17,7 +17,7 @@ use millrace_event::{Lsn, TableName, work};
 use tokio_postgres::Client;
 
 use self::judgement::{Look, Seen, remembered};
-use self::look::look;
+use self::look::{look, look_into};
 use crate::life::Stream;
 use crate::orders::order_backfill;
 use crate::source::Refused;
@@ -52,18 +52,20 @@ impl Watched {
     /// was known stays.
     ///
     /// # Errors
-    /// The broker is away.
+    /// The source or the broker is away.
     pub(crate) async fn begin(
         first: FirstLook,
+        client: &Client,
         without: &[Refused],
         state: &kv::Store,
     ) -> Result<Self, Error> {
         let FirstLook { looks, lsn } = first;
         let mut seen = Vec::with_capacity(looks.len());
         let is_refused = |look: &Look| without.iter().any(|table| table.name == look.seen.table);
-        for look in looks.into_iter().filter(|look| !is_refused(look)) {
+        for mut look in looks.into_iter().filter(|look| !is_refused(look)) {
             let key = key(&look.seen.table);
             let before: Option<Seen> = identity::read(state, &key).await?;
+            look_into(client, before.as_ref(), &mut look).await?;
             let after = remembered(before.as_ref(), &look, lsn);
             if before.as_ref() != Some(&after) {
                 if before.is_some_and(|before| before.oid != after.oid) {
@@ -101,7 +103,7 @@ impl Watched {
             let reason = format!("table {} is gone from the source", gone.table);
             return Err(Error::retry_because(reason));
         }
-        for look in looks {
+        for mut look in looks {
             let now = &look.seen;
             let mut seen = self.seen.iter_mut();
             let Some(before) = seen.find(|before| before.table == now.table) else {
@@ -111,6 +113,7 @@ impl Watched {
                 let reason = format!("table {} was changed at the source", now.table);
                 return Err(Error::retry_because(reason));
             }
+            look_into(client, Some(before), &mut look).await?;
             let mut after = remembered(Some(before), &look, lsn);
             if let Some(due) = after.due.take_if(|due| covered >= due.lsn) {
                 order_backfill(config, stream, &after.table, &due.id).await?;

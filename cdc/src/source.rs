@@ -6,6 +6,7 @@ mod generated;
 mod key;
 mod leaves;
 mod membership;
+mod partitions;
 mod publication;
 mod room;
 mod selection;
@@ -18,12 +19,13 @@ use tokio_postgres::Client;
 pub(crate) use catalog::together;
 pub use catalog::{Harm, Inspected, Refused, SourceTable, estimate_rows, inspect_tables};
 pub use describe::describe;
-pub(crate) use describe::{describe_now, describe_selected, settled};
+pub(crate) use describe::{describe_now, describe_selected, is_as_announced, settled};
 pub(crate) use membership::locked_out;
 pub use membership::{
-    Alteration, Clause, Member, is_free, left_publication, parked_refused, published_tables,
-    withdraw,
+    Alteration, Clause, Member, harmed_children, is_free, left_publication, parked_refused,
+    published_tables, withdraw,
 };
+pub(crate) use partitions::partition_tree;
 pub use publication::{
     PublicationChange, adopt_filters, check_names, check_options, find_publication,
     publication_change, publication_gone, publication_name, unlisted_column,

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::time::Duration;
 
-use millrace_config::{Condition, Config, Table};
+use millrace_config::{Code, Condition, Config, Table};
 use millrace_connect::postgres::{Session, connect};
 use millrace_event::TableName;
 use tokio::time::MissedTickBehavior;
@@ -93,6 +93,49 @@ impl Refusals {
     }
 }
 
+/// Children by inheritance that an earlier release, or an operator, has put into the publication together with their
+/// parents.
+#[derive(Default)]
+struct Children {
+    told: Vec<TableName>,
+    /// Those that were taken out, or cannot be.
+    settled: Vec<TableName>,
+}
+
+impl Children {
+    /// Takes those out of the publication whose rows the application can neither update nor delete. Nothing is lost by
+    /// it: they are not captured.
+    async fn again(&mut self, config: &Config, client: &Client) -> Result<(), Error> {
+        let publication = source::publication_name(&config.source.name);
+        let tables: Vec<_> = config
+            .tables
+            .iter()
+            .map(|table| table.name.clone())
+            .collect();
+        for table in source::harmed_children(client, &publication, &tables).await? {
+            if self.settled.contains(&table) {
+                continue;
+            }
+            if !self.told.contains(&table) {
+                tracing::warn!(
+                    %table, publication, code = Code::NoReplicaIdentity.as_str(),
+                    "a table that inherits from a captured one is published without a replica identity: Postgres \
+                     refuses its updates and deletes"
+                );
+                self.told.push(table.clone());
+            }
+            let (alone, create) = (std::slice::from_ref(&table), config.source.create);
+            let what = "tables that inherit from captured ones";
+            if source::withdraw(client, &publication, alone, create, what).await?
+                == Alteration::Settled
+            {
+                self.settled.push(table);
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Looks at the tables, the publication and the slot every few seconds. Returns only with an error.
 pub(crate) async fn watch(
     config: &Config,
@@ -110,6 +153,7 @@ pub(crate) async fn watch(
     let slot_lag = metrics::gauge!("millrace_slot_lag_bytes");
     let slot_retained = metrics::gauge!("millrace_slot_retained_bytes");
     let mut earlier = Earlier::read(stream).await?;
+    let mut children = Children::default();
     let mut ticks = tokio::time::interval(WATCH_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -130,7 +174,8 @@ pub(crate) async fn watch(
             return Err(Error::halt(source::publication_gone(&publication)));
         }
         source::check_options(client, &publication, &source.tables).await?;
-        let now = source::published_tables(client, version, &publication).await?;
+        let mut now = source::published_tables(client, version, &publication).await?;
+        earlier.recall(&mut now);
         let create = config.source.create;
         let drift = earlier.check(&publication, &source.tables, &now, create)?;
         if let Some(table) = drift.back.first() {
@@ -148,6 +193,7 @@ pub(crate) async fn watch(
             let reason = format!("table {table} has a new column {column:?}");
             return Err(Error::retry_because(reason));
         }
+        children.again(config, client).await?;
         let unfit = refused.again(config, source, &now).await?;
         status.set_parked([&*drift.lost, &*locked, &*unfit].concat());
         for (table, _) in &locked {

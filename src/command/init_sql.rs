@@ -99,8 +99,7 @@ mod tests {
             "{plain}"
         );
         let sql = source::sql(&config_with("where = \"v <> 'x' -- not\""));
-        let filtered =
-            "\"public\".\"order items\" WHERE (v <> 'x' -- not\n), \"public\".\"orders\"\n";
+        let filtered = "ONLY \"public\".\"order items\" WHERE (v <> 'x' -- not\n), ONLY \"public\".\"orders\"\n";
         assert!(
             sql.contains(filtered) && sql.contains("GRANT TEMPORARY ON DATABASE"),
             "{sql}"
@@ -110,7 +109,7 @@ mod tests {
         ));
         for part in [
             "'CREATE PUBLICATION \"millrace_shop\" FOR TABLE '",
-            "|| ', \"public\".\"order items\"'",
+            "|| ', ONLY \"public\".\"order items\"'",
             "attname <> ALL (ARRAY['it''s'])",
             "|| ' WHERE (v <> ''x''",
         ] {

@@ -4,7 +4,7 @@ use async_nats::jetstream;
 
 use crate::stage::{Setting, Stage};
 
-const PUBLICATION: &str = "CREATE PUBLICATION \"millrace_shop\" FOR TABLE \"public\".\"t\" \
+const PUBLICATION: &str = "CREATE PUBLICATION \"millrace_shop\" FOR TABLE ONLY \"public\".\"t\" \
                            WITH (publish_via_partition_root = true)";
 const SLOT: &str = "SELECT pg_create_logical_replication_slot('millrace_shop', 'pgoutput')";
 
@@ -71,7 +71,7 @@ async fn a_publication_that_lacks_a_table_is_not_changed() {
         .sql("CREATE TABLE other (id int PRIMARY KEY); CREATE PUBLICATION millrace_shop FOR TABLE other")
         .await;
     let run = stage.start();
-    let add = "ALTER PUBLICATION \"millrace_shop\" ADD TABLE \"public\".\"t\"";
+    let add = "ALTER PUBLICATION \"millrace_shop\" ADD TABLE ONLY \"public\".\"t\"";
     stage.ends(run, 4, &["E1106", add, SLOT]).await;
     nothing_made(&stage, "0", "1").await;
     let tables = "SELECT string_agg(tablename, ',') FROM pg_publication_tables";

@@ -289,7 +289,7 @@ async fn where_the_publication_is_not_ours_its_owner_is_told() {
     let mut pipeline = stage.start();
     stage.equal(&pipeline).await;
     stage.sql(NOTHING).await;
-    let out = "ALTER PUBLICATION \"millrace_shop\" DROP TABLE \"public\".\"u\"";
+    let out = "ALTER PUBLICATION \"millrace_shop\" DROP TABLE ONLY \"public\".\"u\"";
     parked(
         &mut pipeline,
         "E1107",
@@ -300,7 +300,7 @@ async fn where_the_publication_is_not_ours_its_owner_is_told() {
     stage.sql(out).await;
     stage.sql(MISSED).await;
     stage.sql(MEND).await;
-    let back = "ALTER PUBLICATION \"millrace_shop\" ADD TABLE \"public\".\"u\"";
+    let back = "ALTER PUBLICATION \"millrace_shop\" ADD TABLE ONLY \"public\".\"u\"";
     parked(&mut pipeline, "E1106", back).await;
     others_go_on(&stage, &pipeline, 2).await;
     stage.sql(back).await;

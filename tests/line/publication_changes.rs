@@ -197,8 +197,9 @@ async fn whoever_may_not_change_the_publication_has_it_changed_and_loses_nothing
     let filtered = [("public.t", "where = \"id <= 280\""), ("public.u", "")];
     let config = config(&stage, true, NEVER, &filtered);
     config.write_to(stage.folder.path()).expect("written");
-    let out = "ALTER PUBLICATION \"millrace_shop\" DROP TABLE \"public\".\"t\"";
-    let back = "ALTER PUBLICATION \"millrace_shop\" ADD TABLE \"public\".\"t\" WHERE ((id <= 280))";
+    let out = "ALTER PUBLICATION \"millrace_shop\" DROP TABLE ONLY \"public\".\"t\"";
+    let back =
+        "ALTER PUBLICATION \"millrace_shop\" ADD TABLE ONLY \"public\".\"t\" WHERE ((id <= 280))";
     let remedy = format!("remedy: BEGIN; {out}; {back}; COMMIT");
     stage.ends(stage.start(), 4, &["E1106", &remedy]).await;
     // Not quite as it says: not in one transaction.

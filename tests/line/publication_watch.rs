@@ -9,7 +9,7 @@ use crate::stage::{PATIENCE, Setting, Stage};
 const LEAVE: &str = "ALTER PUBLICATION millrace_shop DROP TABLE u";
 
 /// The statement that the status tells.
-const RETURN: &str = "ALTER PUBLICATION \"millrace_shop\" ADD TABLE \"public\".\"u\"";
+const RETURN: &str = "ALTER PUBLICATION \"millrace_shop\" ADD TABLE ONLY \"public\".\"u\"";
 
 /// Changes that nobody captures: every row of `u` is another, is new, or is gone.
 const MISSED: &str = "UPDATE u SET v = 'missed' WHERE id <= 300; DELETE FROM u WHERE id > 400; \

@@ -186,7 +186,7 @@ async fn what_may_not_be_changed_is_only_compared() {
         ..Setting::default()
     })
     .await;
-    let publication = "CREATE PUBLICATION \"millrace_shop\" FOR TABLE \"public\".\"t\" (\"id\", \"status\") \
+    let publication = "CREATE PUBLICATION \"millrace_shop\" FOR TABLE ONLY \"public\".\"t\" (\"id\", \"status\") \
                        WHERE ((status <> 'draft'::text)) WITH (publish_via_partition_root = true)";
     let run = stage.start();
     stage.ends(run, 4, &["E1105", publication]).await;
@@ -195,8 +195,8 @@ async fn what_may_not_be_changed_is_only_compared() {
         .sql("CREATE PUBLICATION millrace_shop FOR TABLE t (id, status) WHERE (status = 'open')")
         .await;
     let run = stage.start();
-    let change = "BEGIN; ALTER PUBLICATION \"millrace_shop\" DROP TABLE \"public\".\"t\"; \
-                  ALTER PUBLICATION \"millrace_shop\" ADD TABLE \"public\".\"t\" \
+    let change = "BEGIN; ALTER PUBLICATION \"millrace_shop\" DROP TABLE ONLY \"public\".\"t\"; \
+                  ALTER PUBLICATION \"millrace_shop\" ADD TABLE ONLY \"public\".\"t\" \
                   (\"id\", \"status\") WHERE ((status <> 'draft'::text)); COMMIT";
     stage.ends(run, 4, &["E1106", change]).await;
     assert_eq!(

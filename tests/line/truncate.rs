@@ -59,6 +59,46 @@ async fn truncates_that_wait_in_the_stream_take_their_place() {
     stage.once().await;
 }
 
+const PARTITIONED: &str = "CREATE TABLE t (id int PRIMARY KEY, v text) PARTITION BY RANGE (id);
+    CREATE TABLE t_0 PARTITION OF t FOR VALUES FROM (0) TO (100);
+    CREATE TABLE t_1 PARTITION OF t FOR VALUES FROM (100) TO (300) PARTITION BY RANGE (id);
+    CREATE TABLE t_10 PARTITION OF t_1 FOR VALUES FROM (100) TO (200);
+    CREATE TABLE t_11 PARTITION OF t_1 FOR VALUES FROM (200) TO (300);
+    INSERT INTO t SELECT i, 'row' FROM generate_series(1, 299) i";
+
+/// Postgres tells nobody of it who is told of the whole table.
+#[tokio::test]
+async fn a_truncate_of_a_partition_is_found() {
+    let stage = Stage::set(Setting {
+        schema: PARTITIONED,
+        tables: &[("public.t", "")],
+        ..Setting::default()
+    })
+    .await;
+    let mut pipeline = stage.start();
+    assert_eq!(stage.equal(&pipeline).await.rows, 299);
+    stage
+        .sql("TRUNCATE t_0; INSERT INTO t VALUES (1, 'after'), (2, 'it'); UPDATE t SET v = 'u' WHERE id = 150")
+        .await;
+    assert_eq!(stage.equal(&pipeline).await.rows, 202);
+    stage.sql("TRUNCATE t_1").await;
+    assert_eq!(stage.equal(&pipeline).await.rows, 2);
+    // One that nobody has looked at before it is empty again.
+    stage.sql("INSERT INTO t VALUES (200, 'x')").await;
+    stage.equal(&pipeline).await;
+    stage
+        .sql("CREATE TABLE t_3 PARTITION OF t FOR VALUES FROM (300) TO (400); INSERT INTO t VALUES (300, 'gone')")
+        .await;
+    stage.sql("TRUNCATE t_3").await;
+    assert_eq!(stage.equal(&pipeline).await.rows, 3);
+    pipeline.kill9();
+    stage
+        .sql("TRUNCATE t_11; INSERT INTO t VALUES (300, 'kept')")
+        .await;
+    let pipeline = stage.start();
+    assert_eq!(stage.equal(&pipeline).await.rows, 3);
+}
+
 #[tokio::test]
 async fn a_table_may_ignore_truncates_and_deletes() {
     let stage = Stage::set(Setting {

@@ -26,8 +26,10 @@ impl Capture {
         // on the configured key, and the numbers must not: it takes two in any case.
         let first = open.seq + 1;
         open.seq += if old.is_some() && new.is_some() { 2 } else { 1 };
+        let behind = Position::from(open.transaction.version(open.seq)) > self.skip_to;
+        describe(&mut self.outputs, &mut self.relations, relid, behind);
         let announced = announced(&self.relations, relid)?;
-        if Position::from(open.transaction.version(open.seq)) <= self.skip_to {
+        if !behind {
             return Ok(());
         }
         let published = match announced {
@@ -71,11 +73,13 @@ impl Capture {
         for relid in truncate.relids.iter() {
             self.changes += 1;
             open.seq += 1;
+            let behind = Position::from(open.transaction.version(open.seq)) > self.skip_to;
+            describe(&mut self.outputs, &mut self.relations, relid, behind);
             let published = match announced(&self.relations, relid)? {
                 Announced::Published(published) => published,
                 Announced::NotConfigured => continue,
                 Announced::LeftOut(error) => {
-                    if Position::from(open.transaction.version(open.seq)) > self.skip_to {
+                    if behind {
                         leave_out(&mut self.outputs, error.clone(), open.commit_lsn);
                     }
                     continue;
@@ -93,6 +97,14 @@ impl Capture {
             self.relations.count(relid, Op::Truncate);
         }
         Ok(())
+    }
+}
+
+/// Has a relation's schema kept before the first change that is published under it. An earlier life has seen to those
+/// of the changes that the stream has.
+fn describe(outputs: &mut VecDeque<Output>, relations: &mut Relations, relid: u32, behind: bool) {
+    if behind && let Some(relation) = relations.take_new(relid) {
+        outputs.push_back(Output::Describe(relation));
     }
 }
 

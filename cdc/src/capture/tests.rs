@@ -6,11 +6,15 @@ const XID: u32 = 77;
 const MARK: u64 = 0xABCD;
 
 fn machine() -> Capture {
+    machine_of(HashMap::new())
+}
+
+fn machine_of(tables: HashMap<TableName, Vec<String>>) -> Capture {
     let settings = Settings {
         source: "shop".to_owned(),
         db: "db".to_owned(),
         epoch: 1,
-        tables: HashMap::new(),
+        tables,
         selections: HashMap::new(),
         limits: MessageLimits {
             events: 10,
@@ -121,4 +125,33 @@ fn the_names_that_relations_have_are_told_where_the_stream_does_not_have_the_tra
         commit_lsn: Lsn(200),
     };
     assert_eq!(named, expected);
+}
+
+#[test]
+fn a_shape_is_described_before_the_first_change_that_the_stream_does_not_have() {
+    let table = TableName::new("public", "t");
+    let mut machine = machine_of(HashMap::from([(table, vec!["id".to_owned()])]));
+    machine.skip_to = Position::new(1, Lsn(100), u32::MAX);
+    let describes = |machine: &mut Capture| {
+        let outputs = std::iter::from_fn(|| machine.poll());
+        let described = outputs.filter(|output| matches!(output, Output::Describe(_)));
+        described.count()
+    };
+    let shape = [b"R", &[0, 0, 0, 7][..], b"public\0t\0d\0\x01\x01id\0"].concat();
+    let shape = [&shape[..], &[0, 0, 0, 23], &[0xFF; 4]].concat();
+    let insert = [b"I", &[0, 0, 0, 7][..], b"N\0\x01t\0\0\0\x011"].concat();
+    let truncate = [b"T", &[0, 0, 0, 1][..], b"\0", &[0, 0, 0, 7]].concat();
+    begin(&mut machine, 100);
+    data(&mut machine, &shape);
+    for change in [&insert, &truncate] {
+        data(&mut machine, change);
+    }
+    commit(&mut machine, 100, 110);
+    assert_eq!(describes(&mut machine), 0);
+    for (lsn, change, expected) in [(200, &truncate, 1), (300, &insert, 0)] {
+        begin(&mut machine, lsn);
+        data(&mut machine, change);
+        commit(&mut machine, lsn, lsn + 10);
+        assert_eq!(describes(&mut machine), expected);
+    }
 }

@@ -5,7 +5,8 @@ use millrace_event::{TableName, quote_identifier, quote_literal};
 /// A table as its chunks are read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Keyset {
-    table: TableName,
+    /// What the `SELECT` reads from, as SQL.
+    from: String,
     /// The columns of the `SELECT`, as SQL.
     select_list: String,
     /// The rows that are published at all, as SQL.
@@ -33,13 +34,13 @@ pub(super) struct KeyMismatch {
 impl Keyset {
     /// Reads these columns of the table's published rows by this key.
     pub(super) fn new(
-        table: TableName,
+        from: String,
         select_list: String,
         published: Option<String>,
         key: Vec<KeyColumn>,
     ) -> Self {
         Self {
-            table,
+            from,
             select_list,
             published,
             key,
@@ -82,7 +83,7 @@ impl Keyset {
         Ok(format!(
             "SELECT {} FROM {}{} ORDER BY {} OFFSET {} LIMIT 1",
             texts.collect::<Vec<_>>().join(", "),
-            self.table.quoted(),
+            self.from,
             behind.map_or_else(String::new, |behind| format!(" WHERE {behind}")),
             self.key_list(),
             number.saturating_sub(1)
@@ -146,8 +147,7 @@ impl Keyset {
         };
         format!(
             "COPY (SELECT {} FROM {}{filtered}{rest}) TO STDOUT",
-            self.select_list,
-            self.table.quoted()
+            self.select_list, self.from
         )
     }
 
@@ -185,7 +185,7 @@ mod tests {
             type_name: type_name.to_owned(),
         };
         Keyset::new(
-            TableName::new("s", "a\"b"),
+            "ONLY \"s\".\"a\"\"b\"".to_owned(),
             "\"id\", \"k\"".to_owned(),
             condition.map(str::to_owned),
             vec![key("k", "pg_catalog.text"), key("id", "bigint")],
@@ -199,7 +199,7 @@ mod tests {
     #[test]
     fn a_chunk_begins_behind_a_key_or_at_the_first_row() {
         let first = keyset().chunk(None, 10).unwrap();
-        let select = "COPY (SELECT \"id\", \"k\" FROM \"s\".\"a\"\"b\"";
+        let select = "COPY (SELECT \"id\", \"k\" FROM ONLY \"s\".\"a\"\"b\"";
         assert_eq!(
             first,
             format!("{select} ORDER BY \"k\", \"id\" LIMIT 10) TO STDOUT")
@@ -247,7 +247,7 @@ mod tests {
         let tenth = part.key_behind(Some(&key("a", "1")), 10).unwrap();
         assert_eq!(
             tenth,
-            "SELECT \"k\"::text, \"id\"::text FROM \"s\".\"a\"\"b\" \
+            "SELECT \"k\"::text, \"id\"::text FROM ONLY \"s\".\"a\"\"b\" \
              WHERE (\"k\", \"id\") > ('a'::pg_catalog.text, '1'::bigint) \
              ORDER BY \"k\", \"id\" OFFSET 9 LIMIT 1"
         );

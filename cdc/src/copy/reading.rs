@@ -403,7 +403,7 @@ impl Looks {
             }
         });
         Keyset::new(
-            table.name.clone(),
+            table.from_item(),
             table.select_list(),
             table.filter.clone(),
             key.collect(),

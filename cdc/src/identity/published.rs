@@ -106,11 +106,23 @@ impl Earlier {
     /// A column that is kept back was renamed, or the table's file names a column that never was.
     pub(crate) fn carry_over(&self, tables: &mut [SourceTable]) -> Result<(), Error> {
         for table in tables {
-            let withheld = self.members.get(&table.name);
-            let withheld = withheld.map(|member| &*member.withheld);
+            let before = self.members.get(&table.name);
+            table.published = before.map(|before| (before.oid, before.clause.filter.clone()));
+            let withheld = before.map(|member| &*member.withheld);
             carry_over(table, withheld.unwrap_or_default()).map_err(Error::halt)?;
         }
         Ok(())
+    }
+
+    /// Says what memberships publish that nobody can read now, where that is known.
+    pub(crate) fn recall(&self, members: &mut HashMap<TableName, Member>) {
+        for (table, member) in members.iter_mut().filter(|(_, member)| member.unread) {
+            let before = self.members.get(table);
+            if let Some(before) = before.filter(|before| before.oid == member.oid) {
+                member.clause.filter.clone_from(&before.clause.filter);
+                member.unread = member.clause.filter.is_none();
+            }
+        }
     }
 
     /// The publication that was captured, where it is known.

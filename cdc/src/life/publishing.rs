@@ -94,7 +94,7 @@ impl Publishing<'_> {
             refused: refused.iter().map(|table| table.name.clone()).collect(),
             ..Drift::default()
         };
-        let members = source::published_tables(client, version, &name).await?;
+        let mut members = source::published_tables(client, version, &name).await?;
         if plan == Plan::Resume {
             let publication = source::find_publication(client, &name).await?;
             if earlier
@@ -103,6 +103,7 @@ impl Publishing<'_> {
             {
                 return Err(Error::halt(source::publication_gone(&name)));
             }
+            earlier.recall(&mut members);
             drift = Drift {
                 refused: drift.refused,
                 ..earlier.check(&name, tables, &members, config.source.create)?
@@ -123,9 +124,11 @@ impl Publishing<'_> {
         let locked = self.publish(&due, earlier, plan).await?;
         let taken = |table: &&SourceTable| !locked.contains(&table.name);
         let taken: Vec<_> = tables.iter().filter(taken).cloned().collect();
+        let mut members = source::published_tables(client, version, &name).await?;
+        earlier.recall(&mut members);
         let published = Published {
             publication: source::find_publication(client, &name).await?.unwrap_or(0),
-            members: source::published_tables(client, version, &name).await?,
+            members,
         };
         let unfit = source::parked_refused(&name, refused, &published.members);
         earlier

@@ -139,9 +139,12 @@ impl Line<'_> {
             .expect("only configured tables are published");
         let columns = relation.columns();
         let names: Vec<_> = columns.iter().map(|column| column.name()).collect();
-        source::check_names(client, table, &names).await?;
-        source::settled(client, &table.name).await?;
         let shapes: Vec<_> = columns.iter().map(|column| column.shape()).collect();
+        let is_same = source::is_as_announced(client, table, &shapes).await?;
+        source::check_names(client, table, &names, is_same).await?;
+        if !is_same {
+            source::settled(client, &table.name).await?;
+        }
         let key: Vec<String> = relation
             .key()
             .iter()

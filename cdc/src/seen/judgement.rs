@@ -17,6 +17,9 @@ pub(super) struct Seen {
     pub(super) files: String,
     /// The partitions that hold rows.
     pub(super) leaves: Vec<u32>,
+    /// The file of each of them: a truncate of a partition makes a new one, and so does a rewrite or a compaction.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) leaf_files: Option<Vec<(u32, u32)>>,
     /// The partitions of every level, with the transaction that attached each.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) attached: Option<Vec<(u32, u32)>>,
@@ -67,7 +70,7 @@ pub(super) struct Due {
     pub(super) lsn: Lsn,
 }
 
-/// A look at a table: what it is, and which of its partitions are empty.
+/// A look at a table: what it is, and which of the partitions that came are empty.
 pub(super) struct Look {
     pub(super) seen: Seen,
     pub(super) empty: Vec<u32>,
@@ -89,6 +92,12 @@ impl Seen {
                 .eq(other.columns.iter().map(shape))
     }
 
+    /// The file of a partition, where it is known.
+    fn file_of(&self, leaf: u32) -> Option<u32> {
+        let mut files = self.leaf_files.iter().flatten();
+        files.find(|(of, _)| *of == leaf).map(|(_, file)| *file)
+    }
+
     /// Every name that columns had, as of this look.
     fn known_names(&self) -> Vec<(String, i16)> {
         let columns = self.columns.iter();
@@ -98,6 +107,23 @@ impl Seen {
             true => columns.collect(),
             false => self.names.clone(),
         }
+    }
+}
+
+impl Look {
+    /// The partitions that came since.
+    pub(super) fn came(&self, before: &Seen) -> Vec<u32> {
+        let leaves = self.seen.leaves.iter().copied();
+        leaves
+            .filter(|leaf| !before.leaves.contains(leaf))
+            .collect()
+    }
+
+    /// Leaves partitions to the next look.
+    pub(super) fn leave(&mut self, leaves: &[u32]) {
+        self.seen.leaves.retain(|leaf| !leaves.contains(leaf));
+        let files = self.seen.leaf_files.iter_mut();
+        files.for_each(|files| files.retain(|(leaf, _)| !leaves.contains(leaf)));
     }
 }
 
@@ -143,8 +169,19 @@ fn unseen(before: &Seen, now: &Look) -> Option<&'static str> {
         .iter()
         .filter(|leaf| !before.leaves.contains(leaf));
     let gone = before.leaves.iter().any(|leaf| !now.leaves.contains(leaf));
-    if gone || came.into_iter().any(|leaf| !empty.contains(leaf)) {
+    // A truncate of a partition is told of its table only. One that was made and truncated since, with rows that
+    // were told of, has another file than it was made with.
+    let emptied = |leaf: &&u32| now.file_of(**leaf).is_some_and(|file| file != **leaf);
+    let is_new = |leaf: &&u32| empty.contains(*leaf) && !emptied(leaf);
+    if gone || !came.into_iter().all(|leaf| is_new(&leaf)) {
         return Some("a partition came or went");
+    }
+    let has_another_file = |leaf: &u32| {
+        let then = before.file_of(*leaf);
+        then.is_some() && then != now.file_of(*leaf)
+    };
+    if now.leaves.iter().any(has_another_file) {
+        return Some("a partition was truncated or rewritten");
     }
     if let (Some(before), Some(now)) = (&before.attached, &now.attached) {
         let again = |(partition, xid): &(u32, u32)| {

@@ -11,6 +11,7 @@ use super::generated::check_generated;
 use super::key::{UniqueIndex, key_of, logs_old_rows};
 use super::leaves::{Leaf, check_leaves, leaves};
 use super::membership::{Clause, Member};
+use super::partitions::partition_tree;
 use super::selection::{self, CatalogColumn};
 use crate::Error;
 use crate::selection::{Binding, Salt, Selection};
@@ -20,6 +21,8 @@ use crate::selection::{Binding, Salt, Selection};
 pub struct SourceTable {
     /// The table.
     pub name: TableName,
+    /// Whether its rows are in partitions.
+    pub partitioned: bool,
     /// Its key columns, in the key's order.
     pub key: Vec<String>,
     /// Its published columns, as they are published: name, type OID, type modifier.
@@ -32,6 +35,8 @@ pub struct SourceTable {
     pub selection: Arc<Selection>,
     /// The same for rows of `columns`, as a copy reads them.
     pub(crate) binding: Option<Binding>,
+    /// The membership that published it when capture was here last, by its OID, and the rows that it had.
+    pub(crate) published: Option<(u32, Option<String>)>,
     /// Every column of the catalog, by number.
     pub(crate) known: Vec<(i16, String)>,
     /// Columns that the table's own file names and the catalog does not have.
@@ -59,6 +64,15 @@ impl SourceTable {
     pub fn select_list(&self) -> String {
         let names = self.columns.iter().map(|(name, ..)| quote_identifier(name));
         names.collect::<Vec<_>>().join(", ")
+    }
+
+    /// What a `SELECT` of the table's own rows reads from. Children by inheritance are tables of their own; partitions
+    /// hold the table's rows.
+    pub(crate) fn from_item(&self) -> String {
+        match self.partitioned {
+            true => self.name.quoted(),
+            false => format!("ONLY {}", self.name.quoted()),
+        }
     }
 
     /// ` WHERE ..` for a copy's `SELECT`: the rows that are published and for which all of these conditions
@@ -304,6 +318,7 @@ async fn inspect_table(
         );
     };
     let (oid, identity): (u32, String) = (row.get(0), row.get(2));
+    let partitioned = row.get::<_, &str>(1) == "p";
     if row.get::<_, &str>(4) != "p" {
         return refuse(
             Code::TableMissing,
@@ -388,12 +403,14 @@ async fn inspect_table(
         .map(|column| (column.number, column.name));
     Ok(SourceTable {
         name: name.clone(),
+        partitioned,
         key,
         columns: selected.columns,
         filter: filter.map(|filter| filter.sql),
         list,
         selection: Arc::new(selected.selection),
         binding,
+        published: None,
         known: known.collect(),
         absent: selected.absent,
         settings: table.clone(),
@@ -424,15 +441,14 @@ pub(super) async fn catalog_columns(
 /// # Errors
 /// The connection failed.
 pub async fn estimate_rows(client: &Client, table: &TableName) -> Result<u64, Error> {
-    let row = client
-        .query_opt(
-            "SELECT coalesce((SELECT sum(greatest(l.reltuples, 0)) FROM pg_partition_tree(c.oid) p \
-             JOIN pg_class l ON l.oid = p.relid WHERE p.isleaf), greatest(c.reltuples, 0))::bigint \
-             FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
-             WHERE n.nspname = $1 AND c.relname = $2",
-            &[&table.schema, &table.table],
-        )
-        .await?;
+    let sql = format!(
+        "SELECT coalesce((SELECT sum(greatest(l.reltuples, 0)) FROM {} p JOIN pg_class l ON l.oid = p.relid \
+         WHERE p.isleaf), 0)::bigint FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
+         WHERE n.nspname = $1 AND c.relname = $2",
+        partition_tree("c.oid")
+    );
+    let names = (&table.schema, &table.table);
+    let row = client.query_opt(&sql, &[names.0, names.1]).await?;
     let rows = row.map_or(0, |row| row.get::<_, i64>(0));
     Ok(u64::try_from(rows).unwrap_or(0))
 }

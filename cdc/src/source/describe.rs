@@ -7,6 +7,7 @@ use millrace_event::{ColumnSchema, ColumnShape, TableName, TableSchema, TypeSche
 use tokio_postgres::Client;
 
 use super::catalog::{SourceTable, catalog_columns};
+use super::selection::CatalogColumn;
 use crate::Error;
 
 /// Describes a table's columns for those who create it elsewhere: types as SQL, and the enums and domains
@@ -63,6 +64,41 @@ pub async fn describe(
     })
 }
 
+/// Whether the catalog has a table as the WAL announces it. Then it has what the WAL has told, whoever holds the table,
+/// as VACUUM FULL does.
+///
+/// # Errors
+/// The connection failed.
+pub(crate) async fn is_as_announced(
+    client: &Client,
+    table: &SourceTable,
+    announced: &[ColumnShape<'_>],
+) -> Result<bool, Error> {
+    let row = client
+        .query_one("SELECT to_regclass($1)::oid", &[&table.name.quoted()])
+        .await?;
+    let Some(oid) = row.get::<_, Option<u32>>(0) else {
+        return Ok(false);
+    };
+    let columns = catalog_columns(client, oid).await?;
+    Ok(shapes_now(table, &columns).eq(announced.iter().copied()))
+}
+
+/// The columns of the catalog as they are published.
+fn shapes_now<'c>(
+    table: &'c SourceTable,
+    columns: &'c [CatalogColumn],
+) -> impl Iterator<Item = ColumnShape<'c>> {
+    let columns = columns.iter().filter(|column| !column.generated);
+    columns.filter_map(|column| {
+        table.selection.published(ColumnShape {
+            name: &column.name,
+            type_oid: column.type_oid,
+            typmod: column.typmod,
+        })
+    })
+}
+
 /// How long a change of a table's shape may hold streaming up before the next life looks again.
 const SETTLING_MAX: Duration = Duration::from_secs(10);
 
@@ -114,16 +150,7 @@ pub(crate) async fn describe_now(
         return Ok(None);
     };
     let columns = catalog_columns(client, oid).await?;
-    let shapes = columns.iter().filter(|column| !column.generated);
-    let shapes: Vec<_> = shapes
-        .filter_map(|column| {
-            table.selection.published(ColumnShape {
-                name: &column.name,
-                type_oid: column.type_oid,
-                typmod: column.typmod,
-            })
-        })
-        .collect();
+    let shapes: Vec<_> = shapes_now(table, &columns).collect();
     let schema = describe_selected(client, table, &shapes, &table.key).await?;
     // Looked at twice: a column that was renamed in between would count as dropped.
     let is_same = |described: &ColumnSchema| {

@@ -6,6 +6,7 @@ use tokio_postgres::Client;
 
 use super::catalog::{KEYS, unique_index};
 use super::key::{UniqueIndex, identity_remedy, list, logs_key, logs_old_rows};
+use super::partitions::partition_tree;
 use crate::Error;
 
 /// So many partitions a condition has the statements of; the others are told once these are mended.
@@ -35,9 +36,10 @@ impl Leaf {
 pub(super) async fn leaves(client: &Client, oid: u32) -> Result<Vec<Leaf>, Error> {
     let sql = format!(
         "SELECT n.nspname::text, c.relname::text, c.relreplident::text, c.relpersistence = 'p', k.* \
-         FROM pg_partition_tree($1::oid) t JOIN pg_class c ON c.oid = t.relid \
+         FROM {tree} t JOIN pg_class c ON c.oid = t.relid \
          JOIN pg_namespace n ON n.oid = c.relnamespace LEFT JOIN LATERAL ({KEYS}) k ON true \
-         WHERE t.isleaf AND c.relkind = 'r' ORDER BY 1, 2"
+         WHERE t.isleaf AND c.relkind = 'r' ORDER BY 1, 2",
+        tree = partition_tree("$1::oid")
     );
     let mut leaves: Vec<Leaf> = Vec::new();
     for row in client.query(&sql, &[&oid]).await? {

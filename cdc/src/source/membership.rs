@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use millrace_config::{Code, Condition, Create};
 use millrace_event::{TableName, quote_identifier};
 use serde::{Deserialize, Serialize};
-use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
+use tokio_postgres::{Client, SimpleQueryMessage};
 
 use super::selection::CLAUSES_VERSION_MIN;
 use super::{Refused, SourceTable};
@@ -15,6 +15,10 @@ use crate::Error;
 /// How long a table's lock may be waited for before it is put into the publication or taken out, in milliseconds:
 /// capture of all tables waits, and long enough for an autovacuum to be sent away.
 const MEMBER_LOCK_TIMEOUT_MS: u32 = 2_000;
+
+/// How long a table's lock may be waited for before its condition is read, in milliseconds. What else is asked on the
+/// session waits too.
+const FILTER_LOCK_TIMEOUT_MS: u32 = 200;
 
 /// A table's membership of a publication.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,6 +31,9 @@ pub struct Member {
     pub own: bool,
     /// Which of the table's columns and rows are published.
     pub clause: Clause,
+    /// Whether only some of the rows are, and `clause` does not tell which: Postgres reads no condition of a table that
+    /// somebody has locked.
+    pub unread: bool,
 }
 
 /// Which of a table's columns and rows a publication publishes.
@@ -49,43 +56,83 @@ pub async fn published_tables(
     version: i32,
     name: &str,
 ) -> Result<HashMap<TableName, Member>, Error> {
-    let clause = match version >= CLAUSES_VERSION_MIN {
-        true => "r.prattrs::int2[], pg_get_expr(r.prqual, r.prrelid)",
-        false => "NULL::int2[], NULL::text",
+    let clauses = version >= CLAUSES_VERSION_MIN;
+    let clause = match clauses {
+        true => "r.prattrs::int2[], r.prqual IS NOT NULL",
+        false => "NULL::int2[], false",
     };
-    let schemas = match version >= CLAUSES_VERSION_MIN {
-        true => {
+    let (schemas, of_schemas) = match clauses {
+        true => (
             "UNION ALL SELECT s.oid FROM pg_publication_namespace s JOIN pg_class k ON k.relnamespace = s.pnnspid \
-             WHERE s.pnpubid = p.oid AND k.oid = a.relid"
-        }
-        false => "",
+             WHERE s.pnpubid = p.oid AND k.oid = a.relid",
+            "OR EXISTS (SELECT FROM pg_publication_namespace s WHERE s.pnpubid = p.oid AND s.pnnspid = k.relnamespace)",
+        ),
+        false => ("", ""),
     };
+    // What pg_publication_tables tells. Since Postgres 16 that locks the tables, and waits for whoever rewrites one.
     let sql = format!(
-        "SELECT t.schemaname::text, t.tablename::text, coalesce(r.oid, (SELECT min(m.oid) \
+        "WITH RECURSIVE p AS (SELECT * FROM pg_publication WHERE pubname = $1), \
+         named AS (SELECT k.oid AS relid, k.relkind FROM p CROSS JOIN pg_class k \
+         JOIN pg_namespace kn ON kn.oid = k.relnamespace WHERE k.relkind IN ('r', 'p') AND k.relpersistence = 'p' \
+         AND (EXISTS (SELECT FROM pg_publication_rel i WHERE i.prpubid = p.oid AND i.prrelid = k.oid) \
+         OR (p.puballtables AND k.oid >= 16384 AND kn.nspname <> 'information_schema') {of_schemas})), \
+         parts AS (SELECT relid, relkind FROM named UNION SELECT k.oid, k.relkind FROM parts \
+         JOIN pg_inherits i ON i.inhparent = parts.relid JOIN pg_class k ON k.oid = i.inhrelid \
+         WHERE parts.relkind = 'p') \
+         SELECT n.nspname::text, c.relname::text, coalesce(r.oid, (SELECT min(m.oid) \
          FROM (SELECT c.oid AS relid UNION SELECT relid::oid FROM pg_partition_ancestors(c.oid)) a \
          CROSS JOIN LATERAL (SELECT i.oid FROM pg_publication_rel i WHERE i.prpubid = p.oid AND i.prrelid = a.relid \
          {schemas}) m), 0::oid), r.oid IS NOT NULL, {clause} \
-         FROM pg_publication_tables t JOIN pg_publication p ON p.pubname = t.pubname \
-         JOIN pg_namespace n ON n.nspname = t.schemaname \
-         JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = t.tablename \
+         FROM p CROSS JOIN parts t JOIN pg_class c ON c.oid = t.relid JOIN pg_namespace n ON n.oid = c.relnamespace \
          LEFT JOIN pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = c.oid \
-         WHERE t.pubname = $1"
+         WHERE CASE WHEN p.pubviaroot THEN t.relid IN (SELECT relid FROM named) \
+         AND NOT EXISTS (SELECT FROM pg_partition_ancestors(t.relid) a WHERE a.relid <> t.relid \
+         AND a.relid IN (SELECT relid FROM named)) ELSE t.relkind = 'r' END"
     );
     let rows = client.query(&sql, &[&name]).await?;
+    let filtered = rows.iter().filter(|row| row.get(5));
+    let filtered: Vec<u32> = filtered.map(|row| row.get(2)).collect();
+    let mut filters = HashMap::with_capacity(filtered.len());
+    for oid in filtered {
+        let filter = published_filter(client, oid).await?;
+        filters.extend(filter.map(|filter| (oid, filter)));
+    }
     let member = |row: &tokio_postgres::Row| {
         let table = TableName::new(row.get::<_, String>(0), row.get::<_, String>(1));
         let mut columns: Option<Vec<i16>> = row.get(4);
         columns
             .iter_mut()
             .for_each(|columns| columns.sort_unstable());
-        let clause = Clause {
-            columns,
-            filter: row.get(5),
-        };
         let (oid, own) = (row.get(2), row.get(3));
-        (table, Member { oid, own, clause })
+        let filter = filters.get(&oid).cloned();
+        let unread = row.get(5) && filter.is_none();
+        let clause = Clause { columns, filter };
+        let member = Member {
+            oid,
+            own,
+            clause,
+            unread,
+        };
+        (table, member)
     };
     Ok(rows.iter().map(member).collect())
+}
+
+/// The condition of a membership; `None` where its table is locked, or it is gone.
+async fn published_filter(client: &Client, oid: u32) -> Result<Option<String>, Error> {
+    // Sent together they are one transaction, beside what others send on this connection.
+    let sql = format!(
+        "SET LOCAL lock_timeout = {FILTER_LOCK_TIMEOUT_MS}; \
+         SELECT pg_get_expr(prqual, prrelid) FROM pg_publication_rel WHERE oid = {oid}"
+    );
+    match client.simple_query(&sql).await {
+        Ok(answer) => Ok(answer.iter().find_map(|message| match message {
+            SimpleQueryMessage::Row(row) => row.get(0).map(str::to_owned),
+            _ => None,
+        })),
+        Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// A statement, or several, in one transaction, which does not wait for a table's lock for long.
@@ -144,11 +191,50 @@ pub async fn withdraw(
     }
 }
 
+/// Children by inheritance of these tables that a publication has as members, though they are none of these tables, and
+/// that log nothing to tell old rows by: Postgres refuses to update and delete their rows, through their parent too. A
+/// statement without `ONLY` makes them members.
+///
+/// # Errors
+/// The connection failed.
+pub async fn harmed_children(
+    client: &Client,
+    name: &str,
+    tables: &[TableName],
+) -> Result<Vec<TableName>, Error> {
+    let names: Vec<_> = tables.iter().map(TableName::quoted).collect();
+    let rows = client
+        .query(
+            "WITH RECURSIVE own AS (SELECT to_regclass(name)::oid AS oid FROM unnest($2::text[]) name), \
+             kin AS (SELECT c.oid FROM own JOIN pg_class c USING (oid) WHERE c.relkind = 'r' \
+             UNION SELECT i.inhrelid FROM kin JOIN pg_inherits i ON i.inhparent = kin.oid) \
+             SELECT n.nspname::text, c.relname::text FROM kin JOIN pg_class c USING (oid) \
+             JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_publication_rel r ON r.prrelid = c.oid \
+             JOIN pg_publication p ON p.oid = r.prpubid WHERE p.pubname = $1 \
+             AND NOT EXISTS (SELECT FROM own WHERE own.oid = c.oid) AND c.relreplident <> 'f' \
+             AND NOT EXISTS (SELECT FROM pg_index x WHERE x.indrelid = c.oid AND x.indisvalid AND x.indimmediate \
+             AND CASE c.relreplident WHEN 'd' THEN x.indisprimary WHEN 'i' THEN x.indisreplident ELSE false END)",
+            &[&name, &names],
+        )
+        .await?;
+    let child = |row: &tokio_postgres::Row| {
+        TableName::new(row.get::<_, String>(0), row.get::<_, String>(1))
+    };
+    Ok(rows.iter().map(child).collect())
+}
+
 /// The statement that takes tables out of a publication.
 fn drop_statement(name: &str, tables: &[TableName]) -> String {
-    let names: Vec<_> = tables.iter().map(TableName::quoted).collect();
+    let names: Vec<_> = tables.iter().map(only).collect();
     let (publication, names) = (quote_identifier(name), names.join(", "));
     format!("ALTER PUBLICATION {publication} DROP TABLE {names}")
+}
+
+/// A table as a publication's statement names it. Without `ONLY` its children by inheritance are meant too: they are
+/// tables of their own, mostly without a key, and Postgres refuses the updates of a published table without one.
+/// Partitions are no such children: theirs is no membership, with `ONLY` and without.
+pub(super) fn only(table: &TableName) -> String {
+    format!("ONLY {}", table.quoted())
 }
 
 /// Why tables are parked that cannot be captured as they are, though they were. `members` is what the publication
@@ -184,7 +270,7 @@ fn unfit(name: &str, table: &Refused, member: Option<&Member>) -> Condition {
 /// Why a table is parked that a publication does not publish, or not as it must.
 #[must_use]
 pub fn left_publication(name: &str, table: &SourceTable, published: bool) -> Condition {
-    let (quoted, publication) = (table.name.quoted(), quote_identifier(name));
+    let (quoted, publication) = (only(&table.name), quote_identifier(name));
     let add = format!(
         "ALTER PUBLICATION {publication} ADD TABLE {}",
         table.published_as()
@@ -225,10 +311,7 @@ pub(crate) fn locked_out(name: &str, table: &TableName) -> Condition {
 /// # Errors
 /// The connection failed.
 pub async fn is_free(client: &Client, table: &TableName) -> Result<bool, Error> {
-    let sql = format!(
-        "LOCK TABLE {} IN SHARE UPDATE EXCLUSIVE MODE",
-        table.quoted()
-    );
+    let sql = format!("LOCK TABLE {} IN SHARE UPDATE EXCLUSIVE MODE", only(table));
     match client.batch_execute(&within_lock_timeout(&sql)).await {
         Ok(()) => Ok(true),
         Err(error) => match error.code() {

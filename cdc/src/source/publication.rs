@@ -5,7 +5,7 @@ use millrace_event::{TableName, quote_identifier, quote_literal};
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, SimpleQueryMessage};
 
-use super::membership::{Alteration, published_tables, within_lock_timeout};
+use super::membership::{Alteration, Member, only, published_tables, within_lock_timeout};
 use super::{SourceTable, selection};
 use crate::Error;
 
@@ -21,7 +21,7 @@ pub fn publication_name(source: &str) -> String {
 impl SourceTable {
     /// The table as a publication's statement names it, with its columns and its filter.
     pub(super) fn published_as(&self) -> String {
-        let mut sql = self.name.quoted();
+        let mut sql = only(&self.name);
         if let Some(list) = &self.list {
             let names: Vec<_> = list
                 .iter()
@@ -33,6 +33,19 @@ impl SourceTable {
             Some(filter) => format!("{sql} WHERE ({filter})"),
             None => sql,
         }
+    }
+
+    /// Whether a membership publishes of the table what is configured.
+    pub(crate) fn is_published_as(&self, member: &Member) -> bool {
+        let Member { clause, .. } = member;
+        if !member.unread {
+            return *clause == self.clause();
+        }
+        // A membership with another condition has another OID.
+        let known = self.published.as_ref();
+        let known = known.filter(|(oid, _)| *oid == member.oid);
+        clause.columns == self.clause().columns
+            && known.is_some_and(|(_, filter)| filter.is_some() && *filter == self.filter)
     }
 }
 
@@ -81,7 +94,7 @@ pub async fn publication_change(
         .partition(|table| members.contains_key(&table.name));
     let differs = |table: &&&SourceTable| {
         let member = members.get(&table.name);
-        member.is_some_and(|member| member.clause != table.clause())
+        member.is_some_and(|member| !table.is_published_as(member))
     };
     let altered: Vec<&SourceTable> = published.iter().filter(differs).copied().collect();
     let shared = altered.iter().find(|table| {
@@ -116,7 +129,8 @@ pub async fn publication_change(
         ));
         // Both in one transaction: no change of the table ever sees it unpublished. SET TABLE would have to repeat
         // all that the operator has put into the publication beside our tables.
-        statements.push(format!("ALTER PUBLICATION {quoted} DROP TABLE {names}"));
+        let dropped = join(altered.iter().copied(), |table| only(&table.name));
+        statements.push(format!("ALTER PUBLICATION {quoted} DROP TABLE {dropped}"));
         let added = join(altered.iter().copied(), SourceTable::published_as);
         statements.push(format!("ALTER PUBLICATION {quoted} ADD TABLE {added}"));
     }
@@ -277,7 +291,7 @@ async fn try_filter(client: &Client, table: &SourceTable) -> Result<(), Error> {
 /// Takes the row filters that are published for those that are configured: on a standby, which cannot read them.
 ///
 /// # Errors
-/// The connection failed.
+/// A table is locked, so that nobody reads its filter; or the connection failed.
 pub async fn adopt_filters(
     client: &Client,
     version: i32,
@@ -287,6 +301,10 @@ pub async fn adopt_filters(
     let members = published_tables(client, version, name).await?;
     for table in tables {
         let member = members.get(&table.name);
+        if member.is_some_and(|member| member.unread) {
+            let reason = format!("table {} is locked at the source", table.name);
+            return Err(Error::retry_because(reason));
+        }
         let published = member.and_then(|member| member.clause.filter.clone());
         if table.filter.is_some() && published.is_some() {
             table.filter = published;
@@ -350,7 +368,8 @@ pub async fn unlisted_column(
 }
 
 /// Checks that nothing which must not go out as it is goes out under a new name: of a shape that the WAL
-/// announced, before anything of it is published.
+/// announced, before anything of it is published. `is_same` says that the catalog has just that shape: then no lock is
+/// waited for.
 ///
 /// # Errors
 /// A column was renamed, or one came that the configuration names; or the connection failed.
@@ -358,6 +377,7 @@ pub async fn check_names(
     client: &Client,
     table: &SourceTable,
     announced: &[&str],
+    is_same: bool,
 ) -> Result<(), Error> {
     let settings = &table.settings;
     let masked = settings.columns.mask.iter().map(|(name, _)| name);
@@ -365,18 +385,25 @@ pub async fn check_names(
     if withheld.is_empty() {
         return Ok(());
     }
-    let now = names_now(client, table).await?;
+    let now = names_now(client, table, is_same).await?;
     names_allow(table, &withheld, announced, &now)
 }
 
-/// The table's columns in the catalog, by number, with all that the WAL has told of it: a commit is in the WAL
+/// The table's columns in the catalog, by number. Unless it `is_settled`, with all that the WAL has told of it: a commit is in the WAL
 /// before it is visible, and whoever changed the table's shape holds its lock until it is.
-async fn names_now(client: &Client, table: &SourceTable) -> Result<Vec<(i16, String)>, Error> {
+async fn names_now(
+    client: &Client,
+    table: &SourceTable,
+    is_settled: bool,
+) -> Result<Vec<(i16, String)>, Error> {
     let quoted = table.name.quoted();
+    let lock = match is_settled {
+        true => String::new(),
+        false => format!("LOCK TABLE ONLY {quoted} IN ACCESS SHARE MODE; "),
+    };
     // Sent together they are one transaction, beside what others send on this connection.
     let sql = format!(
-        "SET LOCAL lock_timeout = {NAMES_LOCK_TIMEOUT_MS}; LOCK TABLE {quoted} IN ACCESS SHARE MODE; \
-         SELECT attnum, attname FROM pg_attribute WHERE attrelid = to_regclass({}) \
+        "SET LOCAL lock_timeout = {NAMES_LOCK_TIMEOUT_MS}; {lock}SELECT attnum, attname FROM pg_attribute WHERE attrelid = to_regclass({}) \
          AND attnum > 0 AND NOT attisdropped",
         quote_literal(&quoted)
     );

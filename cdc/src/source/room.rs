@@ -2,11 +2,17 @@
 
 use bytesize::ByteSize;
 use millrace_config::{Code, Condition};
-use millrace_event::TableName;
-use tokio_postgres::Client;
+use millrace_event::{TableName, quote_literal};
+use tokio_postgres::error::SqlState;
+use tokio_postgres::{Client, SimpleQueryMessage};
 
+use super::partitions::partition_tree;
 use super::slot_name;
 use crate::Error;
+
+/// How long a table's lock may be waited for before its size is asked for, in milliseconds. What else is asked on the
+/// session waits too.
+const SIZE_LOCK_TIMEOUT_MS: u32 = 200;
 
 /// Warns where these tables have more bytes than WAL may be written before the source's slot is lost: while they are
 /// read, the slot may have to keep as much.
@@ -33,16 +39,27 @@ pub async fn room_for(
     }) else {
         return Ok(None);
     };
-    let names: Vec<_> = tables.iter().map(|table| table.quoted()).collect();
-    let row = client
-        .query_one(
-            "SELECT coalesce(sum(pg_total_relation_size(part)), 0)::bigint FROM \
-             (SELECT to_regclass(name) AS part FROM unnest($1::text[]) name \
-             UNION SELECT relid FROM unnest($1::text[]) name, pg_partition_tree(to_regclass(name))) parts",
-            &[&names],
-        )
-        .await?;
-    let size = u64::try_from(row.get::<_, i64>(0)).unwrap_or(0);
+    let names = tables.iter().map(|table| quote_literal(&table.quoted()));
+    let names: Vec<_> = names.collect();
+    // Sent together they are one transaction, beside what others send on this connection.
+    let sql = format!(
+        "SET LOCAL lock_timeout = {SIZE_LOCK_TIMEOUT_MS}; \
+         SELECT coalesce(sum(pg_total_relation_size(relid)), 0) FROM unnest(ARRAY[{}]::text[]) name, \
+         LATERAL {} tree",
+        names.join(", "),
+        partition_tree("to_regclass(name)")
+    );
+    let answer = match client.simple_query(&sql).await {
+        Ok(answer) => answer,
+        // Nobody knows its size now, and nobody can read it either.
+        Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    let size = answer.iter().find_map(|message| match message {
+        SimpleQueryMessage::Row(row) => row.get(0)?.parse().ok(),
+        _ => None,
+    });
+    let size = size.unwrap_or(0_u64);
     Ok((size > safe).then(|| outgrown(tables, size, &slot, safe, &limit)))
 }
 

@@ -7,6 +7,7 @@ use millrace_event::{ColumnShape, quote_identifier};
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
+use super::partitions::partition_tree;
 use crate::Error;
 use crate::selection::{Mask, Salt, Selection};
 
@@ -205,13 +206,15 @@ const IDENTITIES: &str = "SELECT c.oid::regclass::text, c.relreplident = 'f', \
     ARRAY(SELECT DISTINCT a.attname::text FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid \
     AND a.attnum = ANY (i.indkey[0:i.indnkeyatts - 1]::int2[]) WHERE i.indrelid = c.oid AND i.indisvalid \
     AND CASE c.relreplident WHEN 'd' THEN i.indisprimary AND i.indimmediate \
-    WHEN 'i' THEN i.indisreplident ELSE false END) \
-    FROM pg_class c WHERE c.oid IN (SELECT relid FROM pg_partition_tree($1::oid) WHERE isleaf) \
-    OR (c.oid = $1::oid AND c.relkind = 'r') ORDER BY 1";
+    WHEN 'i' THEN i.indisreplident ELSE false END) FROM pg_class c";
 
 /// What is logged of old rows, of each relation that holds rows of the table.
 pub(super) async fn identities(client: &Client, oid: u32) -> Result<Vec<Identity>, Error> {
-    let rows = client.query(IDENTITIES, &[&oid]).await?;
+    let tree = partition_tree("$1::oid");
+    let sql = format!(
+        "{IDENTITIES} WHERE c.oid IN (SELECT relid FROM {tree} tree WHERE isleaf) ORDER BY 1"
+    );
+    let rows = client.query(&sql, &[&oid]).await?;
     let identity = |row: &tokio_postgres::Row| Identity {
         relation: row.get(0),
         full: row.get(1),
@@ -335,25 +338,29 @@ pub(super) fn unread(filter: &Filter) -> RowFilter {
     }
 }
 
+/// How long a lock may be waited for while a filter is read, in milliseconds: that of a table which only the filter
+/// names.
+const FILTER_LOCK_TIMEOUT_MS: u32 = 2_000;
+
+/// The columns of a table as those of another one. A type that may not be used by name is none of Postgres' own, of
+/// which no row filter may be.
+const COLUMNS_AGAIN: &str = "SELECT string_agg(format('%I %s%s', a.attname, \
+    CASE WHEN has_schema_privilege(t.typnamespace, 'USAGE') AND has_type_privilege(t.oid, 'USAGE') \
+    THEN format_type(a.atttypid, a.atttypmod) ELSE 'pg_catalog.text' END, \
+    ' COLLATE pg_catalog.' || quote_ident(c.collname)), ', ' ORDER BY a.attnum) \
+    FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid LEFT JOIN pg_collation c ON c.oid = a.attcollation \
+    AND c.collnamespace = 'pg_catalog'::regnamespace AND a.attcollation <> t.typcollation \
+    WHERE a.attrelid = to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped";
+
 /// Has Postgres read a row filter, as the check of a temporary table that is rolled back: that needs no right on
-/// the publication and touches nothing of the source's.
+/// the publication, touches nothing of the source's, and waits for nobody who has locked the table.
 pub(super) async fn read_filter(
     client: &Client,
     table: &Table,
     filter: &Filter,
 ) -> Result<RowFilter, Error> {
-    // Alone in a statement, so that its parentheses are its own. The newline ends a comment.
-    let alone = format!(
-        "SELECT FROM {} WHERE ({}\n)",
-        table.name.quoted(),
-        filter.sql
-    );
-    let prepared = client.prepare(&alone).await;
-    let prepared = prepared.map_err(|error| filter_refused(table, filter, error))?;
-    if !prepared.params().is_empty() {
-        return Err(Error::halt(invalid(table, filter, "it has parameters")));
-    }
-    client.batch_execute("BEGIN").await?;
+    let begin = format!("BEGIN; SET LOCAL lock_timeout = {FILTER_LOCK_TIMEOUT_MS}");
+    client.batch_execute(&begin).await?;
     let read = read_in_transaction(client, table, filter).await;
     client.batch_execute("ROLLBACK").await?;
     read
@@ -366,11 +373,12 @@ async fn read_in_transaction(
 ) -> Result<RowFilter, Error> {
     // Of the same name: a column may be written behind it.
     let copy = format!("pg_temp.{}", quote_identifier(&table.name.table));
-    let like = format!(
-        "CREATE TEMPORARY TABLE {copy} (LIKE {})",
-        table.name.quoted()
-    );
-    if let Err(error) = client.batch_execute(&like).await {
+    let quoted = table.name.quoted();
+    let row = client.query_one(COLUMNS_AGAIN, &[&quoted]).await?;
+    let columns: Option<String> = row.get(0);
+    let columns = columns.unwrap_or_default();
+    let create = format!("CREATE TEMPORARY TABLE {copy} ({columns})");
+    if let Err(error) = client.batch_execute(&create).await {
         if error.code() != Some(&SqlState::INSUFFICIENT_PRIVILEGE) {
             return Err(error.into());
         }
@@ -382,6 +390,13 @@ async fn read_in_transaction(
             ),
             "GRANT TEMPORARY ON DATABASE the source's TO the user of source.url (see `millrace init-sql`)",
         )));
+    }
+    // Alone in a statement, so that its parentheses are its own. The newline ends a comment.
+    let alone = format!("SELECT FROM {copy} WHERE ({}\n)", filter.sql);
+    let prepared = client.prepare(&alone).await;
+    let prepared = prepared.map_err(|error| filter_refused(table, filter, error))?;
+    if !prepared.params().is_empty() {
+        return Err(Error::halt(invalid(table, filter, "it has parameters")));
     }
     let check = format!("ALTER TABLE {copy} ADD CHECK ({}\n)", filter.sql);
     let added = client.execute(&check, &[]).await;

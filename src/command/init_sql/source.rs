@@ -56,7 +56,7 @@ pub(super) fn sql(config: &Config) -> String {
     )
 }
 
-/// The statement that makes the publication. Which columns a table has beside the excluded ones only the source
+/// The statement that makes the publication, of the tables without their children by inheritance. Which columns a table has beside the excluded ones only the source
 /// knows: there it is put together when it is run.
 fn publication(config: &Config) -> String {
     let name = quote_identifier(&millrace_cdc::source::publication_name(&config.source.name));
@@ -67,7 +67,7 @@ fn publication(config: &Config) -> String {
         let tables: Vec<_> = config
             .tables
             .iter()
-            .map(|table| format!("{}{}", table.name.quoted(), filter(table)))
+            .map(|table| format!("ONLY {}{}", table.name.quoted(), filter(table)))
             .collect();
         return format!("{begin}{}{end};", tables.join(", "));
     }
@@ -75,7 +75,7 @@ fn publication(config: &Config) -> String {
     for (index, table) in config.tables.iter().enumerate() {
         let separator = if index == 0 { "" } else { ", " };
         let quoted = table.name.quoted();
-        parts.push(quote_literal(&format!("{separator}{quoted}")));
+        parts.push(quote_literal(&format!("{separator}ONLY {quoted}")));
         if lists(&table) {
             let excluded: Vec<_> = table
                 .columns

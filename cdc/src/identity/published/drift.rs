@@ -176,6 +176,9 @@ fn judge(
     match (before.standing, now) {
         // Not configured until now: it is new. Or we took it out ourselves, with a backfill ordered, and it is put back.
         (Standing::Beside | Standing::Leaving, _) => Verdict::Same,
+        // Nobody can read now what it publishes: a later look judges it.
+        (Standing::Lost { .. }, Some(now)) if now.unread => Verdict::Lost,
+        (Standing::Published | Standing::Refused { .. }, Some(now)) if now.unread => Verdict::Same,
         (Standing::Published | Standing::Lost { .. }, None) => Verdict::Lost,
         (Standing::Lost { .. }, Some(now)) if now.clause == table.clause() => Verdict::Back,
         (Standing::Lost { .. }, Some(_)) => Verdict::Lost,

@@ -30,6 +30,7 @@ fn table(known: &[(i16, &str)], excluded: &[&str], masked: &[&str]) -> SourceTab
     let absent = excluded.iter().chain(masked).filter(|name| !has(name));
     SourceTable {
         name: named(),
+        partitioned: false,
         key: vec!["id".to_owned()],
         columns: Vec::new(),
         filter: None,
@@ -37,6 +38,7 @@ fn table(known: &[(i16, &str)], excluded: &[&str], masked: &[&str]) -> SourceTab
         absent: absent.map(|name| (*name).to_owned()).collect(),
         selection: Arc::new(selection),
         binding: None,
+        published: None,
         known,
         settings: Table {
             name: named(),
@@ -174,8 +176,13 @@ fn a_dropped_column_stays_back_in_older_wal_and_a_misspelt_one_is_refused() {
 
 fn published(oid: u32, table: &SourceTable) -> HashMap<TableName, Member> {
     let clause = table.clause();
-    let own = true;
-    HashMap::from([(named(), Member { oid, own, clause })])
+    let member = Member {
+        oid,
+        own: true,
+        clause,
+        unread: false,
+    };
+    HashMap::from([(named(), member)])
 }
 
 fn memory(members: &[Remembered]) -> Earlier {
@@ -185,6 +192,37 @@ fn memory(members: &[Remembered]) -> Earlier {
         members: members.collect(),
         revision: 5,
     }
+}
+
+#[test]
+fn what_nobody_can_read_is_as_it_was_or_judged_later() {
+    let mut open = table(COLUMNS, &[], &[]);
+    open.filter = Some("(id > 3)".to_owned());
+    let before = remembered(1, &open, None);
+    let then = open.clone();
+    let unread = |oid| {
+        let mut members = published(oid, &then);
+        let member = members.get_mut(&named()).expect("is there");
+        (member.clause.filter, member.unread) = (None, true);
+        members
+    };
+    let earlier = memory(std::slice::from_ref(&before));
+    let (mut same, mut another) = (unread(1), unread(2));
+    earlier.recall(&mut same);
+    earlier.recall(&mut another);
+    assert_eq!(same, published(1, &open));
+    assert!(another[&named()].unread, "it has left and come back");
+    // Neither lost nor back, and no reason to stop.
+    assert_eq!(drift(&before, &another, &open), Ok((None, false)));
+    let mut lost = before.clone();
+    lost.standing = Standing::Lost { since_us: 7 };
+    assert!(drift(&lost, &another, &open).expect("parked").0.is_some());
+
+    open.published = Some((1, open.filter.clone()));
+    assert!(open.is_published_as(&unread(1)[&named()]));
+    assert!(!open.is_published_as(&another[&named()]));
+    open.filter = Some("(id > 4)".to_owned());
+    assert!(!open.is_published_as(&unread(1)[&named()]));
 }
 
 /// What has become of a table that was published as `before`: what is said of it where it is parked, and whether it
@@ -229,7 +267,7 @@ fn a_table_that_left_is_parked_until_it_is_back_as_it_must_be() {
     let (plain, part) = (table(COLUMNS, &[], &[]), table(COLUMNS, &["email"], &[]));
     let mut earlier = remembered(1, &part, None);
     let gone = HashMap::new();
-    let add = "ALTER PUBLICATION \"p\" ADD TABLE \"public\".\"t\" (\"id\", \"note\")";
+    let add = "ALTER PUBLICATION \"p\" ADD TABLE ONLY \"public\".\"t\" (\"id\", \"note\")";
     for standing in [Standing::Published, Standing::Lost { since_us: 7 }] {
         earlier.standing = standing;
         let (remedy, back) = drift(&earlier, &gone, &part).expect("parked");
@@ -240,7 +278,7 @@ fn a_table_that_left_is_parked_until_it_is_back_as_it_must_be() {
     let (remedy, back) = drift(&earlier, &published(2, &plain), &part).expect("parked");
     let remedy = remedy.expect("parked");
     assert!(
-        remedy.contains("DROP TABLE \"public\".\"t\"; ALTER") && !back,
+        remedy.contains("DROP TABLE ONLY \"public\".\"t\"; ALTER") && !back,
         "{remedy}"
     );
     for oid in [2, 0] {

@@ -21,6 +21,7 @@ fn seen(oid: u32, files: &str, leaves: &[u32], columns: &[Column]) -> Seen {
         oid,
         files: files.to_owned(),
         leaves: leaves.to_vec(),
+        leaf_files: None,
         attached: Some(leaves.iter().map(|leaf| (*leaf, 1)).collect()),
         columns: columns.to_vec(),
         names: Vec::new(),
@@ -193,6 +194,43 @@ fn partitions_that_come_and_go_are_seen() {
     let mut again = seen(7, "a", &[1, 2], &[]);
     again.attached = Some(vec![(1, 1), (2, 5)]);
     assert!(due(&before, again, &[2]));
+}
+
+#[test]
+fn a_partition_with_another_file_lost_rows_that_nobody_told_of() {
+    let with = |files: &[(u32, u32)]| {
+        let leaves: Vec<_> = files.iter().map(|(leaf, _)| *leaf).collect();
+        let mut seen = seen(7, "a", &leaves, &[]);
+        seen.leaf_files = Some(files.to_vec());
+        seen
+    };
+    let before = with(&[(1, 1), (2, 20)]);
+    assert!(!due(&before, before.clone(), &[]));
+    assert!(due(&before, with(&[(1, 10), (2, 20)]), &[]));
+    assert!(due(&before, with(&[(1, 1), (2, 21)]), &[]));
+    // One more, as it was made. Made, written and truncated since: its rows were told of.
+    assert!(!due(&before, with(&[(1, 1), (2, 20), (3, 3)]), &[3]));
+    assert!(due(&before, with(&[(1, 1), (2, 20), (3, 30)]), &[3]));
+    // An older release did not look.
+    assert!(!due(&seen(7, "a", &[1, 2], &[]), before, &[]));
+}
+
+#[test]
+fn a_partition_that_cannot_be_looked_into_is_judged_by_a_later_look() {
+    let before = seen(7, "a", &[1], &[]);
+    let mut look = Look {
+        seen: seen(7, "b", &[1, 2], &[]),
+        empty: Vec::new(),
+    };
+    look.seen.leaf_files = Some(vec![(1, 1), (2, 2)]);
+    let came = look.came(&before);
+    assert_eq!(came, [2]);
+    look.leave(&came);
+    let between = remembered(Some(&before), &look, Lsn(9));
+    assert_eq!(between.due, None);
+    let found = |empty: &[u32]| due(&between, seen(7, "b", &[1, 2], &[]), empty);
+    assert!(found(&[]));
+    assert!(!found(&[2]));
 }
 
 #[test]
