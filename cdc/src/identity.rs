@@ -117,7 +117,7 @@ pub(crate) async fn read<T: serde::de::DeserializeOwned>(
     key: &str,
 ) -> Result<Option<T>, Error> {
     let failed = |error| Error::retry("what was stored beside the stream cannot be read", error);
-    let Some(entry) = state.get(key).await.map_err(failed)? else {
+    let Some(entry) = stream::value(state, key).await.map_err(failed)? else {
         return Ok(None);
     };
     Ok(Some(understood(&state.name, key, &entry)?))

@@ -93,8 +93,7 @@ async fn sinks(config: &Config, reports: &kv::Store) -> Result<BTreeSet<String>,
 async fn order(copies: &kv::Store, sink: &str, table: &TableName, id: &str) -> Result<(), Error> {
     let key = orders_key(sink);
     for _ in 0..ATTEMPTS {
-        let entry = copies
-            .entry(&key)
+        let entry = crate::stream::entry(copies, &key)
             .await
             .map_err(|error| Error::retry("backfill orders cannot be read", error))?;
         let (orders, revision) = match entry {
