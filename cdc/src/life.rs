@@ -66,6 +66,7 @@ pub(crate) struct Source {
     pub(crate) facts: SourceFacts,
     pub(crate) tables: Arc<Vec<SourceTable>>,
     pub(crate) epoch: u32,
+    pub(crate) timeline: u32,
 }
 
 /// The stream as a life uses it.
@@ -133,7 +134,6 @@ pub(crate) async fn open(config: &Config, now: Duration) -> Result<Life, Error> 
     let known = Earlier::read(&stream).await?;
     let (mut tables, refused) = known.admit(inspected, &members, |_| true)?;
     let watched = Watched::begin(first, &refused, &stream.state).await?;
-    let left_out = LeftOut::read(&stream.state, &client).await?;
     let mut earlier = Earlier::read(&stream).await?;
     earlier.carry_over(&mut tables)?;
     if facts.in_recovery {
@@ -150,6 +150,7 @@ pub(crate) async fn open(config: &Config, now: Duration) -> Result<Life, Error> 
     let mut replication =
         ReplicationConnection::connect(&fitted(dsn.clone(), &client).await?, "millrace").await?;
     let identity = replication.identify_system().await?;
+    let left_out = LeftOut::read(&stream.state, &client, identity.timeline).await?;
     let known = stream_tail(&stream, Lsn::ZERO).await?;
     let known = known.map(|(_, tail)| tail);
     let epoch = identity::check(&stream, &mut replication, &identity, known.as_ref()).await?;
@@ -225,6 +226,7 @@ pub(crate) async fn open(config: &Config, now: Duration) -> Result<Life, Error> 
         facts,
         tables,
         epoch,
+        timeline: identity.timeline,
     };
     Ok(Life {
         capture,

@@ -26,11 +26,9 @@ impl Capture {
         // on the configured key, and the numbers must not: it takes two in any case.
         let first = open.seq + 1;
         open.seq += if old.is_some() && new.is_some() { 2 } else { 1 };
-        let announced = announced(&self.relations, relid)?;
-        if Position::from(open.transaction.version(open.seq)) <= self.skip_to {
-            return Ok(());
-        }
-        let published = match announced {
+        // What is left out is told of WAL that the stream already holds too: the broker may have kept the stream's end
+        // and lost what was remembered beside it.
+        let published = match announced(&self.relations, relid)? {
             Announced::Published(published) => published,
             Announced::NotConfigured => return Ok(()),
             Announced::LeftOut(error) => {
@@ -38,12 +36,22 @@ impl Capture {
                 return Ok(());
             }
         };
-        let Some(row) = RowChange::new(published, old, new, &mut self.masked)? else {
-            let table = published.relation.name().clone();
-            let error = RelationError::KeyNull { table };
-            leave_out(&mut self.outputs, error, open.commit_lsn);
-            return Ok(());
+        let skipped = Position::from(open.transaction.version(open.seq)) <= self.skip_to;
+        let row = match RowChange::new(published, old, new, &mut self.masked) {
+            Ok(Some(row)) => row,
+            Ok(None) => {
+                let table = published.relation.name().clone();
+                let error = RelationError::KeyNull { table };
+                leave_out(&mut self.outputs, error, open.commit_lsn);
+                return Ok(());
+            }
+            // It was published as the table was configured then.
+            Err(_) if skipped => return Ok(()),
+            Err(error) => return Err(error),
         };
+        if skipped {
+            return Ok(());
+        }
         let mut writer = Writer {
             assembler: &mut self.assembler,
             published,
@@ -75,9 +83,7 @@ impl Capture {
                 Announced::Published(published) => published,
                 Announced::NotConfigured => continue,
                 Announced::LeftOut(error) => {
-                    if Position::from(open.transaction.version(open.seq)) > self.skip_to {
-                        leave_out(&mut self.outputs, error.clone(), open.commit_lsn);
-                    }
+                    leave_out(&mut self.outputs, error.clone(), open.commit_lsn);
                     continue;
                 }
             };
