@@ -92,6 +92,8 @@ async fn a_sink_that_waits_for_capture_slows_down_and_says_so() {
 /// everything. Then it starts again, and nothing is ordered a second time.
 async fn forgotten(stage: &Stage, changes: &[&str], key: &str) {
     let mut pipeline = stage.start();
+    // Nothing is copied after this.
+    Stage::readyz(&mut pipeline, 200, "streaming").await;
     stage.equal(&pipeline).await;
     ends(&mut pipeline).await;
     let mut capture = stage.start_with(CAPTURE);

@@ -16,7 +16,7 @@ async fn capture_asks_the_leaders_of_its_buckets() {
         .await
         .expect("subscribed");
     let mut leaders = client
-        .subscribe("$JS.API.STREAM.MSG.GET.KV_MILLRACE_shop_*")
+        .subscribe("$JS.API.STREAM.MSG.GET.*")
         .await
         .expect("subscribed");
     client.flush().await.expect("flushed");

@@ -25,7 +25,7 @@ async fn a_full_stream_whose_end_was_lost_goes_on() {
     })
     .await;
     let mut pipeline = stage.start();
-    stage.equal(&pipeline).await;
+    Stage::readyz(&mut pipeline, 200, "streaming").await;
     stage
         .sql(
             "DO $$ BEGIN FOR i IN 1..2000 LOOP
