@@ -208,7 +208,7 @@ impl Board {
         self.update_capture(Part::new(state));
     }
 
-    /// The capture's state, and what fails beside it.
+    /// The capture's state, and what an operator is told of it or of what fails beside it.
     pub(crate) fn set_capture_with(&self, state: State, condition: Condition) {
         self.update_capture(Part {
             state,
