@@ -375,15 +375,12 @@ impl Capture {
         let State::InTransaction(open) = &self.state else {
             return;
         };
-        let end = Position::new(self.settings.epoch, open.commit_lsn, u32::MAX);
-        // An earlier life has seen to what the stream has.
-        if end > self.skip_to {
-            self.outputs.push_back(Output::Named(Named {
-                oid: relation.relid,
-                name: TableName::new(relation.schema, relation.table),
-                commit_lsn: open.commit_lsn,
-            }));
-        }
+        // Also of what the stream has: the broker may have lost what an earlier life ordered.
+        self.outputs.push_back(Output::Named(Named {
+            oid: relation.relid,
+            name: TableName::new(relation.schema, relation.table),
+            commit_lsn: open.commit_lsn,
+        }));
     }
 
     fn on_begin(&mut self, begin: &pgoutput::Begin) -> Result<(), CaptureError> {

@@ -333,8 +333,7 @@ async fn read<T: serde::de::DeserializeOwned>(
     store: &kv::Store,
     key: &str,
 ) -> Result<Option<T>, Error> {
-    let entry = store
-        .get(key)
+    let entry = stream::value(store, key)
         .await
         .map_err(|error| Error::retry("copy requests cannot be read", error))?;
     let value = entry.map(|value| understood(&store.name, key, &value));

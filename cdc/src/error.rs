@@ -27,6 +27,8 @@ pub enum Error {
     Retry {
         /// What failed, for `retrying(reason)`.
         reason: String,
+        /// What to tell the operator meanwhile.
+        condition: Option<Condition>,
         /// Why.
         #[source]
         source: Option<Box<dyn StdError + Send + Sync>>,
@@ -47,6 +49,7 @@ impl Error {
     ) -> Self {
         Self::Retry {
             reason: reason.into(),
+            condition: None,
             source: Some(source.into()),
         }
     }
@@ -55,6 +58,7 @@ impl Error {
     pub fn retry_because(reason: impl Into<String>) -> Self {
         Self::Retry {
             reason: reason.into(),
+            condition: None,
             source: None,
         }
     }
@@ -185,23 +189,28 @@ impl From<NatsError> for Error {
     }
 }
 
+/// JetStream's codes for storage that the server or the account does not have: of the account as a whole, of the
+/// server, in memory, and on disk.
+const NO_STORAGE: [u64; 4] = [10_002, 10_023, 10_028, 10_047];
+
 impl From<StreamError> for Error {
     fn from(error: StreamError) -> Self {
         match error {
             StreamError::Condition(condition) => Self::Halt(condition),
             StreamError::Refused { what, source }
-                if source.code() == 400 || source.code() == 503 =>
+                if NO_STORAGE.contains(&source.error_code().0) =>
             {
-                let code = source.error_code().0;
-                // 10023, 10028 and 10047 are about storage that the server does not have.
-                if matches!(code, 10_023 | 10_028 | 10_047) {
-                    return Self::Halt(Condition::new(
-                        Code::StreamStorage,
-                        format!("JetStream refused {what}: {source}"),
-                        "lower stream.retention.max_bytes, or give the server more storage",
-                    ));
+                let condition = Condition::new(
+                    Code::StreamStorage,
+                    format!("JetStream refused {what}: {source}"),
+                    "lower stream.retention.max_bytes, or raise the server's max_file_store or the account's limit; \
+                     it is tried again by itself",
+                );
+                Self::Retry {
+                    reason: format!("JetStream refused {what}"),
+                    condition: Some(condition),
+                    source: Some(source.into()),
                 }
-                Self::retry(format!("JetStream refused {what}"), source)
             }
             error => Self::retry(error.to_string(), error),
         }

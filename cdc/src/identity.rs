@@ -5,13 +5,14 @@ pub(crate) mod published;
 
 use async_nats::jetstream::kv;
 use millrace_config::{Code, Condition};
-use millrace_event::work::Origin;
+use millrace_event::work::{Origin, SinkReport};
+use millrace_event::{Lsn, Position};
 
 use crate::life::Stream;
 use crate::replication::{ReplicationConnection, SystemIdentity};
 use crate::stream::Tail;
 use crate::understood;
-use crate::{Error, stream};
+use crate::{Error, orders, stream};
 
 /// The key of what the source was.
 const ORIGIN_KEY: &str = "origin";
@@ -68,7 +69,10 @@ pub(crate) async fn check(
             .find(|(timeline, _)| *timeline == origin.timeline);
         let reached = stream::highest(&stream.jetstream, &stream.name).await?;
         let safe = match (left, reached) {
-            (Some((_, switch)), Some(reached)) => reached.lies_before(*switch),
+            (Some((_, switch)), Some(reached)) => {
+                reached.lies_before(*switch)
+                    && sinks_lie_before(stream, reached.position, *switch).await?
+            }
             (_, None) => true,
             (None, Some(_)) => false,
         };
@@ -96,6 +100,26 @@ pub(crate) async fn check(
     Ok(origin.epoch)
 }
 
+/// Whether what sinks say that they have applied is part of a history that was left at `switch`. Some may have more
+/// than the stream, which reaches `reached`: it may have lost its end.
+async fn sinks_lie_before(stream: &Stream, reached: Position, switch: Lsn) -> Result<bool, Error> {
+    for sink in orders::reporting(&stream.sinks).await? {
+        let report = read::<SinkReport>(&stream.sinks, &sink).await?;
+        let beyond = report.filter(|report| report.position > reached);
+        if beyond.is_some_and(|report| !lies_before(report.position, switch)) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// A change's position is where its commit record begins, and one there is not part of the history. Progress has the
+/// end of the WAL that it is of.
+fn lies_before(position: Position, switch: Lsn) -> bool {
+    let at = position.commit_lsn();
+    at < switch || at == switch && position.0.seq == 0
+}
+
 /// Stores what the source is, for the next life.
 pub(crate) async fn remember(
     stream: &Stream,
@@ -117,7 +141,7 @@ pub(crate) async fn read<T: serde::de::DeserializeOwned>(
     key: &str,
 ) -> Result<Option<T>, Error> {
     let failed = |error| Error::retry("what was stored beside the stream cannot be read", error);
-    let Some(entry) = state.get(key).await.map_err(failed)? else {
+    let Some(entry) = stream::value(state, key).await.map_err(failed)? else {
         return Ok(None);
     };
     Ok(Some(understood(&state.name, key, &entry)?))
@@ -129,4 +153,18 @@ pub(crate) async fn store(state: &kv::Store, key: &str, value: Vec<u8>) -> Resul
         .await
         .map(|_| ())
         .map_err(|error| Error::retry("nothing can be stored beside the stream", error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_change_at_the_switch_point_is_not_part_of_the_old_history_and_progress_up_to_it_is() {
+        let at = |lsn, seq| Position::new(1, Lsn(lsn), seq);
+        assert!(lies_before(at(99, u32::MAX), Lsn(100)));
+        assert!(lies_before(at(100, 0), Lsn(100)));
+        assert!(!lies_before(at(100, 1), Lsn(100)));
+        assert!(!lies_before(at(101, 0), Lsn(100)));
+    }
 }

@@ -68,6 +68,7 @@ pub(crate) struct Source {
     pub(crate) facts: SourceFacts,
     pub(crate) tables: Arc<Vec<SourceTable>>,
     pub(crate) epoch: u32,
+    pub(crate) timeline: u32,
 }
 
 /// The stream as a life uses it.
@@ -166,7 +167,6 @@ pub(crate) async fn open(config: &Config, now: Duration, away: &mut Away) -> Res
     known.recall(&mut members);
     let (mut tables, refused) = known.admit(inspected, &members, |_| true)?;
     let watched = Watched::begin(first, &client, &refused, &stream.state).await?;
-    let left_out = LeftOut::read(&stream.state, &client).await?;
     let mut earlier = Earlier::read(&stream).await?;
     earlier.carry_over(&mut tables)?;
     if facts.in_recovery {
@@ -183,6 +183,7 @@ pub(crate) async fn open(config: &Config, now: Duration, away: &mut Away) -> Res
     let mut replication =
         ReplicationConnection::connect(&fitted(dsn.clone(), &client).await?, "millrace").await?;
     let identity = replication.identify_system().await?;
+    let left_out = LeftOut::read(&stream.state, &client, identity.timeline).await?;
     let known = stream_tail(&stream, Lsn::ZERO).await?;
     let known = known.map(|(_, tail)| tail);
     let epoch = identity::check(&stream, &mut replication, &identity, known.as_ref()).await?;
@@ -259,6 +260,7 @@ pub(crate) async fn open(config: &Config, now: Duration, away: &mut Away) -> Res
         facts,
         tables,
         epoch,
+        timeline: identity.timeline,
     };
     Ok(Life {
         capture,

@@ -80,21 +80,27 @@ pub(crate) async fn order_backfill(
 
 /// The sinks that are configured, and those that ever reported.
 async fn sinks(config: &Config, reports: &kv::Store) -> Result<BTreeSet<String>, Error> {
+    let configured = config.sinks.iter().map(|sink| sink.name.clone());
+    Ok(configured.chain(reporting(reports).await?).collect())
+}
+
+/// The sinks that ever reported.
+///
+/// # Errors
+/// The broker is away.
+pub(crate) async fn reporting(reports: &kv::Store) -> Result<Vec<String>, Error> {
     let failed = |error| Error::retry("sink reports cannot be read", error);
     let reported = reports.keys().await.map_err(failed)?;
-    let reported: Vec<String> = reported
+    reported
         .try_collect()
         .await
-        .map_err(|error| Error::retry("sink reports cannot be read", error))?;
-    let configured = config.sinks.iter().map(|sink| sink.name.clone());
-    Ok(configured.chain(reported).collect())
+        .map_err(|error| Error::retry("sink reports cannot be read", error))
 }
 
 async fn order(copies: &kv::Store, sink: &str, table: &TableName, id: &str) -> Result<(), Error> {
     let key = orders_key(sink);
     for _ in 0..ATTEMPTS {
-        let entry = copies
-            .entry(&key)
+        let entry = crate::stream::entry(copies, &key)
             .await
             .map_err(|error| Error::retry("backfill orders cannot be read", error))?;
         let (orders, revision) = match entry {

@@ -132,8 +132,8 @@ impl<'r> Retention<'r> {
     }
 
     async fn purge(&self, state: &StreamState, full: bool) -> Result<(), Error> {
-        let reports = self.reports(state).await?;
-        let applied = applied(&reports, state.first_seq);
+        let reports = self.reports(state, full).await?;
+        let applied = applied(&reports, state);
         let Some(may_go) = may_go(state, full, applied) else {
             return Ok(());
         };
@@ -157,13 +157,12 @@ impl<'r> Retention<'r> {
         Ok(())
     }
 
-    /// What each sink last said of itself, and what the stream has there.
-    async fn reports(&self, state: &StreamState) -> Result<Vec<Reported<'r>>, Error> {
+    /// What each sink last said of itself, and what the stream has there. A full stream is also looked at as a whole:
+    /// nothing but a purge lets it grow again.
+    async fn reports(&self, state: &StreamState, full: bool) -> Result<Vec<Reported<'r>>, Error> {
         let mut reports = Vec::with_capacity(self.sinks.len());
         for (sink, unread) in self.sinks.iter().zip(&self.unread) {
-            let entry = self
-                .reports
-                .entry(&sink.name)
+            let entry = stream::entry(self.reports, &sink.name)
                 .await
                 .map_err(|error| Error::retry("a sink's report cannot be read", error))?;
             let entry = entry.filter(|entry| entry.operation == Operation::Put);
@@ -175,11 +174,18 @@ impl<'r> Retention<'r> {
                 }
                 _ => None,
             };
+            let has_all = match &report {
+                Some(report) if required && full && found != Some(report.position) => {
+                    stream::is_covered(self.jetstream, self.name, report.position).await?
+                }
+                _ => false,
+            };
             reports.push(Reported {
                 name,
                 required,
                 report,
                 found,
+                has_all,
             });
         }
         Ok(reports)
@@ -233,27 +239,33 @@ struct Reported<'r> {
     report: Option<SinkReport>,
     /// The position of the message at the report's sequence, where the stream has one.
     found: Option<Position>,
+    /// Whether the stream was seen to have nothing above the report's position.
+    has_all: bool,
 }
 
 impl Reported<'_> {
-    /// The newest sequence that the sink has applied, in a stream that begins at `first`.
+    /// The newest sequence of the stream that the sink has applied.
     ///
     /// A sequence alone says nothing: after the broker lost the stream's end, the same sequence may hold a message
-    /// that the sink has never seen. Until it reports what it finds there, it has applied nothing. Below the stream's
-    /// beginning there is nothing left to let go.
-    fn applied(&self, first: u64) -> u64 {
-        let known =
-            |report: &&SinkReport| report.stream_seq < first || self.found == Some(report.position);
-        let report = self.report.as_ref().filter(known);
-        report.map_or(0, |report| report.stream_seq)
+    /// that the sink has never seen. Until it reports what it finds there, it has applied nothing. Unless it had
+    /// applied all that is left: it waits for the stream to grow, which a full one does only when something goes.
+    /// Below the stream's beginning there is nothing left to let go.
+    fn applied(&self, state: &StreamState) -> u64 {
+        let Some(report) = &self.report else {
+            return 0;
+        };
+        if report.stream_seq < state.first_seq || self.found == Some(report.position) {
+            return report.stream_seq;
+        }
+        if self.has_all { state.last_seq } else { 0 }
     }
 }
 
 /// The newest sequence that every required sink has applied: 0 where that is not known of one.
-fn applied(reports: &[Reported<'_>], first: u64) -> u64 {
+fn applied(reports: &[Reported<'_>], state: &StreamState) -> u64 {
     let required = reports.iter().filter(|sink| sink.required);
     required
-        .map(|sink| sink.applied(first))
+        .map(|sink| sink.applied(state))
         .min()
         .unwrap_or(u64::MAX)
 }
@@ -321,6 +333,7 @@ mod tests {
             required,
             report: Some(report),
             found: Some(at(stream_seq)),
+            has_all: false,
         }
     }
 
@@ -331,15 +344,18 @@ mod tests {
             reported("b", true, 950, None),
             reported("c", false, 5, None),
         ];
-        assert_eq!(applied(&sinks, 1), 900);
+        assert_eq!(applied(&sinks, &state(1, 1000)), 900);
         assert_eq!(
-            may_go(&state(1, 1000), false, applied(&sinks, 1)),
+            may_go(&state(1, 1000), false, applied(&sinks, &state(1, 1000))),
             Some(900)
         );
         sinks[1].report = None;
-        assert_eq!(applied(&sinks, 1), 0);
-        assert_eq!(may_go(&state(1, 1000), true, applied(&sinks, 1)), None);
-        assert_eq!(applied(&sinks[2..], 1), u64::MAX);
+        assert_eq!(applied(&sinks, &state(1, 1000)), 0);
+        assert_eq!(
+            may_go(&state(1, 1000), true, applied(&sinks, &state(1, 1000))),
+            None
+        );
+        assert_eq!(applied(&sinks[2..], &state(1, 1000)), u64::MAX);
     }
 
     #[test]
@@ -350,16 +366,33 @@ mod tests {
         ];
         // The stream lost its end and was written again in fewer messages.
         sinks[0].found = Some(at(910));
-        assert_eq!(applied(&sinks, 1), 0);
+        assert_eq!(applied(&sinks, &state(1, 1000)), 0);
         // Or it ends before, or has a message of somebody else there.
         sinks[0].found = None;
-        assert_eq!(applied(&sinks, 1), 0);
-        assert_eq!(applied(&sinks, 900), 0);
+        assert_eq!(applied(&sinks, &state(1, 1000)), 0);
+        assert_eq!(applied(&sinks, &state(900, 1000)), 0);
         // What was let go cannot be looked at, and holds the rest back as it is.
-        assert_eq!(applied(&sinks, 901), 900);
-        assert_eq!(may_go(&state(901, 1000), false, applied(&sinks, 901)), None);
+        assert_eq!(applied(&sinks, &state(901, 1000)), 900);
+        assert_eq!(
+            may_go(&state(901, 1000), false, applied(&sinks, &state(901, 1000))),
+            None
+        );
         sinks[0] = reported("a", true, 890, None);
-        assert_eq!(applied(&sinks, 1), 890);
+        assert_eq!(applied(&sinks, &state(1, 1000)), 890);
+    }
+
+    #[test]
+    fn a_sink_that_has_all_of_a_stream_that_lost_its_end_holds_nothing_back() {
+        let mut sink = reported("a", true, 1_000, None);
+        let after_the_loss = state(1, 970);
+        sink.found = None;
+        assert_eq!(applied(&[sink], &after_the_loss), 0);
+        let mut sink = reported("a", true, 1_000, None);
+        (sink.found, sink.has_all) = (None, true);
+        let sinks = [sink];
+        assert_eq!(applied(&sinks, &after_the_loss), 970);
+        assert_eq!(may_go(&after_the_loss, true, 970), Some(97));
+        assert_eq!(may_go(&state(970, 970), true, 970), None);
     }
 
     #[test]

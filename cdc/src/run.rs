@@ -65,7 +65,14 @@ pub async fn run(config: &Config, status: &Status, stop: &CancellationToken) -> 
             Error::Refused(_) | Error::Retry { .. } => {
                 let reason = error.chain();
                 tracing::warn!(part = "capture", %reason, "trying again");
-                status.set_state(State::Retrying(reason), None);
+                let condition = match error {
+                    Error::Retry { condition, .. } => condition,
+                    _ => None,
+                };
+                if let Some(condition) = &condition {
+                    tracing::warn!(code = condition.code.as_str(), remedy = %condition.remedy, "{}", condition.message);
+                }
+                status.set_state(State::Retrying(reason), condition);
                 backoff.delay(failures, rand::random())
             }
         };

@@ -160,8 +160,7 @@ async fn read(
     key: &str,
     table: &TableName,
 ) -> Result<Option<TableSchema>, Error> {
-    let entry = schemas
-        .get(key)
+    let entry = crate::stream::value(schemas, key)
         .await
         .map_err(|error| Error::retry("a table's schema cannot be read", error))?;
     let Some(entry) = entry else { return Ok(None) };

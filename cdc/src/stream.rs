@@ -19,7 +19,7 @@ use serde::Deserialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::json;
 
-pub use bucket::{BucketError, bucket};
+pub use bucket::{BucketError, bucket, entry, value};
 pub use shape::{StreamShape, ensure_stream};
 pub use tail::Tail;
 
@@ -285,6 +285,24 @@ pub async fn tail_covering(
 /// What JetStream answers.
 pub async fn highest(jetstream: &Context, name: &str) -> Result<Option<Tail>, StreamError> {
     tail::highest(jetstream, name).await
+}
+
+/// Whether the stream holds nothing above a position, as far as its newest 4,000 messages say; not where it holds
+/// no message of ours. Reads one message where the newest is above, else all of those: for rare questions.
+///
+/// # Errors
+/// What JetStream answers.
+pub async fn is_covered(
+    jetstream: &Context,
+    name: &str,
+    position: Position,
+) -> Result<bool, StreamError> {
+    match tail::tail(jetstream, name).await? {
+        Some(tail) if tail.position <= position => {}
+        _ => return Ok(false),
+    }
+    let highest = tail::highest(jetstream, name).await?;
+    Ok(highest.is_some_and(|highest| highest.position <= position))
 }
 
 fn base() -> Config {

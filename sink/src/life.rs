@@ -27,8 +27,11 @@ use crate::sink::{Applied, Elected, Sink, SinkError};
 use crate::status::Status;
 use crate::worker::BatchLimits;
 
-/// How often a sink's report is renewed at most.
+/// How often a sink's report is stored at most while there is news.
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
+
+/// A report is stored again after so long without news: the broker may have lost it, and has an older one then.
+const REPORT_RENEWAL: Duration = Duration::from_secs(10);
 
 /// The target, which is in use by one task at a time.
 pub(crate) enum Target {
@@ -281,13 +284,11 @@ impl<'l> Life<'l> {
     /// it to keep more.
     pub(crate) async fn report(&mut self, at_once: bool) -> Result<(), Error> {
         let now = tokio::time::Instant::now();
-        let due = self
-            .reported_at
-            .is_none_or(|at| now - at >= REPORT_INTERVAL);
         // The same sequence with another position is news too: the broker may have lost its tail in between.
         let stands_at = (self.committed.stream_seq, self.committed.position);
-        let news = self.reported != Some(stands_at);
-        if !(at_once || due && news) {
+        let news = at_once || self.reported != Some(stands_at);
+        let age = self.reported_at.map(|at| now - at);
+        if !(at_once || is_due(age, news)) {
             return Ok(());
         }
         self.reported_at = Some(now);
@@ -305,12 +306,23 @@ impl<'l> Life<'l> {
                 .collect(),
         };
         let value = serde_json::to_vec(&report).expect("plain JSON");
-        self.reports
-            .put(&self.settings.name, value.into())
-            .await
-            .map(|_| ())
-            .map_err(|error| Error::retry("the sink's report cannot be stored", error))
+        match self.reports.put(&self.settings.name, value.into()).await {
+            Ok(_) => Ok(()),
+            Err(error) if news => Err(Error::retry("the sink's report cannot be stored", error)),
+            // The broker is away, and nobody waits for this: the next one says the same.
+            Err(_) => Ok(()),
+        }
     }
+}
+
+/// Whether a sink reports, `age` after its last report.
+fn is_due(age: Option<Duration>, news: bool) -> bool {
+    let after = if news {
+        REPORT_INTERVAL
+    } else {
+        REPORT_RENEWAL
+    };
+    age.is_none_or(|age| age >= after)
 }
 
 /// This machine's clock, microseconds since 1970.
@@ -318,4 +330,19 @@ pub(crate) fn now_us() -> i64 {
     SystemTime::now()
         .duration_since(SystemTime::UNIX_EPOCH)
         .map_or(0, |age| i64::try_from(age.as_micros()).unwrap_or(i64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn news_are_reported_within_a_second_and_a_report_is_renewed_without_any() {
+        let after = |millis| Some(Duration::from_millis(millis));
+        assert!(is_due(None, false));
+        assert!(!is_due(after(999), true));
+        assert!(is_due(after(1_000), true));
+        assert!(!is_due(after(9_999), false));
+        assert!(is_due(after(10_000), false));
+    }
 }

@@ -21,6 +21,7 @@ use crate::progress::{CopyProgress, CopyState};
 use crate::rejoin;
 use crate::sink::{CopyTooOld, Sink};
 use crate::status::Status;
+use crate::waiting::Waiting;
 use crate::worker::{Input, TableRule, Worker};
 
 /// How often the machine is asked without a delivery.
@@ -28,10 +29,6 @@ const TICK: Duration = Duration::from_millis(250);
 
 /// How often a standby tries to take over.
 const STANDBY_INTERVAL: Duration = Duration::from_secs(2);
-
-/// How soon it is looked again whether capture has done what a sink waits for; each time it takes twice as long.
-const LOOK_FIRST: Duration = Duration::from_millis(20);
-const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 
 /// How often the target is asked whether it takes a parked table again.
 const PROBE_INTERVAL: Duration = Duration::from_secs(5);
@@ -60,16 +57,17 @@ pub async fn run(
     let mut failures = 0_u32;
     // The table that the target has just refused.
     let mut parking = None;
-    let mut waited_for: Option<String> = None;
-    let mut waits = Duration::ZERO;
+    let started = Instant::now();
+    let mut waiting = Waiting::default();
     loop {
+        let began = started.elapsed();
         let error = match live(config, settings, status, parking.take(), stop).await {
             Ok(Ended::Stopped) => return Ok(()),
             Ok(Ended::Rejoin) => continue,
             Err(error) => error,
         };
         if !matches!(error, Error::Waiting(_)) {
-            waits = Duration::ZERO;
+            waiting.ended();
         }
         let streamed = status.snapshot().state == State::Streaming;
         failures = if streamed { 1 } else { failures + 1 };
@@ -92,12 +90,15 @@ pub async fn run(
             }
             Error::Waiting(what) => {
                 failures = 0;
-                if waited_for.as_deref() != Some(what.as_str()) {
-                    tracing::info!(part = "sink", sink, "waiting for capture to {what}");
+                let look = waiting.look(&what, began, started.elapsed());
+                let reason = format!("waiting for capture to {what}");
+                if look.is_new {
+                    tracing::info!(part = "sink", sink, "{reason}");
                 }
-                waited_for = Some(what);
-                waits = (waits * 2).clamp(LOOK_FIRST, LOOK_INTERVAL);
-                waits
+                if look.is_long {
+                    status.set_state(sink, State::Retrying(reason), None);
+                }
+                look.pause
             }
             Error::Refused(_) | Error::Retry { .. } => {
                 let reason = error.chain();

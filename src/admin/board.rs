@@ -208,7 +208,7 @@ impl Board {
         self.update_capture(Part::new(state));
     }
 
-    /// The capture's state, and what fails beside it.
+    /// The capture's state, and what an operator is told of it or of what fails beside it.
     pub(crate) fn set_capture_with(&self, state: State, condition: Condition) {
         self.update_capture(Part {
             state,
@@ -382,7 +382,9 @@ impl Parts {
             .capture
             .iter()
             .chain(self.sinks.values().map(|sink| &sink.part));
-        let worst = parts.max_by_key(|part| severity(&part.state));
+        // Of several as bad, the one that tells a remedy, then capture: what a sink waits for is told there.
+        let says = |part: &Part| (severity(&part.state), part.condition.is_some());
+        let worst = parts.rev().max_by_key(|part| says(part));
         worst.cloned().unwrap_or(Part::new(State::Starting))
     }
 }
@@ -450,6 +452,22 @@ mod tests {
         board.set_capture(State::Standby);
         board.set_sink("a", State::Streaming);
         assert!(board.is_ready());
+    }
+
+    #[test]
+    fn of_several_parts_as_bad_the_whole_is_the_one_that_tells_what_to_do() {
+        let board = board();
+        let retrying = |reason: &str| State::Retrying(reason.to_owned());
+        let reason = |board: &Board| board.live(0).overall.reason.expect("it is retrying");
+        board.set_sink("a", retrying("waiting for capture"));
+        board.set_capture(retrying("no answer"));
+        board.set_sink("b", retrying("waiting for capture"));
+        assert_eq!(reason(&board), "no answer");
+        let condition = Condition::new(Code::StreamStorage, "no room", "make room");
+        board.set_capture_with(retrying("refused"), condition);
+        assert_eq!(reason(&board), "no room");
+        board.set_capture(State::Streaming);
+        assert_eq!(reason(&board), "waiting for capture");
     }
 
     #[test]

@@ -113,7 +113,8 @@ async fn an_address_that_leads_to_another_cluster_while_it_runs_halts() {
     Stage::stopped(pipeline).await;
 }
 
-/// A stage that has published more than a backup of its source holds, and that backup.
+/// A stage that has published more than a backup of its source holds, and that backup. The broker's store is
+/// remembered as it was at the backup.
 async fn ahead_of_a_backup() -> (Stage, Postgres) {
     let mut stage = set().await;
     stage.sql("INSERT INTO t VALUES (1, 'one')").await;
@@ -122,6 +123,7 @@ async fn ahead_of_a_backup() -> (Stage, Postgres) {
     Stage::stopped(pipeline).await;
     stage.postgres.stop_fast().await.expect("stopped");
     let backup = stage.postgres.back_up().expect("copied");
+    stage.nats.snapshot_store().await.expect("snapshot");
     stage.postgres.start_again().await.expect("postgres");
     stage.reconnect().await;
     let pipeline = stage.start();
@@ -167,6 +169,36 @@ async fn a_promoted_standby_that_lost_published_commits_is_refused() {
     let run = stage.start();
     stage
         .ends(run, 4, &["error: E1108", "promoted (timeline 2, was 1)"])
+        .await;
+    assert_eq!(stage.target_text(ROWS).await, "one,after the backup");
+}
+
+/// The stream alone shows nothing of it: the broker lost what a sink has applied.
+#[tokio::test]
+async fn a_promoted_standby_that_lost_commits_which_a_sink_has_is_refused() {
+    let (mut stage, mut backup) = ahead_of_a_backup().await;
+    stage.nats.roll_back_store().expect("rolled back");
+    stage.nats.start_again().await.expect("broker");
+    let mut sink = stage.start_with(&["run", "--only", "sink:replica"]);
+    Stage::readyz(&mut sink, 200, "streaming").await;
+    Stage::stopped(sink).await;
+    fs::write(backup.data_dir().join("standby.signal"), "").expect("written");
+    backup.start_again().await.expect("the standby starts");
+    let client = backup.connect("source").await.expect("connects");
+    for sql in [
+        "SELECT pg_promote()",
+        "INSERT INTO t VALUES (3, 'another history')",
+        "SELECT pg_switch_wal()",
+    ] {
+        client.batch_execute(sql).await.expect("promoted");
+    }
+    point_to(&stage, &backup.url("source"));
+    stage
+        .ends(
+            stage.start(),
+            4,
+            &["error: E1108", "promoted (timeline 2, was 1)"],
+        )
         .await;
     assert_eq!(stage.target_text(ROWS).await, "one,after the backup");
 }

@@ -26,13 +26,11 @@ impl Capture {
         // on the configured key, and the numbers must not: it takes two in any case.
         let first = open.seq + 1;
         open.seq += if old.is_some() && new.is_some() { 2 } else { 1 };
-        let behind = Position::from(open.transaction.version(open.seq)) > self.skip_to;
-        describe(&mut self.outputs, &mut self.relations, relid, behind);
-        let announced = announced(&self.relations, relid)?;
-        if !behind {
-            return Ok(());
-        }
-        let published = match announced {
+        let skipped = Position::from(open.transaction.version(open.seq)) <= self.skip_to;
+        describe(&mut self.outputs, &mut self.relations, relid, !skipped);
+        // What is left out is told of WAL that the stream already holds too: the broker may have kept the stream's end
+        // and lost what was remembered beside it.
+        let published = match announced(&self.relations, relid)? {
             Announced::Published(published) => published,
             Announced::NotConfigured => return Ok(()),
             Announced::LeftOut(error) => {
@@ -40,12 +38,21 @@ impl Capture {
                 return Ok(());
             }
         };
-        let Some(row) = RowChange::new(published, old, new, &mut self.masked)? else {
-            let table = published.relation.name().clone();
-            let error = RelationError::KeyNull { table };
-            leave_out(&mut self.outputs, error, open.commit_lsn);
-            return Ok(());
+        let row = match RowChange::new(published, old, new, &mut self.masked) {
+            Ok(Some(row)) => row,
+            Ok(None) => {
+                let table = published.relation.name().clone();
+                let error = RelationError::KeyNull { table };
+                leave_out(&mut self.outputs, error, open.commit_lsn);
+                return Ok(());
+            }
+            // It was published as the table was configured then.
+            Err(_) if skipped => return Ok(()),
+            Err(error) => return Err(error),
         };
+        if skipped {
+            return Ok(());
+        }
         let mut writer = Writer {
             assembler: &mut self.assembler,
             published,
@@ -79,9 +86,7 @@ impl Capture {
                 Announced::Published(published) => published,
                 Announced::NotConfigured => continue,
                 Announced::LeftOut(error) => {
-                    if behind {
-                        leave_out(&mut self.outputs, error.clone(), open.commit_lsn);
-                    }
+                    leave_out(&mut self.outputs, error.clone(), open.commit_lsn);
                     continue;
                 }
             };

@@ -102,29 +102,98 @@ fn the_end_of_the_wal_counts_as_read_only_between_transactions() {
 }
 
 fn relation(machine: &mut Capture, oid: u32, name: &str) {
-    let head = [b"R", &oid.to_be_bytes()[..], b"public\0", name.as_bytes()].concat();
-    data(machine, &[&head[..], b"\0d", &[0; 2]].concat());
+    announce(machine, oid, name, &[]);
+}
+
+/// Announces a table with integer columns: a name, and whether the replica identity has it.
+fn announce(machine: &mut Capture, oid: u32, name: &str, columns: &[(&str, bool)]) {
+    let mut message = [b"R", &oid.to_be_bytes()[..], b"public\0", name.as_bytes()].concat();
+    message.extend(b"\0d");
+    message.extend(u16::try_from(columns.len()).expect("few").to_be_bytes());
+    for (name, in_identity) in columns {
+        message.push(u8::from(*in_identity));
+        message.extend(name.as_bytes());
+        message.extend([&[0][..], &23_u32.to_be_bytes(), &u32::MAX.to_be_bytes()].concat());
+    }
+    data(machine, &message);
+}
+
+/// Inserts a row of one column.
+fn insert(machine: &mut Capture, oid: u32, value: Option<&str>) {
+    let mut message = [b"I", &oid.to_be_bytes()[..], b"N\0\x01"].concat();
+    match value {
+        None => message.push(b'n'),
+        Some(text) => {
+            let length = u32::try_from(text.len()).expect("short");
+            message.extend([b"t", &length.to_be_bytes()[..], text.as_bytes()].concat());
+        }
+    }
+    data(machine, &message);
+}
+
+fn table(name: &str) -> TableName {
+    TableName::new("public", name)
+}
+
+fn outputs(machine: &mut Capture) -> Vec<Output> {
+    std::iter::from_fn(|| machine.poll()).collect()
 }
 
 #[test]
-fn the_names_that_relations_have_are_told_where_the_stream_does_not_have_the_transaction() {
+fn the_names_that_relations_have_are_told_although_the_stream_has_the_transaction() {
     let mut machine = machine();
     machine.skip_to = Position::new(1, Lsn(100), u32::MAX);
+    for (lsn, name) in [(100, "t"), (200, "x")] {
+        begin(&mut machine, lsn);
+        relation(&mut machine, 7, name);
+        let Some(Output::Named(named)) = machine.poll() else {
+            panic!("nothing is told of {name}");
+        };
+        let expected = Named {
+            oid: 7,
+            name: table(name),
+            commit_lsn: Lsn(lsn),
+        };
+        assert_eq!(named, expected);
+        commit(&mut machine, lsn, lsn + 10);
+    }
+}
+
+#[test]
+fn what_is_left_out_is_told_although_the_stream_has_the_transaction() {
+    let mut settings = machine().settings;
+    for name in ["t", "u"] {
+        settings.tables.insert(table(name), vec!["id".to_owned()]);
+    }
+    let resume = Resume {
+        last_seq: 9,
+        tail: Position::new(1, Lsn(100), u32::MAX),
+        boundary: None,
+        confirmed: Lsn::ZERO,
+    };
+    let mut machine = Capture::new(settings, resume, Duration::ZERO);
     begin(&mut machine, 100);
-    relation(&mut machine, 7, "t");
+    // No key to tell its rows apart by; a key that was none; and one that is.
+    announce(&mut machine, 7, "t", &[("id", false)]);
+    announce(&mut machine, 8, "u", &[("id", true)]);
+    outputs(&mut machine);
+    insert(&mut machine, 7, Some("1"));
+    insert(&mut machine, 8, None);
+    insert(&mut machine, 8, Some("1"));
+    data(&mut machine, b"T\0\0\0\x01\0\0\0\0\x07");
     commit(&mut machine, 100, 110);
-    assert!(machine.poll().is_none());
-    begin(&mut machine, 200);
-    relation(&mut machine, 7, "x");
-    let Some(Output::Named(named)) = machine.poll() else {
-        panic!("nothing is told");
-    };
-    let expected = Named {
-        oid: 7,
-        name: TableName::new("public", "x"),
-        commit_lsn: Lsn(200),
-    };
-    assert_eq!(named, expected);
+    machine
+        .handle(Input::EndOfBatch, Duration::ZERO)
+        .expect("is read");
+    let told: Vec<_> = outputs(&mut machine)
+        .into_iter()
+        .map(|output| match output {
+            Output::LeftOut(error, lsn) => (error.table().clone(), lsn),
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    let at = |name| (table(name), Lsn(100));
+    assert_eq!(told, [at("t"), at("u"), at("t")]);
 }
 
 #[test]

@@ -169,9 +169,13 @@ fn is_of_the_session(sqlstate: &str) -> bool {
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         Self::Attempt(match error {
-            Error::Halt(condition) | Error::Refused(condition) | Error::Standby(condition) => {
-                condition
-            }
+            Error::Halt(condition)
+            | Error::Refused(condition)
+            | Error::Standby(condition)
+            | Error::Retry {
+                condition: Some(condition),
+                ..
+            } => condition,
             error @ Error::Retry { .. } => Condition::new(
                 Code::CopyFailed,
                 error.chain(),

@@ -66,7 +66,7 @@ impl Earlier {
     /// # Errors
     /// The broker is away, or what it holds is not understood.
     pub(crate) async fn read(stream: &Stream) -> Result<Self, Error> {
-        let entry = stream.state.entry(PUBLISHED_KEY).await;
+        let entry = crate::stream::entry(&stream.state, PUBLISHED_KEY).await;
         let failed = |error| Error::retry("what was published cannot be read", error);
         let entry = entry.map_err(failed)?;
         let revision = entry.as_ref().map_or(0, |entry| entry.revision);

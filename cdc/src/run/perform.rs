@@ -11,8 +11,7 @@ use crate::assemble::Outgoing;
 use crate::capture::{Input, Named, Output};
 use crate::frontier::Boundary;
 use crate::life::Stream;
-use crate::orders::order_backfill;
-use crate::{Error, publish, schemas, source, stream};
+use crate::{Error, named, publish, schemas, source, stream};
 
 /// What an acknowledged boundary says about progress.
 pub(super) struct Mark {
@@ -123,11 +122,7 @@ impl Line<'_> {
         if *table == named.name {
             return Ok(());
         }
-        tracing::info!(%table, name = %named.name, "the table was changed under another name: its rows are read again");
-        let id = format!("named-{}-{}", named.oid, named.commit_lsn);
-        order_backfill(self.config, self.stream, table, &id).await?;
-        // They went to that table's replicas, if it has some.
-        order_backfill(self.config, self.stream, &named.name, &id).await
+        named::order(self.config, self.source, self.stream, table, named).await
     }
 
     /// Keeps the schema that events are about to name.

@@ -73,6 +73,12 @@ impl Tail {
         self.end_lsn.unwrap_or(self.position.commit_lsn())
     }
 
+    /// What the highest message is told by. Where two represent as much, one of them may be a transaction's end and
+    /// the other one the next transaction's beginning, or both lie within one.
+    fn reach(&self) -> (Lsn, Position) {
+        (self.represented(), self.position)
+    }
+
     /// Whether what was published is part of a history that was left at `switch`. A commit record that begins there
     /// is not.
     #[must_use]
@@ -123,7 +129,7 @@ pub(super) async fn highest(jetstream: &Context, name: &str) -> Result<Option<Ta
             break;
         };
         match end(&message) {
-            Some(earlier) if earlier.represented() > highest.represented() => highest = earlier,
+            Some(earlier) if earlier.reach() > highest.reach() => highest = earlier,
             _ => {}
         }
     }
@@ -227,6 +233,22 @@ mod tests {
             at(1_795_234_013, 123_456_789)
         );
         assert_eq!(time("2026-11-21 04:06:53"), None);
+    }
+
+    #[test]
+    fn of_two_messages_that_represent_as_much_the_one_of_the_higher_position_reaches_further() {
+        let tail = |position, end_lsn| Tail {
+            stream_seq: 1,
+            position,
+            stored_at: SystemTime::UNIX_EPOCH,
+            end_lsn,
+            is_start: false,
+        };
+        let end = tail(Position::new(1, Lsn(100), 9), Some(Lsn(120)));
+        let next = tail(Position::new(1, Lsn(120), 1), None);
+        assert_eq!(end.represented(), next.represented());
+        assert!(next.reach() > end.reach());
+        assert!(tail(Position::new(1, Lsn(120), 2), None).reach() > next.reach());
     }
 
     #[test]

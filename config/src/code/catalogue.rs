@@ -246,7 +246,8 @@ codes! {
         and key are shown beside this code.";
     StreamStorage = "E1210", "NATS has not enough storage for the stream",
         "The server or account may not store as much as `retention.max_bytes` asks for. Raise `max_file_store` \
-        or the account's limit, or lower `max_bytes`. With replicas each server needs the room.";
+        or the account's limit, or lower `max_bytes`. With replicas each server needs the room. Millrace tries again \
+        by itself.";
     StoredUnreadable = "E1211", "what is stored beside the stream is not understood",
         "A value in one of the buckets `MILLRACE_<source>_*` is not what Millrace writes there: somebody else wrote \
         it, or another release. What it said is not known, so it is neither taken for empty nor overwritten: orders \

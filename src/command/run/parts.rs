@@ -227,6 +227,9 @@ impl Parts {
                         None => board.set_capture(State::Streaming),
                     }
                 }
+                (state @ State::Retrying(_), Some(condition)) => {
+                    board.set_capture_with(state, condition);
+                }
                 (state, _) => board.set_capture(state),
             }
             board.park_captured(status.parked());

@@ -37,6 +37,8 @@ pub struct NatsOptions {
     pub sync_interval: String,
     /// Whether JetStream is on.
     pub jetstream: bool,
+    /// How much JetStream may store on disk, such as `1G`; by default what the disk has.
+    pub max_file_store: Option<String>,
     /// Further lines of its configuration file: `max_payload: 65536`, users, TLS.
     pub config: String,
 }
@@ -48,6 +50,7 @@ impl Default for NatsOptions {
             too_old: false,
             sync_interval: "2m".into(),
             jetstream: true,
+            max_file_store: None,
             config: String::new(),
         }
     }
@@ -80,8 +83,10 @@ impl Nats {
         fs::create_dir(place.path().join("store")).map_err(LabError::io("make the store"))?;
         let mut text = options.config;
         if options.jetstream {
+            let most = options.max_file_store;
+            let most = most.map_or(String::new(), |most| format!(", max_file_store: {most}"));
             text.push_str(&format!(
-                "\njetstream {{ store_dir: \"{}\", sync_interval: {} }}\n",
+                "\njetstream {{ store_dir: \"{}\", sync_interval: {}{most} }}\n",
                 place.path().join("store").display(),
                 options.sync_interval
             ));
