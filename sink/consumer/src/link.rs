@@ -10,7 +10,7 @@ use millrace_event::{ControlKind, Position, subject};
 use crate::gate::Gate;
 use crate::position::{ResumeSearch, control, of_message};
 use crate::resume::{self, Extent, Place};
-use crate::{ReadError, ReaderOptions, Start, Token};
+use crate::{Ordering, ReadError, ReaderOptions, Start, Token};
 
 /// Messages asked for at a time: well below the 65,536 that the client holds before it drops some.
 const PULL_MESSAGES_MAX: usize = 10_000;
@@ -81,11 +81,21 @@ pub(crate) async fn make(options: ReaderOptions, reached: Option<Token>) -> Resu
         stream_seq,
         position: Position::ZERO,
     };
-    let token = reached.unwrap_or(match options.start {
-        Start::After(token) => token,
-        Start::Beginning => at(extent.first - 1),
-        Start::New => at(extent.last),
-    });
+    let token = match (reached, options.start) {
+        (Some(token), _) | (None, Start::After(token)) => token,
+        (None, Start::Beginning) => at(extent.first - 1),
+        // With its position, so that it is noticed if the stream loses its end before anything is read.
+        (None, Start::New)
+            if options.ordering == Ordering::ByPosition && extent.first <= extent.last =>
+        {
+            let position = position_at(&stream, extent.last).await?;
+            Token {
+                stream_seq: extent.last,
+                position: position.unwrap_or(Position::ZERO),
+            }
+        }
+        (None, Start::New) => at(extent.last),
+    };
     let after = resume_after(&options, &stream, token, extent).await?;
     let (consumer, messages) = consume(&options, &stream, after + 1, filter(&options)).await?;
     let info = answer(stream.get_info()).await??;

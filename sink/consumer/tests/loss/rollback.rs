@@ -1,7 +1,10 @@
 //! Where a reader resumes whose place in the stream holds another message than it did.
 
+use std::time::Duration;
+
 use async_nats::jetstream::Context;
-use millrace_consumer::ReadError;
+use millrace_consumer::{ReadError, Reader, ReaderOptions, Start};
+use millrace_event::subject;
 use millrace_lab::{Nats, NatsOptions};
 
 use crate::decoded::{connect, make, reader, store, token, up_to};
@@ -43,6 +46,24 @@ async fn it_resumes_before_everything_it_has_not_seen() {
     assert_eq!(gone.next().await.err(), Some(gap));
 }
 
+#[tokio::test]
+async fn a_reader_of_what_is_new_knows_where_it_began() {
+    let nats = Nats::start(NatsOptions::default()).await.expect("nats");
+    let before: Vec<u64> = (1..=20).collect();
+    let jetstream = stream_of(&nats, "new", &before).await;
+    let options = ReaderOptions::new(connect(nats.url()).await, "new", Start::New);
+    let mut new = Reader::open(options);
+    let early = tokio::time::timeout(Duration::from_secs(1), new.next()).await;
+    assert!(early.is_err(), "{early:?}");
+    assert_eq!(new.token(), Some(token(20, 20)));
+
+    let name = subject::stream_name("new");
+    jetstream.delete_stream(name).await.expect("deleted");
+    let after: Vec<u64> = (1..=10).chain([15, 18, 20, 21, 22]).collect();
+    stream_of(&nats, "new", &after).await;
+    assert_eq!(up_to(&mut new, 22).await, [21, 22]);
+}
+
 /// With several changes a message the stream may be shorter for a long time although it holds what is new.
 #[tokio::test]
 async fn it_does_not_wait_until_the_stream_is_as_long_again() {
@@ -56,7 +77,7 @@ async fn it_does_not_wait_until_the_stream_is_as_long_again() {
     let sequence: Vec<u64> = (1..=12).collect();
     let jetstream = stream_of(&nats, "below", &sequence).await;
     let mut below = reader(jetstream.clone(), "below", token(20, 18));
-    let early = tokio::time::timeout(std::time::Duration::from_secs(1), below.next()).await;
+    let early = tokio::time::timeout(Duration::from_secs(1), below.next()).await;
     assert!(early.is_err(), "{early:?}");
     let sequence: Vec<u64> = (13..=22).collect();
     store(&jetstream, "below", "t", &sequence).await;
@@ -65,7 +86,7 @@ async fn it_does_not_wait_until_the_stream_is_as_long_again() {
     // Nothing is left, and everything comes again.
     let jetstream = stream_of(&nats, "empty", &[]).await;
     let mut empty = reader(jetstream.clone(), "empty", token(3, 3));
-    let early = tokio::time::timeout(std::time::Duration::from_secs(1), empty.next()).await;
+    let early = tokio::time::timeout(Duration::from_secs(1), empty.next()).await;
     assert!(early.is_err(), "{early:?}");
     store(&jetstream, "empty", "t", &[1, 2, 3, 4]).await;
     assert_eq!(up_to(&mut empty, 4).await, [4]);
