@@ -54,6 +54,7 @@ mod postgres_18;
 mod premade_targets;
 mod publication_changes;
 mod publication_watch;
+mod reader_after_loss;
 mod rebuild;
 mod redelivery;
 mod reload;

@@ -7,11 +7,15 @@
 //! change exactly once; one that cannot drops duplicates by the rows' versions. `examples/follow.rs` does.
 
 mod chunks;
+mod coverage;
 mod delivery;
+mod gate;
+mod hole;
 mod link;
 mod position;
 mod progress;
 mod reader;
+mod resume;
 mod stored;
 
 pub use delivery::{Body, Delivery, Token};

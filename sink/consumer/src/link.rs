@@ -3,11 +3,13 @@
 use std::time::Duration;
 
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, PullConsumer, pull};
-use async_nats::jetstream::stream::{RawMessageErrorKind, Stream};
+use async_nats::jetstream::stream::{self, RawMessageErrorKind, Stream};
 use futures_util::StreamExt as _;
-use millrace_event::{ControlKind, Position, header, subject};
+use millrace_event::{ControlKind, Position, subject};
 
-use crate::position::{ResumeSearch, control, of_changes};
+use crate::gate::Gate;
+use crate::position::{ResumeSearch, control, of_message};
+use crate::resume::{self, Extent, Place};
 use crate::{Ordering, ReadError, ReaderOptions, Start, Token};
 
 /// Messages asked for at a time: well below the 65,536 that the client holds before it drops some.
@@ -35,6 +37,10 @@ pub(crate) struct Link {
     pub(crate) messages: pull::Stream,
     /// The consumer's own number of the newest message; a jump means that the client dropped some.
     pub(crate) consumer_seq: u64,
+    /// The newest message's sequence; before the first one, the one that it is to follow.
+    pub(crate) stream_seq: u64,
+    /// Of a reader of some tables only.
+    pub(crate) gate: Option<Gate>,
 }
 
 /// A link that was made, and where it begins.
@@ -60,46 +66,108 @@ impl<E: std::error::Error> From<E> for Fault {
 }
 
 /// Makes a link that goes on at `reached`, or before anything was read at [`ReaderOptions::start`].
+///
+/// The place is found before the consumer is made and found again afterwards. In between the broker may have lost its
+/// end and used the sequences again: the consumer would begin among other messages than those that were looked at, and
+/// pass over what stands before. Looking afterwards is enough. The consumer is held in memory and ends with the server
+/// that it was made at, so it sees no stream but the one that is there from then on: either the second look sees that
+/// one, or the consumer is gone and gives an error instead of messages. (A cluster may make it again by itself. Then its
+/// own numbers begin again, or, where it had sent nothing, it begins at the end of a stream that is too short for it:
+/// the reader notices both.) A place behind the first one is right too: going on sooner than needed never is wrong.
 pub(crate) async fn make(options: ReaderOptions, reached: Option<Token>) -> Result<Made, Fault> {
     let stream = answer(options.jetstream.get_stream(&options.stream)).await??;
-    let state = &stream.cached_info().state;
-    let (first, last) = (state.first_sequence.max(1), state.last_sequence);
+    let extent = extent(stream.cached_info());
     let at = |stream_seq| Token {
         stream_seq,
         position: Position::ZERO,
     };
-    let token = reached.unwrap_or(match options.start {
-        Start::After(token) => token,
-        Start::Beginning => at(first - 1),
-        Start::New => at(last),
-    });
-    let after = resume_after(&options, &stream, token, first, last).await?;
-    let filter_subjects = options.tables.iter().flatten();
-    let filter_subjects = filter_subjects
-        .map(|table| subject::table_filter(&options.source, table))
-        .collect();
-    let (_, messages) = consume(&options, &stream, after + 1, filter_subjects).await?;
+    let token = match (reached, options.start) {
+        (Some(token), _) | (None, Start::After(token)) => token,
+        (None, Start::Beginning) => at(extent.first - 1),
+        // With its position, so that it is noticed if the stream loses its end before anything is read.
+        (None, Start::New)
+            if options.ordering == Ordering::ByPosition && extent.first <= extent.last =>
+        {
+            let position = position_at(&stream, extent.last).await?;
+            Token {
+                stream_seq: extent.last,
+                position: position.unwrap_or(Position::ZERO),
+            }
+        }
+        (None, Start::New) => at(extent.last),
+    };
+    let after = resume_after(&options, &stream, token, extent).await?;
+    let (consumer, messages) = consume(&options, &stream, after + 1, filter(&options)).await?;
+    let info = answer(stream.get_info()).await??;
+    let now = resume_after(&options, &stream, token, self::extent(&info)).await;
+    let now = match (now, options.start) {
+        // Nothing was read yet, so nothing of it is missing: what is the oldest by now is the beginning.
+        (Err(Fault::Fatal(gap)), Start::Beginning) if reached.is_none() => {
+            return Err(Fault::Transient(gap.to_string()));
+        }
+        (now, _) => now?,
+    };
+    if now < after {
+        let reason = format!("the stream lost its end meanwhile: after {now}, not {after}");
+        return Err(Fault::Transient(reason));
+    }
+    if after != token.stream_seq {
+        tracing::info!(
+            stream = %options.stream, was = token.stream_seq, after, position = %token.position,
+            "the stream lost its end and goes on otherwise: reading again from before that"
+        );
+    }
+    let gate = options.tables.is_some();
+    let gate = gate.then(|| Gate::new(stream, consumer, after, info.state.last_sequence));
     let link = Link {
         messages,
         consumer_seq: 0,
+        stream_seq: after,
+        gate,
     };
     Ok(Made { link, token, after })
 }
 
-async fn answer<F: Future>(question: F) -> Result<F::Output, Fault> {
+/// What a reader of some tables asks for: their changes, and the control messages, by which its place moves on while
+/// the tables are quiet.
+fn filter(options: &ReaderOptions) -> Vec<String> {
+    let Some(tables) = &options.tables else {
+        return Vec::new();
+    };
+    let source = &options.source;
+    let tables = tables
+        .iter()
+        .map(|table| subject::table_filter(source, table));
+    let kinds = [
+        ControlKind::Start,
+        ControlKind::Heartbeat,
+        ControlKind::Progress,
+    ];
+    let controls = kinds.map(|kind| subject::control(source, kind));
+    tables.chain(controls).collect()
+}
+
+fn extent(info: &stream::Info) -> Extent {
+    Extent {
+        first: info.state.first_sequence.max(1),
+        last: info.state.last_sequence,
+    }
+}
+
+pub(crate) async fn answer<F: Future>(question: F) -> Result<F::Output, Fault> {
     let late = |_| Fault::Transient("the server does not answer".to_owned());
     tokio::time::timeout(ANSWER_TIMEOUT, question)
         .await
         .map_err(late)
 }
 
-/// A new consumer from `start_sequence` on: how many messages it has waiting, and its messages.
+/// A new consumer from `start_sequence` on, and its messages.
 async fn consume(
     options: &ReaderOptions,
     stream: &Stream,
     start_sequence: u64,
     filter_subjects: Vec<String>,
-) -> Result<(u64, pull::Stream), Fault> {
+) -> Result<(PullConsumer, pull::Stream), Fault> {
     let config = pull::Config {
         deliver_policy: DeliverPolicy::ByStartSequence { start_sequence },
         ack_policy: AckPolicy::None,
@@ -118,7 +186,7 @@ async fn consume(
         .expires(PULL_EXPIRES)
         .heartbeat(IDLE_HEARTBEAT);
     let messages = answer(messages.messages()).await??;
-    Ok((consumer.cached_info().num_pending, messages))
+    Ok((consumer, messages))
 }
 
 /// How many bytes to ask for. The server never sends a message that is larger than the request: it refuses the
@@ -132,40 +200,33 @@ async fn resume_after(
     options: &ReaderOptions,
     stream: &Stream,
     token: Token,
-    first: u64,
-    last: u64,
+    extent: Extent,
 ) -> Result<u64, Fault> {
+    let found = if resume::is_checked(options.ordering, token, extent) {
+        position_at(stream, token.stream_seq).await?
+    } else {
+        None
+    };
+    let mut place = resume::place(options.ordering, token, extent, found);
+    if place == Place::Search {
+        let heartbeat = newest_heartbeat(options, stream, token.position, extent.first).await?;
+        place = match heartbeat {
+            Some(stream_seq) => Place::After(stream_seq),
+            None => resume::from_the_oldest(token, extent, oldest_position(stream, extent).await?),
+        };
+    }
     let wanted = token.stream_seq + 1;
-    let gap = ReadError::Gap {
-        wanted,
-        found: first,
-    };
-    if first > wanted {
-        return Err(Fault::Fatal(gap));
+    match place {
+        Place::After(stream_seq) => Ok(stream_seq),
+        Place::Wait | Place::Search => {
+            let reason = format!("the stream ends at {}, before {wanted}", extent.last);
+            Err(Fault::Transient(reason))
+        }
+        Place::Gone => Err(Fault::Fatal(ReadError::Gap {
+            wanted,
+            found: extent.first,
+        })),
     }
-    if last < token.stream_seq {
-        let reason = format!("the stream ends at {last}, before {}", token.stream_seq);
-        return Err(Fault::Transient(reason));
-    }
-    let unchecked = token.position == Position::ZERO
-        || options.ordering == Ordering::ByStream
-        || first == wanted;
-    if unchecked || position_at(stream, token.stream_seq).await? == Some(token.position) {
-        return Ok(token.stream_seq);
-    }
-    let after = match newest_heartbeat(options, stream, token.position, first).await? {
-        Some(stream_seq) => stream_seq,
-        None => match oldest_position(stream, first, last).await? {
-            Some(oldest) if oldest <= token.position => first - 1,
-            // Not even the oldest message was seen, although something was: what lies between may be missing.
-            _ => return Err(Fault::Fatal(gap)),
-        },
-    };
-    tracing::info!(
-        stream = %options.stream, was = token.stream_seq, after, position = %token.position,
-        "the stream lost its end and goes on otherwise: reading again from before that"
-    );
-    Ok(after)
 }
 
 /// Where [`ResumeSearch`] says to resume.
@@ -176,7 +237,8 @@ async fn newest_heartbeat(
     first: u64,
 ) -> Result<Option<u64>, Fault> {
     let heartbeats = subject::control(&options.source, ControlKind::Heartbeat);
-    let (mut pending, mut messages) = consume(options, stream, first, vec![heartbeats]).await?;
+    let (consumer, mut messages) = consume(options, stream, first, vec![heartbeats]).await?;
+    let mut pending = consumer.cached_info().num_pending;
     let mut search = ResumeSearch::new(own);
     let mut consumer_seq = 0;
     while pending > 0 {
@@ -200,12 +262,8 @@ async fn newest_heartbeat(
 }
 
 /// The position of the oldest message that has one.
-async fn oldest_position(
-    stream: &Stream,
-    first: u64,
-    last: u64,
-) -> Result<Option<Position>, Fault> {
-    for stream_seq in (first..=last).take(FOREIGN_MAX) {
+async fn oldest_position(stream: &Stream, extent: Extent) -> Result<Option<Position>, Fault> {
+    for stream_seq in (extent.first..=extent.last).take(FOREIGN_MAX) {
         if let Some(position) = position_at(stream, stream_seq).await? {
             return Ok(Some(position));
         }
@@ -220,11 +278,7 @@ async fn position_at(stream: &Stream, stream_seq: u64) -> Result<Option<Position
         Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => return Ok(None),
         Err(error) => return Err(error.into()),
     };
-    if let Some(position) = message.headers.get(header::POSITION) {
-        return Ok(position.as_str().parse().ok());
-    }
-    let control_position = || control(&message.payload).map(|control| control.position);
-    Ok(of_changes(&message.payload).or_else(control_position))
+    Ok(of_message(Some(&message.headers), &message.payload))
 }
 
 #[cfg(test)]

@@ -2,8 +2,9 @@
 
 use std::sync::LazyLock;
 
+use async_nats::HeaderMap;
 use memchr::memmem::Finder;
-use millrace_event::{Control, Position, Version, decode_line};
+use millrace_event::{Control, Position, Version, decode_line, header};
 
 /// What stands before the object that holds the position of an event. Its quotes are not escaped and an object
 /// follows, so it cannot occur inside a row: values of columns are never objects.
@@ -11,6 +12,15 @@ const SOURCE: &[u8] = b"\"source\":";
 /// Where in it the position stands.
 static VERSION_MEMBER: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"version\":\""));
 const DIGITS: usize = 32;
+
+/// The position of a message; of a chunk, its row's. `None` for a message that is not ours.
+#[must_use]
+pub(crate) fn of_message(headers: Option<&HeaderMap>, payload: &[u8]) -> Option<Position> {
+    if let Some(position) = headers.and_then(|headers| headers.get(header::POSITION)) {
+        return position.as_str().parse().ok();
+    }
+    of_changes(payload).or_else(|| control(payload).map(|control| control.position))
+}
 
 /// The position of a message with changes: its last line's. `None` for a message that is not ours.
 #[must_use]

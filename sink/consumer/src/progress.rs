@@ -2,12 +2,14 @@
 
 use std::time::SystemTime;
 
+use async_nats::header::NATS_EXPECTED_LAST_SEQUENCE;
 use async_nats::{HeaderMap, Subject};
 use bytes::Bytes;
 use millrace_event::{Position, header};
 
 use crate::chunks::{Assembly, Place};
-use crate::position::{control, of_changes};
+use crate::hole::Behind;
+use crate::position::{control, of_changes, of_message};
 use crate::{Body, Delivery, Ordering, Token};
 
 /// One message as it came.
@@ -17,6 +19,19 @@ pub(crate) struct Arrival {
     pub(crate) subject: Subject,
     pub(crate) headers: Option<HeaderMap>,
     pub(crate) payload: Bytes,
+}
+
+impl Arrival {
+    /// What it tells of a hole in the sequences before it.
+    pub(crate) fn behind_a_hole(&self) -> Behind {
+        let headers = self.headers.as_ref();
+        let expected = headers.and_then(|headers| headers.get(NATS_EXPECTED_LAST_SEQUENCE));
+        Behind {
+            stream_seq: self.stream_seq,
+            position: of_message(headers, &self.payload),
+            expected_last: expected.and_then(|expected| expected.as_str().parse().ok()),
+        }
+    }
 }
 
 /// What a reader has seen.

@@ -8,10 +8,14 @@ use futures_util::future::BoxFuture;
 use futures_util::{FutureExt as _, StreamExt as _};
 use millrace_event::{TableName, subject};
 
+use crate::hole;
 use crate::link::{self, Fault, Link, Made};
 use crate::progress::{Arrival, Progress};
 use crate::stored::Stored;
-use crate::{Delivery, Token};
+use crate::{Body, Delivery, Token};
+
+/// What a link's messages give.
+type Next = Option<Result<Message, pull::MessagesError>>;
 
 /// The wait after the first fault; it doubles with each further one.
 const BACKOFF_FIRST: Duration = Duration::from_millis(100);
@@ -50,7 +54,8 @@ pub struct ReaderOptions {
     pub source: String,
     /// Where to start.
     pub start: Start,
-    /// Only these tables' changes, and no control messages; `None` for everything.
+    /// Only these tables' changes, and no control messages; `None` for everything. Control messages are read all the
+    /// same: by them [`Reader::token`] moves on while the tables are quiet.
     pub tables: Option<Vec<TableName>>,
     /// What makes a message new.
     pub ordering: Ordering,
@@ -113,7 +118,9 @@ impl Reader {
         }
     }
 
-    /// Where to resume after everything that was delivered; `None` before the stream was seen.
+    /// Where to resume after everything that was delivered; `None` before the stream was seen. Of a reader of some
+    /// tables it may be far ahead of the newest [`Delivery::token`]: who stores it now and then can resume although the
+    /// stream no longer holds what the tables' last change stood at.
     #[must_use]
     pub fn token(&self) -> Option<Token> {
         self.progress.as_ref().map(Progress::token)
@@ -137,9 +144,7 @@ impl Reader {
             if self.link.is_none() {
                 self.connect().await?;
             }
-            let Some(link) = &mut self.link else { continue };
-            let next = link.messages.next().await;
-            if let Some(delivery) = self.on_next(next)? {
+            if let Some(delivery) = self.step().await? {
                 return Ok(delivery);
             }
         }
@@ -150,38 +155,81 @@ impl Reader {
     /// # Errors
     /// As [`Reader::next`].
     pub fn try_next(&mut self) -> Result<Option<Delivery>, ReadError> {
-        while let Some(link) = &mut self.link {
-            let Some(next) = link.messages.next().now_or_never() else {
+        while self.link.is_some() {
+            let Some(step) = self.step().now_or_never() else {
                 return Ok(None);
             };
-            if let Some(delivery) = self.on_next(next)? {
+            if let Some(delivery) = step? {
                 return Ok(Some(delivery));
             }
         }
         Ok(None)
     }
 
-    fn on_next(
-        &mut self,
-        next: Option<Result<Message, pull::MessagesError>>,
-    ) -> Result<Option<Delivery>, ReadError> {
-        match next {
-            Some(Ok(message)) => self.on_message(message),
-            Some(Err(error)) => {
-                self.fault(&error.to_string());
-                Ok(None)
+    /// Waits for one thing to happen on the link. Safe to cancel.
+    async fn step(&mut self) -> Result<Option<Delivery>, ReadError> {
+        let Some(link) = &mut self.link else {
+            return Ok(None);
+        };
+        let Some(gate) = &mut link.gate else {
+            let next = link.messages.next().await;
+            return match self.arrived(next) {
+                Some(arrival) => self.take(arrival),
+                None => Ok(None),
+            };
+        };
+        if let Some(arrival) = gate.pop() {
+            return Ok(self.take_of_tables(arrival));
+        }
+        if gate.is_looking() {
+            match gate.looked().await {
+                Ok(()) => {}
+                Err(Fault::Fatal(gap)) => return Err(gap),
+                Err(Fault::Transient(reason)) => self.fault(&reason),
             }
-            None => {
-                self.fault("the consumer ended");
-                Ok(None)
-            }
+            return Ok(None);
+        }
+        let idle_until = gate.idle_until();
+        let next = tokio::time::timeout_at(idle_until, link.messages.next()).await;
+        self.gather(next.ok());
+        Ok(None)
+    }
+
+    /// Has one look decide about this message and whatever else has arrived; `None` where nothing did for a while.
+    fn gather(&mut self, mut next: Option<Next>) {
+        while let Some(message) = next {
+            let Some(arrival) = self.arrived(message) else {
+                return;
+            };
+            let Some(link) = &mut self.link else { return };
+            let Some(gate) = &mut link.gate else { return };
+            gate.push(arrival);
+            next = if gate.is_full() {
+                None
+            } else {
+                link.messages.next().now_or_never()
+            };
+        }
+        let Some(link) = &mut self.link else { return };
+        if let Some(gate) = &mut link.gate {
+            gate.begin_look(link.consumer_seq);
         }
     }
 
-    fn on_message(&mut self, message: Message) -> Result<Option<Delivery>, ReadError> {
-        let (Some(link), Some(progress)) = (&mut self.link, &mut self.progress) else {
-            return Ok(None);
+    /// A message that the consumer sent, next in its own order.
+    fn arrived(&mut self, next: Next) -> Option<Arrival> {
+        let message = match next {
+            Some(Ok(message)) => message,
+            Some(Err(error)) => {
+                self.fault(&error.to_string());
+                return None;
+            }
+            None => {
+                self.fault("the consumer ended");
+                return None;
+            }
         };
+        let link = self.link.as_mut()?;
         let async_nats::Message {
             subject,
             reply,
@@ -191,7 +239,7 @@ impl Reader {
         } = message.message;
         let Some(stored) = reply.as_deref().and_then(Stored::parse) else {
             self.fault("a message does not say where it is stored");
-            return Ok(None);
+            return None;
         };
         let Stored {
             stream_seq,
@@ -200,24 +248,46 @@ impl Reader {
         } = stored;
         if consumer_seq != link.consumer_seq + 1 {
             self.fault("the client dropped messages");
-            return Ok(None);
+            return None;
         }
-        let wanted = progress.stream_seq + 1;
-        if self.options.tables.is_none() && stream_seq != wanted {
-            return Err(ReadError::Gap {
-                wanted,
-                found: stream_seq,
-            });
+        if stream_seq <= link.stream_seq {
+            self.fault("the consumer began again");
+            return None;
         }
-        link.consumer_seq = consumer_seq;
+        (link.consumer_seq, link.stream_seq) = (consumer_seq, stream_seq);
         (self.faults, self.retry_at) = (0, None);
-        Ok(progress.on_message(Arrival {
+        Some(Arrival {
             stream_seq,
             stored_at,
             subject,
             headers,
             payload,
-        }))
+        })
+    }
+
+    fn take(&mut self, arrival: Arrival) -> Result<Option<Delivery>, ReadError> {
+        let Some(progress) = &mut self.progress else {
+            return Ok(None);
+        };
+        let (wanted, found) = (progress.stream_seq + 1, arrival.stream_seq);
+        if found != wanted {
+            let own = progress.token().position;
+            let by_position = self.options.ordering == Ordering::ByPosition;
+            if !by_position || !hole::is_harmless(own, arrival.behind_a_hole()) {
+                return Err(ReadError::Gap { wanted, found });
+            }
+            tracing::warn!(
+                stream = %self.options.stream, wanted, found, position = %own,
+                "the broker lost messages and what they held is written again behind them"
+            );
+        }
+        Ok(progress.on_message(arrival))
+    }
+
+    /// Control messages only move the place on.
+    fn take_of_tables(&mut self, arrival: Arrival) -> Option<Delivery> {
+        let delivery = self.progress.as_mut()?.on_message(arrival)?;
+        matches!(delivery.body, Body::Changes(_)).then_some(delivery)
     }
 
     /// Gives the consumer up; [`Reader::next`] makes another one after a pause.

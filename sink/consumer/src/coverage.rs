@@ -1,0 +1,111 @@
+//! Up to where a reader of some tables has everything of them. Pure.
+
+use crate::ReadError;
+
+/// What a look at the stream has seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Look {
+    /// Whether the consumer had nothing more to send just before, and everything that it sent had arrived.
+    pub(crate) is_drained: bool,
+    /// The oldest message.
+    pub(crate) first: u64,
+    /// The newest message.
+    pub(crate) last: u64,
+}
+
+/// Up to where every message of the tables has arrived.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Coverage {
+    covered: u64,
+    /// Where the stream ended at the look before.
+    last: u64,
+}
+
+impl Coverage {
+    /// Of a consumer that begins after `after`, on a stream that ended at `last` before.
+    #[must_use]
+    pub(crate) fn new(after: u64, last: u64) -> Self {
+        Self {
+            covered: after,
+            last,
+        }
+    }
+
+    /// Takes in a look that was begun after `newest` had arrived.
+    ///
+    /// A stream that begins at or before the sequence behind `covered` has purged nothing behind it, so the consumer
+    /// had every message there when it searched on to `newest`. And where it had nothing left to send, nothing of the
+    /// tables lies between `newest` and where the stream ended at a look before that: nothing was purged there then.
+    ///
+    /// # Errors
+    /// [`ReadError::Gap`] where something of the tables may have been purged unread.
+    pub(crate) fn on_look(&mut self, look: Look, newest: Option<u64>) -> Result<(), ReadError> {
+        let wanted = self.covered + 1;
+        if look.first > wanted {
+            return Err(ReadError::Gap {
+                wanted,
+                found: look.first,
+            });
+        }
+        if look.is_drained {
+            self.covered = self.covered.max(self.last);
+        }
+        self.covered = self.covered.max(newest.unwrap_or(0));
+        self.last = look.last;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn look(first: u64, last: u64) -> Look {
+        Look {
+            is_drained: false,
+            first,
+            last,
+        }
+    }
+
+    #[test]
+    fn a_purge_behind_what_arrived_is_a_gap() {
+        let mut coverage = Coverage::new(10, 20);
+        assert_eq!(coverage.on_look(look(11, 50), Some(40)), Ok(()));
+        assert_eq!(coverage.on_look(look(41, 60), Some(55)), Ok(()));
+        let gap = ReadError::Gap {
+            wanted: 56,
+            found: 57,
+        };
+        assert_eq!(coverage.on_look(look(57, 90), Some(80)), Err(gap));
+    }
+
+    #[test]
+    fn what_other_tables_wrote_may_be_purged_behind_it() {
+        let mut coverage = Coverage::new(10, 20);
+        let drained = |first, last| Look {
+            is_drained: true,
+            ..look(first, last)
+        };
+        // It ended at 20 before the consumer had nothing left; what came until 30 may be ours.
+        assert_eq!(coverage.on_look(drained(1, 30), None), Ok(()));
+        let gap = ReadError::Gap {
+            wanted: 21,
+            found: 22,
+        };
+        assert_eq!(coverage.on_look(drained(22, 40), None), Err(gap));
+        assert_eq!(coverage.on_look(drained(21, 40), None), Ok(()));
+        assert_eq!(coverage.on_look(drained(31, 40), None), Ok(()));
+    }
+
+    #[test]
+    fn while_messages_are_on_their_way_only_what_arrived_counts() {
+        let mut coverage = Coverage::new(10, 20);
+        assert_eq!(coverage.on_look(look(1, 30), None), Ok(()));
+        let gap = ReadError::Gap {
+            wanted: 11,
+            found: 12,
+        };
+        assert_eq!(coverage.on_look(look(12, 40), None), Err(gap));
+    }
+}
