@@ -52,8 +52,8 @@ impl<'c> Asked<'c> {
         };
         let out = self.begin(&status, &first.table).await?;
         let kept = self.reading.take();
-        let kept = kept.filter(|reading| reading.request() == status.request);
-        let mut reading = kept.unwrap_or_else(|| Reading::new(copier, status.request.clone()));
+        let mut reading = kept.unwrap_or_else(|| Reading::new(copier));
+        reading.answer(&status.request);
         let mut turn = Turn {
             tables,
             asked: self,
@@ -61,10 +61,14 @@ impl<'c> Asked<'c> {
             out,
             status,
         };
-        turn.run().await?;
-        // An error drops it, and the next turn begins with a barrier. What a table met is no reason to.
-        self.reading = Some(reading);
-        Ok(())
+        let read = turn.run().await;
+        self.read_at = copier.began.elapsed();
+        // An error drops it, and the next turn begins with a barrier. Neither what a table met is a reason to, nor
+        // another request.
+        if matches!(read, Ok(()) | Err(Failure::Replaced)) {
+            self.reading = Some(reading);
+        }
+        read
     }
 
     /// Begins an attempt on the copy stream.
@@ -86,7 +90,9 @@ impl Turn<'_, '_> {
         let request = &self.status.request;
         let applied = read_applied(copier.stream, self.asked.sink, request).await?;
         if self.reading.begun() == Lsn::ZERO {
-            self.take_barrier().await?;
+            let mark = self.reading.begin().await?;
+            let commit_lsn = self.seen(mark).await?;
+            self.reading.mark_seen(commit_lsn);
         }
         self.asked.setbacks.attempt_goes_on();
         for wanted in self.tables {
@@ -236,7 +242,7 @@ impl Turn<'_, '_> {
     async fn take_barrier(&mut self) -> Result<(), Failure> {
         let mark = self.reading.take_barrier().await?;
         let commit_lsn = self.seen(mark).await?;
-        self.reading.barrier_seen(commit_lsn);
+        self.reading.mark_seen(commit_lsn);
         Ok(())
     }
 
