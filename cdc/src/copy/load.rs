@@ -3,7 +3,9 @@
 //!
 //! The snapshot was taken before the table is locked. A rewrite of the table in between leaves none of its rows
 //! where the snapshot looks for them, and a partition that was attached or detached has rows that the stream does
-//! not tell of. So once the lock is held, what the catalog says now is compared with what it said to the snapshot.
+//! not tell of. Names in a statement are those of today, whatever its snapshot shows: where two columns have swapped
+//! theirs, the masked one would go out as the other. So once the lock is held, what the catalog says now is compared
+//! with what it said to the snapshot. (A chunk's snapshot is taken with the lock held: it shows today's names.)
 
 use std::pin::pin;
 
@@ -46,12 +48,16 @@ const LOCK_TIMEOUT_MS: u32 = 30_000;
 /// wait for its turn.
 const READ_AHEAD: usize = 16;
 
-/// The tables that hold the rows of one, with their files for the snapshot and now, and their blocks.
+/// The tables that hold the rows of one, whether they have the files and names now that the snapshot shows, and their
+/// blocks. What the function answers is of now.
 const LEAVES: &str = "WITH RECURSIVE tree AS ( \
     SELECT c.oid, c.relkind FROM pg_class c WHERE c.oid = $1::text::regclass \
     UNION ALL SELECT c.oid, c.relkind FROM tree t JOIN pg_inherits i ON i.inhparent = t.oid \
     JOIN pg_class c ON c.oid = i.inhrelid WHERE t.relkind = 'p') \
-    SELECT format('%I.%I', n.nspname, c.relname), c.relfilenode = pg_relation_filenode(c.oid), \
+    SELECT format('%I.%I', n.nspname, c.relname), c.relfilenode = pg_relation_filenode(c.oid) AND NOT EXISTS ( \
+    SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped \
+    AND (pg_identify_object_as_address('pg_class'::regclass, c.oid, a.attnum)).object_names \
+    IS DISTINCT FROM ARRAY[n.nspname, c.relname, a.attname]::text[]), \
     coalesce(pg_relation_size(c.oid), 0) / current_setting('block_size')::bigint \
     FROM tree JOIN pg_class c USING (oid) JOIN pg_namespace n ON n.oid = c.relnamespace \
     WHERE c.relkind <> 'p' ORDER BY c.oid";
@@ -160,7 +166,8 @@ async fn look(client: &Client, table: &SourceTable) -> Result<Vec<Range>, Failur
             condition: Condition::new(
                 Code::CopyFailed,
                 format!(
-                    "table {} was rewritten, or its partitions changed, after the copy's snapshot was taken",
+                    "table {} was rewritten, or names in it or its partitions changed, after the copy's snapshot \
+                     was taken",
                     table.name
                 ),
                 "nothing to do: the copy is tried again by itself, with another snapshot",
@@ -239,7 +246,9 @@ impl Work<'_> {
         client.batch_execute(&begin(reader.snapshot)).await?;
         // All of it, at once: who waited for a lock of ours with a later range's partition would hold us up, and we them.
         lock(&client, self.table).await?;
-        self.read(&client).await
+        self.read(&client).await?;
+        // The other tables still have long to go: whoever waits for this one need not.
+        Ok(client.batch_execute("ROLLBACK").await?)
     }
 
     /// Reads ranges until none is left.

@@ -1,0 +1,109 @@
+//! What happens at the source while a load is under way. It stands still before a sink that does not read, so there is
+//! time for it.
+
+use std::time::Instant;
+
+use millrace_event::subject;
+use millrace_event::work::{CopyApplied, CopyStatus, Wanted};
+
+use super::stand::Line;
+use crate::copy_faults::small_copy_stream;
+use crate::stage::{PATIENCE, Setting, Stage};
+
+/// Rows of more than two ranges of blocks, and of more than a load puts before its sink.
+const WIDE: &str = "ALTER TABLE first ALTER v SET STORAGE PLAIN;
+    INSERT INTO first SELECT i, repeat('x', 1900) || i FROM generate_series(1, 6000) i";
+
+impl Line {
+    /// Is the sink that has applied what lies on the copy stream.
+    async fn takes(&self, id: &str) {
+        let name = subject::copy_stream_name("shop", "replica");
+        let stream = self.jetstream.get_stream(name).await.expect("copy stream");
+        let applied = CopyApplied {
+            request: id.to_owned(),
+            stream_seq: stream.cached_info().state.last_sequence,
+            after: Vec::new(),
+        };
+        let value = serde_json::to_vec(&applied).expect("json");
+        let put = self.copies.put("applied.replica", value.into());
+        put.await.expect("applied");
+    }
+
+    /// Takes what comes until the status is as wanted.
+    async fn takes_until(&self, id: &str, wanted: impl Fn(&CopyStatus) -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !wanted(&self.told(id, |_| true).await) {
+            assert!(Instant::now() < deadline, "{}", self.capture.logs());
+            self.takes(id).await;
+        }
+    }
+}
+
+fn loads(status: &CopyStatus, table: &str) -> bool {
+    let loading = status.loading.as_ref();
+    loading.is_some_and(|loading| loading.table == table)
+}
+
+#[tokio::test]
+async fn a_table_that_is_loaded_is_free_while_the_next_one_is_read() {
+    let schema = format!(
+        "CREATE TABLE first (id int PRIMARY KEY, v text); {WIDE}; CREATE TABLE t (LIKE first INCLUDING ALL);
+         INSERT INTO t SELECT * FROM first"
+    );
+    let stage = Stage::set(Setting {
+        schema: &schema,
+        tables: &[("public.first", ""), ("public.t", "")],
+        ..Setting::default()
+    })
+    .await;
+    let line = Line::on(stage).await;
+    small_copy_stream(&line.stage).await;
+    line.ask("r1", &[("first", Wanted::Load), ("t", Wanted::Load)])
+        .await;
+    line.takes_until("r1", |status| loads(status, "t")).await;
+    line.stage
+        .sql("SET lock_timeout = '2s'; ALTER TABLE first ADD COLUMN more int")
+        .await;
+    let status = line.told("r1", |_| true).await;
+    assert!(
+        loads(&status, "t") && status.copied.len() == 1,
+        "{status:?}"
+    );
+}
+
+#[tokio::test]
+async fn names_that_were_swapped_after_the_snapshot_let_nothing_out() {
+    let schema = format!(
+        "CREATE TABLE first (id int PRIMARY KEY, v text); {WIDE};
+         CREATE TABLE t (id int PRIMARY KEY, ssn text, note text);
+         INSERT INTO t SELECT i, 'secret ' || i, 'note ' || i FROM generate_series(1, 100) i"
+    );
+    let stage = Stage::set(Setting {
+        schema: &schema,
+        tables: &[
+            ("public.first", ""),
+            ("public.t", "columns.mask = { ssn = \"redact\" }"),
+        ],
+        ..Setting::default()
+    })
+    .await;
+    let line = Line::on(stage).await;
+    small_copy_stream(&line.stage).await;
+    line.ask("r1", &[("first", Wanted::Load), ("t", Wanted::Load)])
+        .await;
+    line.told("r1", |status| loads(status, "first")).await;
+    line.stage
+        .sql(
+            "BEGIN; ALTER TABLE t RENAME ssn TO other; ALTER TABLE t RENAME note TO ssn;
+             ALTER TABLE t RENAME other TO note; COMMIT",
+        )
+        .await;
+    // The check of the columns is one of the snapshot, which knows nothing of it.
+    line.takes_until("r1", |status| {
+        let copied = status.copied.iter().any(|table| table.table == "t");
+        assert!(!copied, "its rows came under names that are not theirs");
+        line.capture.logs().contains("names in it")
+    })
+    .await;
+    assert!(line.capture.logs().contains("E1121"));
+}
