@@ -22,6 +22,7 @@ mod load;
 mod pack;
 mod ranges;
 mod reading;
+mod room;
 mod rule;
 mod session;
 mod setbacks;

@@ -7,7 +7,9 @@
 //! theirs, the masked one would go out as the other. So once the lock is held, what the catalog says now is compared
 //! with what it said to the snapshot. (A chunk's snapshot is taken with the lock held: it shows today's names.)
 
+use std::iter::Enumerate;
 use std::pin::pin;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use futures_util::StreamExt;
@@ -25,6 +27,7 @@ use super::failure::Failure;
 use super::keyset::Keyset;
 use super::ranges::{Range, ranges};
 use super::reading::check_columns;
+use super::room::{Place, Room};
 use super::session::session;
 use super::text::{CopyRow, CopyTextError, write_row};
 use super::writer::Writer;
@@ -45,7 +48,7 @@ const READERS_MAX: usize = 2;
 const LOCK_TIMEOUT_MS: u32 = 30_000;
 
 /// Messages of one range that are read and not yet published: about a range of usual rows, so that its reader need not
-/// wait for its turn.
+/// wait for its turn. Of large rows there are fewer: see [`Room`].
 const READ_AHEAD: usize = 16;
 
 /// The tables that hold the rows of one, whether they have the files and names now that the snapshot shows, and their
@@ -102,14 +105,16 @@ impl Asked<'_> {
         // One range may wait beside those that are read: what is read ahead has a limit.
         let (turns, mut order) = mpsc::channel(1);
         let count = ranges.len();
+        let room = Arc::new(Room::default());
         let ranges = Mutex::new(Ranges {
-            rest: ranges.into_iter(),
+            rest: ranges.into_iter().enumerate(),
             turns: Some(turns),
         });
         let work = Work {
             table,
             head: &head,
             ranges: &ranges,
+            room: &room,
         };
         let reading = async {
             let others = (1..READERS_MAX.min(count)).map(|_| work.on_own(reader));
@@ -120,9 +125,12 @@ impl Asked<'_> {
         };
         // Not dropped where a reader fails: a message half published would be missing to the tables behind this one.
         let publishing = async {
-            let mut rows = 0;
+            let (mut rows, mut turn) = (0, 0);
             while let Some(mut messages) = order.recv().await {
-                while let Some(Message { payload, count }) = messages.recv().await {
+                room.turn_of(turn);
+                turn += 1;
+                while let Some((message, place)) = messages.recv().await {
+                    let Message { payload, count } = message;
                     if rows == 0 {
                         self.setbacks.table_goes_on(&table.name);
                         self.show();
@@ -135,6 +143,7 @@ impl Asked<'_> {
                         while order.try_recv().is_ok() {}
                         return Err(failure);
                     }
+                    drop(place);
                 }
             }
             Ok(rows)
@@ -212,6 +221,7 @@ struct Work<'w> {
     table: &'w SourceTable,
     head: &'w [u8],
     ranges: &'w Mutex<Ranges>,
+    room: &'w Arc<Room>,
 }
 
 /// The ranges that no reader has taken yet, and the order in which they were taken.
@@ -219,23 +229,45 @@ struct Work<'w> {
 /// They are published in that order, however many readers there are: rows of a table often lie in the order of their
 /// key, and a target's index takes keys in order at less than half the cost of any other.
 struct Ranges {
-    rest: std::vec::IntoIter<Range>,
-    turns: Option<mpsc::Sender<mpsc::Receiver<Message>>>,
+    rest: Enumerate<std::vec::IntoIter<Range>>,
+    turns: Option<mpsc::Sender<mpsc::Receiver<Placed>>>,
 }
 
 impl Ranges {
     /// The next range, and where its messages go.
-    async fn next(&mut self) -> Option<(Range, mpsc::Sender<Message>)> {
+    async fn next(&mut self) -> Option<(Range, Outlet)> {
         let range = self.rest.next();
-        if let (Some(range), Some(turns)) = (range, &self.turns) {
+        if let (Some((number, range)), Some(turns)) = (range, &self.turns) {
             let (read, messages) = mpsc::channel(READ_AHEAD);
             if turns.send(messages).await.is_ok() {
-                return Some((range, read));
+                return Some((range, Outlet { number, read }));
             }
         }
         // Whoever publishes is told that there is no other.
         self.turns = None;
         None
+    }
+}
+
+/// A message with the room that it takes.
+type Placed = (Message, Place);
+
+/// Where a range's messages go.
+struct Outlet {
+    /// The range's number in the order of publishing.
+    number: usize,
+    read: mpsc::Sender<Placed>,
+}
+
+impl Outlet {
+    async fn send(&self, message: Message, room: &Arc<Room>) -> Result<(), Failure> {
+        let bytes = message.payload.len();
+        let sent = tokio::select! {
+            place = room.take(self.number, bytes) => self.read.send((message, place)).await.ok(),
+            () = self.read.closed() => None,
+        };
+        // The other end is gone only where publishing failed, which says so itself.
+        sent.ok_or_else(|| Error::retry_because("the copy was cut off").into())
     }
 }
 
@@ -255,19 +287,14 @@ impl Work<'_> {
     async fn read(self, client: &Client) -> Result<(), Failure> {
         loop {
             let next = self.ranges.lock().await.next().await;
-            let Some((range, read)) = next else {
+            let Some((range, outlet)) = next else {
                 return Ok(());
             };
-            self.range(client, &range, &read).await?;
+            self.range(client, &range, &outlet).await?;
         }
     }
 
-    async fn range(
-        self,
-        client: &Client,
-        range: &Range,
-        read: &mpsc::Sender<Message>,
-    ) -> Result<(), Failure> {
+    async fn range(self, client: &Client, range: &Range, outlet: &Outlet) -> Result<(), Failure> {
         let table = self.table;
         let condition = range.condition();
         let conditions: Vec<_> = condition.iter().map(String::as_str).collect();
@@ -290,20 +317,14 @@ impl Work<'_> {
                 return Err(Failure::too_large(&table.name, line.len()));
             }
             for message in packing.push(line).into_iter().flatten() {
-                send(read, message).await?;
+                outlet.send(message, self.room).await?;
             }
         }
         match packing.take() {
-            Some(message) => send(read, message).await,
+            Some(message) => outlet.send(message, self.room).await,
             None => Ok(()),
         }
     }
-}
-
-async fn send(read: &mpsc::Sender<Message>, message: Message) -> Result<(), Failure> {
-    let sent = read.send(message).await;
-    // The other end is gone only where publishing failed, which says so itself.
-    sent.map_err(|_| Error::retry_because("the copy was cut off").into())
 }
 
 /// Makes rows the published ones: where nothing is masked they are that already.

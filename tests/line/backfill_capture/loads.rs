@@ -1,13 +1,14 @@
 //! What happens at the source while a load is under way. It stands still before a sink that does not read, so there is
 //! time for it.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use millrace_event::subject;
 use millrace_event::work::{CopyApplied, CopyStatus, Wanted};
 
 use super::stand::Line;
-use crate::copy_faults::small_copy_stream;
+use crate::copy_faults::{held, small_copy_stream};
+use crate::large_transactions::peak_memory_kib;
 use crate::stage::{PATIENCE, Setting, Stage};
 
 /// Rows of more than two ranges of blocks, and of more than a load puts before its sink.
@@ -38,6 +39,12 @@ impl Line {
         }
     }
 }
+
+/// Large rows, of which the source holds little: a few blocks, so that one range has them all.
+const LARGE_ROWS: &str = "CREATE TABLE t (id int PRIMARY KEY, v text);
+    INSERT INTO t SELECT i, repeat('x', 24 * 1024 * 1024) FROM generate_series(1, 20) i";
+/// All of them have 480 MiB. Two are with the broker; of what is read ahead there is one, and another is being read.
+const MEMORY_KIB_MAX: u64 = 300 * 1024;
 
 fn loads(status: &CopyStatus, table: &str) -> bool {
     let loading = status.loading.as_ref();
@@ -106,4 +113,27 @@ async fn names_that_were_swapped_after_the_snapshot_let_nothing_out() {
     })
     .await;
     assert!(line.capture.logs().contains("E1121"));
+}
+
+#[tokio::test]
+async fn large_rows_are_not_read_far_ahead_of_a_sink_that_does_not_read() {
+    let stage = Stage::set(Setting {
+        schema: LARGE_ROWS,
+        ..Setting::default()
+    })
+    .await;
+    let line = Line::on(stage).await;
+    line.ask("r1", &[("t", Wanted::Load)]).await;
+    line.told("r1", |status| loads(status, "t")).await;
+    let peak = || peak_memory_kib(line.capture.pid());
+    let (deadline, mut before) = (Instant::now() + PATIENCE, 0);
+    while peak() > before || held(&line.jetstream).await < 24 * 1024 * 1024 {
+        assert!(Instant::now() < deadline, "{}", line.capture.logs());
+        before = peak();
+        tokio::time::sleep(Duration::from_secs(2)).await;
+    }
+    assert!(peak() < MEMORY_KIB_MAX, "peak memory: {} KiB", peak());
+    // All of it comes nevertheless.
+    line.takes_until("r1", |status| status.copied.len() == 1)
+        .await;
 }
