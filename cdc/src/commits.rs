@@ -86,8 +86,8 @@ struct Recordings {
 #[derive(Debug)]
 struct Recorded {
     recent: Recent,
-    /// The marks that are waited for, and the commit LSNs of those that came.
-    marks: BTreeMap<u64, Option<Lsn>>,
+    /// The mark that is looked out for, and its commit LSN once it came.
+    mark: Option<(u64, Option<Lsn>)>,
 }
 
 impl Commits {
@@ -101,11 +101,12 @@ impl Commits {
     pub(crate) fn tell(&self, position: Lsn, commits: &[Committed]) {
         let mut recordings = self.lock();
         recordings.position = recordings.position.max(position);
-        for Recorded { recent, marks } in recordings.open.values_mut() {
+        for Recorded { recent, mark } in recordings.open.values_mut() {
             for committed in commits {
                 recent.committed(committed.xid, committed.commit_lsn);
-                let mark = committed.mark.and_then(|mark| marks.get_mut(&mark));
-                if let Some(seen) = mark {
+                if let Some((expected, seen)) = mark
+                    && committed.mark == Some(*expected)
+                {
                     *seen = Some(committed.commit_lsn);
                 }
             }
@@ -122,7 +123,7 @@ impl Commits {
         recordings.next_id += 1;
         let recorded = Recorded {
             recent: Recent::new(recordings.position, COMMITS_MAX),
-            marks: BTreeMap::new(),
+            mark: None,
         };
         recordings.open.insert(id, recorded);
         self.open.store(recordings.open.len(), Ordering::SeqCst);
@@ -150,10 +151,10 @@ impl Recording<'_> {
         look(&mut self.recorded(&mut self.commits.lock()).recent)
     }
 
-    /// A mark is about to be written: it is looked out for.
+    /// A mark is about to be written: it is looked out for, and no earlier one any more.
     pub(crate) fn expect(&self, mark: u64) {
         let mut recordings = self.commits.lock();
-        self.recorded(&mut recordings).marks.insert(mark, None);
+        self.recorded(&mut recordings).mark = Some((mark, None));
     }
 
     /// Waits until the reader has seen the mark; returns its commit LSN.
@@ -171,12 +172,8 @@ impl Recording<'_> {
 
     fn take_mark(&self, mark: u64) -> Option<Lsn> {
         let mut recordings = self.commits.lock();
-        let marks = &mut self.recorded(&mut recordings).marks;
-        let seen = marks.get(&mark).copied().flatten();
-        if seen.is_some() {
-            marks.remove(&mark);
-        }
-        seen
+        let seen = self.recorded(&mut recordings).mark;
+        seen.filter(|(seen, _)| *seen == mark)?.1
     }
 
     fn recorded<'r>(&self, recordings: &'r mut Recordings) -> &'r mut Recorded {

@@ -22,6 +22,7 @@ mod load;
 mod pack;
 mod ranges;
 mod reading;
+mod room;
 mod rule;
 mod session;
 mod setbacks;
@@ -55,6 +56,10 @@ use crate::understood;
 
 /// How often requests are looked for, should nothing tell of them.
 const LOOK_INTERVAL: Duration = Duration::from_millis(200);
+
+/// So long after the newest chunk commits are still recorded: keys that heal rows may be asked for every second, and
+/// a recording that begins anew has to wait for all transactions that are open then.
+const RECORDED_FOR: Duration = Duration::from_secs(60);
 
 /// Answers the sinks' requests.
 pub(crate) struct Copier<'c> {
@@ -94,6 +99,7 @@ impl<'c> Copier<'c> {
                 sink: &sink.name,
                 setbacks: Setbacks::default(),
                 reading: None,
+                read_at: Duration::ZERO,
             };
             asked.serve()
         });
@@ -116,6 +122,8 @@ struct Asked<'c> {
     setbacks: Setbacks,
     /// `None` while nothing is read in chunks: commits are recorded only for that.
     reading: Option<Reading<'c>>,
+    /// When the newest turn at chunks ended, by the copier's clock.
+    read_at: Duration,
 }
 
 impl Asked<'_> {
@@ -165,7 +173,7 @@ impl Asked<'_> {
                 self.clear_away().await?;
             }
             self.setbacks.keep_only(&[]);
-            self.reading = None;
+            self.let_go();
             self.show();
             return Ok(());
         };
@@ -219,7 +227,7 @@ impl Asked<'_> {
         else {
             let waits = |wanted: &TableRequest| Stage::of(&wanted.rows) != Stage::Paused;
             if !remaining.iter().any(waits) {
-                self.reading = None;
+                self.let_go();
             }
             return Ok(());
         };
@@ -230,6 +238,14 @@ impl Asked<'_> {
             return Box::pin(self.attempt(status, &tables)).await;
         }
         Box::pin(self.backfill(status, &due)).await
+    }
+
+    /// Commits are no longer recorded where nothing was read for a while.
+    fn let_go(&mut self) {
+        let now = self.copier.began.elapsed();
+        if now.saturating_sub(self.read_at) >= RECORDED_FOR {
+            self.reading = None;
+        }
     }
 
     /// The status of a request that nothing is known of yet.

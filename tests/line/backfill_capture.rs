@@ -1,12 +1,14 @@
 //! Capture's side of a backfill: which rows come in chunks, with which versions, whatever happens at the source.
 //! The requests are written here, and the copy stream is read here.
 
+mod loads;
 mod stand;
 mod waits;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use millrace_event::Lsn;
 use millrace_event::work::{Copied, CopyStatus, Part, Wanted};
 
 use self::stand::{Line, Message, chunks, filled, ids, parts, rows, slowly, version_of};
@@ -249,6 +251,47 @@ async fn a_condition_and_keys_select_rows_and_a_wrong_one_holds_nothing_else_up(
         !line.capture.logs().contains("trying again\""),
         "capture goes on"
     );
+}
+
+/// A crash of the source may take back what a snapshot shows, as long as the stream has not told of it: here the deletes.
+#[tokio::test]
+async fn an_answer_without_rows_waits_for_the_stream_too() {
+    let line = filled(100).await;
+    line.stage
+        .sql("SET synchronous_commit = off; DELETE FROM t WHERE id > 90")
+        .await;
+    let part = |filter: &str| Wanted::Chunks {
+        after: Some(vec!["80".to_owned()]),
+        filter: Some(filter.to_owned()),
+        rows_per_second: None,
+        paused: false,
+    };
+    let keys = Wanted::Keys {
+        keys: vec![vec!["95".to_owned()]],
+    };
+    let empty = Wanted::Chunks {
+        after: Some(vec!["90".to_owned()]),
+        filter: None,
+        rows_per_second: None,
+        paused: false,
+    };
+    let answers = [("r1", keys), ("r2", part("id > 90")), ("r3", empty)];
+    for (number, (id, wanted)) in answers.into_iter().enumerate() {
+        let end = "SELECT pg_current_wal_insert_lsn()::text";
+        let end: Lsn = line.stage.source_text(end).await.parse().expect("an LSN");
+        line.ask(id, &[("t", wanted)]).await;
+        line.copied(id, 1).await;
+        let messages = line.copy_stream().await;
+        assert!(ids(&messages).is_empty());
+        let reach = messages.iter().filter_map(|message| match message {
+            Message::Whole { reach, .. } => Some(*reach),
+            _ => None,
+        });
+        let reach: Vec<_> = reach.collect();
+        assert_eq!(reach.len(), number + 1);
+        let newest = reach[number].expect("the end has a reach");
+        assert!(newest >= end, "{newest} lies below {end}");
+    }
 }
 
 #[tokio::test]

@@ -50,7 +50,8 @@ impl Reader {
     }
 }
 
-fn peak_memory_kib(pid: u32) -> u64 {
+/// The most memory that a process had so far.
+pub(crate) fn peak_memory_kib(pid: u32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
     let line = status
         .lines()

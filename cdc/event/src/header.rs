@@ -12,6 +12,7 @@ pub const COPY: &str = "Millrace-Copy";
 /// On a copy stream: the message's number in its attempt, from 1 and without gaps.
 pub const COPY_NUMBER: &str = "Millrace-Copy-Number";
 
-/// On a copy stream, with rows of a chunk: its sink applies them once it has applied the stream up to this LSN
-/// (`X/X`). By then the stream has told of all that the chunk's snapshot shows.
+/// On a copy stream, with rows of a chunk or of keys, and with the message that says that they are a whole: its sink
+/// applies them once it has applied the stream up to this LSN (`X/X`), in the epoch of the rows' versions or of
+/// `Copied`. By then the stream has told of all that the chunk's snapshot shows, also that there are no rows.
 pub const COPY_REACH: &str = "Millrace-Copy-Reach";

@@ -22,6 +22,10 @@ use crate::stream;
 /// How long creating the temporary slot may wait for transactions that are open at the source.
 const SLOT_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// Ends what was done about one table. Only a rollback gives its lock back: those who change its shape, and behind them
+/// its writers, must not wait for the tables that follow.
+const FORGET: &str = "ROLLBACK TO SAVEPOINT one; RELEASE SAVEPOINT one";
+
 impl Asked<'_> {
     /// Copies tables under one snapshot. Ends well also where some could not be copied: those are noted, and
     /// due later.
@@ -108,7 +112,7 @@ impl Asked<'_> {
                         self.store(&status).await?;
                     }
                     if snapshot_lives {
-                        client.batch_execute("ROLLBACK TO SAVEPOINT one").await?;
+                        client.batch_execute(FORGET).await?;
                         continue;
                     }
                     // The next look makes another attempt for the tables that are left.
@@ -116,7 +120,7 @@ impl Asked<'_> {
                 }
                 Err(failure) => return Err(failure),
             };
-            client.batch_execute("RELEASE SAVEPOINT one").await?;
+            client.batch_execute(FORGET).await?;
             let copied = Copied {
                 table: name.clone(),
                 epoch: copier.source.epoch,

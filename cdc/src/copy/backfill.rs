@@ -52,8 +52,8 @@ impl<'c> Asked<'c> {
         };
         let out = self.begin(&status, &first.table).await?;
         let kept = self.reading.take();
-        let kept = kept.filter(|reading| reading.request() == status.request);
-        let mut reading = kept.unwrap_or_else(|| Reading::new(copier, status.request.clone()));
+        let mut reading = kept.unwrap_or_else(|| Reading::new(copier));
+        reading.answer(&status.request);
         let mut turn = Turn {
             tables,
             asked: self,
@@ -61,10 +61,14 @@ impl<'c> Asked<'c> {
             out,
             status,
         };
-        turn.run().await?;
-        // An error drops it, and the next turn begins with a barrier. What a table met is no reason to.
-        self.reading = Some(reading);
-        Ok(())
+        let read = turn.run().await;
+        self.read_at = copier.began.elapsed();
+        // An error drops it, and the next turn begins with a barrier. Neither what a table met is a reason to, nor
+        // another request.
+        if matches!(read, Ok(()) | Err(Failure::Replaced)) {
+            self.reading = Some(reading);
+        }
+        read
     }
 
     /// Begins an attempt on the copy stream.
@@ -86,7 +90,9 @@ impl Turn<'_, '_> {
         let request = &self.status.request;
         let applied = read_applied(copier.stream, self.asked.sink, request).await?;
         if self.reading.begun() == Lsn::ZERO {
-            self.take_barrier().await?;
+            let mark = self.reading.begin().await?;
+            let commit_lsn = self.seen(mark).await?;
+            self.reading.mark_seen(commit_lsn);
         }
         self.asked.setbacks.attempt_goes_on();
         for wanted in self.tables {
@@ -163,8 +169,8 @@ impl Turn<'_, '_> {
                 last,
             };
             after = chunk.last_key.clone().or(after);
-            self.publish(progress.table, chunk).await?;
-            self.whole(progress.table, count, part).await?;
+            let reach = self.publish(progress.table, chunk).await?;
+            self.whole(progress.table, count, part, Some(reach)).await?;
             throttle.read(taken, self.asked.copier.began.elapsed());
             rows += count;
             if last {
@@ -179,7 +185,7 @@ impl Turn<'_, '_> {
         progress: &mut Progress<'_>,
         keys: &[Vec<String>],
     ) -> Result<(), Failure> {
-        let (mut rest, mut most, mut rows) = (keys, KEYS_MAX, 0);
+        let (mut rest, mut most, mut rows, mut reach) = (keys, KEYS_MAX, 0, None);
         while !rest.is_empty() {
             let (now, later) = rest.split_at(rest.len().min(most));
             let Some(chunk) = self.chunk(progress, Rows::Of(now)).await? else {
@@ -188,9 +194,10 @@ impl Turn<'_, '_> {
             };
             rest = later;
             rows += chunk.rows;
-            self.publish(progress.table, chunk).await?;
+            // That of the last statement is above those before.
+            reach = Some(self.publish(progress.table, chunk).await?);
         }
-        self.whole(progress.table, rows, Part::Keys).await?;
+        self.whole(progress.table, rows, Part::Keys, reach).await?;
         self.copied(progress.table, rows).await
     }
 
@@ -235,7 +242,7 @@ impl Turn<'_, '_> {
     async fn take_barrier(&mut self) -> Result<(), Failure> {
         let mark = self.reading.take_barrier().await?;
         let commit_lsn = self.seen(mark).await?;
-        self.reading.barrier_seen(commit_lsn);
+        self.reading.mark_seen(commit_lsn);
         Ok(())
     }
 
@@ -251,11 +258,9 @@ impl Turn<'_, '_> {
     }
 
     /// Publishes a chunk's rows, once the stream tells of everything that its snapshot shows: what a crash of the
-    /// source takes back was not in it, and a sink that waits for the mark's LSN has all of that.
-    async fn publish(&mut self, table: &SourceTable, chunk: Chunk) -> Result<(), Failure> {
-        if chunk.messages.is_empty() {
-            return Ok(());
-        }
+    /// source takes back was not in it, and a sink that waits for the mark's LSN, which is returned, has all of that.
+    /// That there are no rows is told by a snapshot too.
+    async fn publish(&mut self, table: &SourceTable, chunk: Chunk) -> Result<Lsn, Failure> {
         let (mark, _) = self.reading.mark().await?;
         let reach = self.seen(mark).await?;
         tracing::debug!(
@@ -265,14 +270,20 @@ impl Turn<'_, '_> {
         let subject = subject::copy(source, self.asked.sink, &table.name);
         for message in chunk.messages {
             self.out
-                .publish_chunk(subject.clone(), message, reach)
+                .publish_behind(subject.clone(), message, Some(reach))
                 .await?;
         }
-        Ok(())
+        Ok(reach)
     }
 
-    /// Says that what came is a whole.
-    async fn whole(&mut self, table: &SourceTable, rows: u64, part: Part) -> Result<(), Failure> {
+    /// Says that what came is a whole. The sink removes what is not among it, so it waits for `reach` like the rows.
+    async fn whole(
+        &mut self,
+        table: &SourceTable,
+        rows: u64,
+        part: Part,
+        reach: Option<Lsn>,
+    ) -> Result<(), Failure> {
         let copier = self.asked.copier;
         let copied = Copied {
             table: table.name.clone(),
@@ -283,7 +294,9 @@ impl Turn<'_, '_> {
         };
         let payload = serde_json::to_vec(&copied).expect("plain JSON");
         let subject = subject::copied(&copier.config.source.name, self.asked.sink);
-        self.out.publish(subject, payload.into()).await
+        self.out
+            .publish_behind(subject, payload.into(), reach)
+            .await
     }
 
     /// All that was wanted of a table is on the stream.

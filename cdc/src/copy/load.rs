@@ -3,9 +3,13 @@
 //!
 //! The snapshot was taken before the table is locked. A rewrite of the table in between leaves none of its rows
 //! where the snapshot looks for them, and a partition that was attached or detached has rows that the stream does
-//! not tell of. So once the lock is held, what the catalog says now is compared with what it said to the snapshot.
+//! not tell of. Names in a statement are those of today, whatever its snapshot shows: where two columns have swapped
+//! theirs, the masked one would go out as the other. So once the lock is held, what the catalog says now is compared
+//! with what it said to the snapshot. (A chunk's snapshot is taken with the lock held: it shows today's names.)
 
+use std::iter::Enumerate;
 use std::pin::pin;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use futures_util::StreamExt;
@@ -24,6 +28,7 @@ use super::failure::Failure;
 use super::keyset::Keyset;
 use super::ranges::{Range, ranges};
 use super::reading::check_columns;
+use super::room::{Place, Room};
 use super::session::session;
 use super::text::{CopyRow, CopyTextError, write_row};
 use super::writer::Writer;
@@ -44,16 +49,19 @@ const READERS_MAX: usize = 2;
 const LOCK_TIMEOUT_MS: u32 = 30_000;
 
 /// Messages of one range that are read and not yet published: about a range of usual rows, so that its reader need not
-/// wait for its turn.
+/// wait for its turn. Of large rows there are fewer: see [`Room`].
 const READ_AHEAD: usize = 16;
 
-/// The tables that hold the rows of one, with their files for the snapshot and now, and their blocks. One that is gone
-/// has none now.
+/// The tables that hold the rows of one, whether they have the files and names now that the snapshot shows, and their
+/// blocks. What the functions answer is of now; of one that is gone they answer nothing.
 const LEAVES: &str = "WITH RECURSIVE tree AS ( \
     SELECT c.oid, c.relkind FROM pg_class c WHERE c.oid = $1::text::regclass \
     UNION ALL SELECT c.oid, c.relkind FROM tree t JOIN pg_inherits i ON i.inhparent = t.oid \
     JOIN pg_class c ON c.oid = i.inhrelid WHERE t.relkind = 'p') \
-    SELECT format('%I.%I', n.nspname, c.relname), c.relfilenode IS NOT DISTINCT FROM pg_relation_filenode(c.oid), \
+    SELECT format('%I.%I', n.nspname, c.relname), c.relfilenode IS NOT DISTINCT FROM pg_relation_filenode(c.oid) AND NOT EXISTS ( \
+    SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped \
+    AND (pg_identify_object_as_address('pg_class'::regclass, c.oid, a.attnum)).object_names \
+    IS DISTINCT FROM ARRAY[n.nspname, c.relname, a.attname]::text[]), \
     coalesce(pg_relation_size(c.oid), 0) / current_setting('block_size')::bigint \
     FROM tree JOIN pg_class c USING (oid) JOIN pg_namespace n ON n.oid = c.relnamespace \
     WHERE c.relkind <> 'p' ORDER BY c.oid";
@@ -98,14 +106,16 @@ impl Asked<'_> {
         // One range may wait beside those that are read: what is read ahead has a limit.
         let (turns, mut order) = mpsc::channel(1);
         let count = ranges.len();
+        let room = Arc::new(Room::default());
         let ranges = Mutex::new(Ranges {
-            rest: ranges.into_iter(),
+            rest: ranges.into_iter().enumerate(),
             turns: Some(turns),
         });
         let work = Work {
             table,
             head: &head,
             ranges: &ranges,
+            room: &room,
         };
         let reading = async {
             let others = (1..READERS_MAX.min(count)).map(|_| work.on_own(reader));
@@ -116,9 +126,12 @@ impl Asked<'_> {
         };
         // Not dropped where a reader fails: a message half published would be missing to the tables behind this one.
         let publishing = async {
-            let mut rows = 0;
+            let (mut rows, mut turn) = (0, 0);
             while let Some(mut messages) = order.recv().await {
-                while let Some(Message { payload, count }) = messages.recv().await {
+                room.turn_of(turn);
+                turn += 1;
+                while let Some((message, place)) = messages.recv().await {
+                    let Message { payload, count } = message;
                     if rows == 0 {
                         self.setbacks.table_goes_on(&table.name);
                         self.show();
@@ -131,6 +144,7 @@ impl Asked<'_> {
                         while order.try_recv().is_ok() {}
                         return Err(failure);
                     }
+                    drop(place);
                 }
             }
             Ok(rows)
@@ -162,7 +176,8 @@ async fn look(client: &Client, table: &SourceTable) -> Result<Vec<Range>, Failur
             condition: Condition::new(
                 Code::CopyFailed,
                 format!(
-                    "table {} was rewritten, or its partitions changed, after the copy's snapshot was taken",
+                    "table {} was rewritten, or names in it or its partitions changed, after the copy's snapshot \
+                     was taken",
                     table.name
                 ),
                 "nothing to do: the copy is tried again by itself, with another snapshot",
@@ -207,6 +222,7 @@ struct Work<'w> {
     table: &'w SourceTable,
     head: &'w [u8],
     ranges: &'w Mutex<Ranges>,
+    room: &'w Arc<Room>,
 }
 
 /// The ranges that no reader has taken yet, and the order in which they were taken.
@@ -214,23 +230,45 @@ struct Work<'w> {
 /// They are published in that order, however many readers there are: rows of a table often lie in the order of their
 /// key, and a target's index takes keys in order at less than half the cost of any other.
 struct Ranges {
-    rest: std::vec::IntoIter<Range>,
-    turns: Option<mpsc::Sender<mpsc::Receiver<Message>>>,
+    rest: Enumerate<std::vec::IntoIter<Range>>,
+    turns: Option<mpsc::Sender<mpsc::Receiver<Placed>>>,
 }
 
 impl Ranges {
     /// The next range, and where its messages go.
-    async fn next(&mut self) -> Option<(Range, mpsc::Sender<Message>)> {
+    async fn next(&mut self) -> Option<(Range, Outlet)> {
         let range = self.rest.next();
-        if let (Some(range), Some(turns)) = (range, &self.turns) {
+        if let (Some((number, range)), Some(turns)) = (range, &self.turns) {
             let (read, messages) = mpsc::channel(READ_AHEAD);
             if turns.send(messages).await.is_ok() {
-                return Some((range, read));
+                return Some((range, Outlet { number, read }));
             }
         }
         // Whoever publishes is told that there is no other.
         self.turns = None;
         None
+    }
+}
+
+/// A message with the room that it takes.
+type Placed = (Message, Place);
+
+/// Where a range's messages go.
+struct Outlet {
+    /// The range's number in the order of publishing.
+    number: usize,
+    read: mpsc::Sender<Placed>,
+}
+
+impl Outlet {
+    async fn send(&self, message: Message, room: &Arc<Room>) -> Result<(), Failure> {
+        let bytes = message.payload.len();
+        let sent = tokio::select! {
+            place = room.take(self.number, bytes) => self.read.send((message, place)).await.ok(),
+            () = self.read.closed() => None,
+        };
+        // The other end is gone only where publishing failed, which says so itself.
+        sent.ok_or_else(|| Error::retry_because("the copy was cut off").into())
     }
 }
 
@@ -244,7 +282,11 @@ impl Work<'_> {
         let name = &self.table.name;
         let at_once = format!("{} NOWAIT", Keyset::lock(name));
         match client.batch_execute(&at_once).await {
-            Ok(()) => self.read(&client).await,
+            Ok(()) => {
+                self.read(&client).await?;
+                // The other tables still have long to go: whoever waits for this one need not.
+                Ok(client.batch_execute("ROLLBACK").await?)
+            }
             // The others read it without us.
             Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => Ok(()),
             Err(error) => Err(Failure::of_table(name, error)),
@@ -255,19 +297,14 @@ impl Work<'_> {
     async fn read(self, client: &Client) -> Result<(), Failure> {
         loop {
             let next = self.ranges.lock().await.next().await;
-            let Some((range, read)) = next else {
+            let Some((range, outlet)) = next else {
                 return Ok(());
             };
-            self.range(client, &range, &read).await?;
+            self.range(client, &range, &outlet).await?;
         }
     }
 
-    async fn range(
-        self,
-        client: &Client,
-        range: &Range,
-        read: &mpsc::Sender<Message>,
-    ) -> Result<(), Failure> {
+    async fn range(self, client: &Client, range: &Range, outlet: &Outlet) -> Result<(), Failure> {
         let table = self.table;
         let condition = range.condition();
         let conditions: Vec<_> = condition.iter().map(String::as_str).collect();
@@ -290,20 +327,14 @@ impl Work<'_> {
                 return Err(Failure::too_large(&table.name, line.len()));
             }
             for message in packing.push(line).into_iter().flatten() {
-                send(read, message).await?;
+                outlet.send(message, self.room).await?;
             }
         }
         match packing.take() {
-            Some(message) => send(read, message).await,
+            Some(message) => outlet.send(message, self.room).await,
             None => Ok(()),
         }
     }
-}
-
-async fn send(read: &mpsc::Sender<Message>, message: Message) -> Result<(), Failure> {
-    let sent = read.send(message).await;
-    // The other end is gone only where publishing failed, which says so itself.
-    sent.map_err(|_| Error::retry_because("the copy was cut off").into())
 }
 
 /// Makes rows the published ones: where nothing is masked they are that already.
@@ -398,11 +429,11 @@ mod tests {
     }
 
     /// Ranges of two tables with so many blocks, and the end where what is read of them is published.
-    fn of_two(blocks: [u32; 2]) -> (Mutex<Ranges>, mpsc::Receiver<mpsc::Receiver<Message>>) {
+    fn of_two(blocks: [u32; 2]) -> (Mutex<Ranges>, mpsc::Receiver<mpsc::Receiver<Placed>>) {
         let (turns, order) = mpsc::channel(1);
         let those = ["a", "b"].into_iter().zip(blocks);
         let those = those.flat_map(|(relation, blocks)| ranges(relation, blocks));
-        let rest = those.collect::<Vec<_>>().into_iter();
+        let rest = those.collect::<Vec<_>>().into_iter().enumerate();
         let turns = Some(turns);
         (Mutex::new(Ranges { rest, turns }), order)
     }
@@ -415,23 +446,27 @@ mod tests {
     /// What is published of these ranges by two readers, one of which takes long.
     async fn published(blocks: [u32; 2]) -> Vec<Bytes> {
         let (ranges, mut order) = of_two(blocks);
+        let room = Arc::new(Room::default());
         let read = async |pauses: usize| {
             loop {
                 let next = ranges.lock().await.next().await;
-                let Some((range, read)) = next else { break };
+                let Some((range, outlet)) = next else { break };
                 for _ in 0..pauses {
                     tokio::task::yield_now().await;
                 }
                 let payload = named(&range);
-                read.send(Message { payload, count: 1 })
-                    .await
-                    .expect("taken");
+                let sent = outlet.send(Message { payload, count: 1 }, &room).await;
+                assert!(sent.is_ok(), "taken");
             }
         };
         let publish = async {
             let mut published = Vec::new();
-            while let Some(mut messages) = order.recv().await {
-                while let Some(Message { payload, .. }) = messages.recv().await {
+            for turn in 0.. {
+                let Some(mut messages) = order.recv().await else {
+                    break;
+                };
+                room.turn_of(turn);
+                while let Some((Message { payload, .. }, _place)) = messages.recv().await {
                     published.push(payload);
                 }
             }

@@ -147,22 +147,24 @@ fn has_changed(table: &SourceTable) -> Failure {
     )))
 }
 
-/// The reading of one request's tables, for as long as capture lives and the request stands.
+/// The reading of a sink's tables in chunks, one request after another: what is known of commits, and the barrier that
+/// was passed, hold for as long as they are recorded. A barrier outlasts whatever is open when it is taken, so a
+/// request that comes every second must not need one of its own.
 pub(super) struct Reading<'c> {
     copier: &'c Copier<'c>,
     request: String,
     recording: Recording<'c>,
     session: Option<(Client, i32)>,
-    /// Where the request began: the commit LSN of the first barrier's transaction.
+    /// Where the request began: the commit LSN of its first mark. Zero before.
     begun: Lsn,
 }
 
 impl<'c> Reading<'c> {
-    /// Begins to record. [`Reading::take_barrier`] must follow.
-    pub(super) fn new(copier: &'c Copier<'c>, request: String) -> Self {
+    /// Begins to record. [`Reading::begin`] must follow.
+    pub(super) fn new(copier: &'c Copier<'c>) -> Self {
         Self {
             copier,
-            request,
+            request: String::new(),
             // Before any transaction id is taken: the rule's barrier builds on it.
             recording: copier.commits.record(),
             session: None,
@@ -170,9 +172,12 @@ impl<'c> Reading<'c> {
         }
     }
 
-    /// The request that it is for.
-    pub(super) fn request(&self) -> &str {
-        &self.request
+    /// Takes up a request, if it is another one: where that begins, a mark says.
+    pub(super) fn answer(&mut self, request: &str) {
+        if self.request != request {
+            request.clone_into(&mut self.request);
+            self.begun = Lsn::ZERO;
+        }
     }
 
     /// Where the request began.
@@ -247,8 +252,17 @@ impl<'c> Reading<'c> {
         Ok(mark)
     }
 
-    /// The reader has seen the barrier's commit. The first one is where the request begins.
-    pub(super) fn barrier_seen(&mut self, commit_lsn: Lsn) {
+    /// Takes the mark where the request begins: the barrier's, where there is none.
+    pub(super) async fn begin(&mut self) -> Result<u64, Failure> {
+        if self.recording.with(|recent| recent.lacks_barrier()) {
+            return self.take_barrier().await;
+        }
+        let (mark, _) = self.mark().await?;
+        Ok(mark)
+    }
+
+    /// The reader has seen the commit of the barrier, or of the request's mark. The first one is where it begins.
+    pub(super) fn mark_seen(&mut self, commit_lsn: Lsn) {
         if self.begun == Lsn::ZERO {
             self.begun = commit_lsn;
         }

@@ -8,7 +8,7 @@ use millrace_event::Lsn;
 #[cfg(test)]
 mod tests;
 
-/// How many commits are remembered for one request: 4 MiB, and more than two minutes of 2,000 a second. Only those
+/// How many commits are remembered for one sink: 4 MiB, and more than two minutes of 2,000 a second. Only those
 /// since the newest snapshot must be; what it showed is forgotten.
 pub(crate) const COMMITS_MAX: usize = 1 << 18;
 
@@ -82,7 +82,7 @@ enum Barrier {
     Passed,
 }
 
-/// What the reader of the WAL has told since a request began: how far it is, and who committed.
+/// What the reader of the WAL has told since it was asked first: how far it is, and who committed.
 #[derive(Clone, Debug)]
 pub(crate) struct Recent {
     /// Every transaction whose commit record lies below was read to its end.
@@ -132,6 +132,11 @@ impl Recent {
     /// The reader has read every transaction whose commit record lies below.
     pub(crate) fn read_to(&mut self, position: Lsn) {
         self.position = self.position.max(position);
+    }
+
+    /// Whether nothing says of the transactions before the recording: a barrier must be taken.
+    pub(crate) fn lacks_barrier(&self) -> bool {
+        matches!(self.barrier, Barrier::Absent | Barrier::Taking)
     }
 
     /// The next transaction id of the source is about to be taken.
@@ -200,7 +205,7 @@ impl Recent {
 /// always as right as a larger one, only weaker.
 ///
 /// Too weak is a V that does not rise above what an outdated replica holds. `begun` is the commit LSN of the
-/// transaction X that began the request: what a sink held then is below. A chunk whose V falls below it, because
+/// transaction that began the request, X or a later one: what a sink held then is below. A chunk whose V falls below it, because
 /// of an older commit in limbo, repairs nothing, so it is read again later ([`Wait::Limbo`]). Then every row that
 /// the source had has a version of at least `begun` at the sink, and what stays below is a row too many.
 ///

@@ -107,21 +107,11 @@ impl<'c> Writer<'c> {
 
     /// Publishes a message as soon as the sink is near enough.
     pub(super) async fn publish(&mut self, subject: String, payload: Bytes) -> Result<(), Failure> {
-        self.publish_to(subject, payload, None).await
+        self.publish_behind(subject, payload, None).await
     }
 
-    /// Publishes rows that the sink applies once it has applied the stream up to `reach`, as soon as it is near
-    /// enough.
-    pub(super) async fn publish_chunk(
-        &mut self,
-        subject: String,
-        payload: Bytes,
-        reach: Lsn,
-    ) -> Result<(), Failure> {
-        self.publish_to(subject, payload, Some(reach)).await
-    }
-
-    async fn publish_to(
+    /// Publishes what the sink applies once it has applied the stream up to `reach`, as soon as it is near enough.
+    pub(super) async fn publish_behind(
         &mut self,
         subject: String,
         payload: Bytes,

@@ -34,7 +34,10 @@ pub(super) enum Message {
         reach: Option<Lsn>,
         rows: Vec<Value>,
     },
-    Whole(Copied),
+    Whole {
+        copied: Copied,
+        reach: Option<Lsn>,
+    },
 }
 
 impl Line {
@@ -137,9 +140,10 @@ impl Line {
                 if text(header::COPY_NUMBER).is_none() {
                     return Message::Mark;
                 }
+                let reach = text(header::COPY_REACH).map(|lsn| lsn.parse().expect("an LSN"));
                 if *message.subject == *subject::copied("shop", "replica") {
-                    assert_eq!(text(header::COPY_REACH), None);
-                    return Message::Whole(serde_json::from_slice(&message.payload).expect("json"));
+                    let copied = serde_json::from_slice(&message.payload).expect("json");
+                    return Message::Whole { copied, reach };
                 }
                 Message::Rows {
                     table: message
@@ -149,7 +153,7 @@ impl Line {
                         .expect("a table")
                         .to_owned(),
                     attempt: text(header::COPY).expect("an attempt"),
-                    reach: text(header::COPY_REACH).map(|lsn| lsn.parse().expect("an LSN")),
+                    reach,
                     rows: lines(&message.payload),
                 }
             })
@@ -273,7 +277,7 @@ pub(super) fn ids(messages: &[Message]) -> Vec<i64> {
 
 pub(super) fn parts(messages: &[Message]) -> Vec<&Copied> {
     let parts = messages.iter().filter_map(|message| match message {
-        Message::Whole(copied) => Some(copied),
+        Message::Whole { copied, .. } => Some(copied),
         _ => None,
     });
     parts.collect()

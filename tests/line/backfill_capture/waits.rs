@@ -3,9 +3,9 @@
 use std::time::Instant;
 
 use millrace_event::Lsn;
-use millrace_event::work::CopyStatus;
+use millrace_event::work::{CopyStatus, Wanted};
 
-use super::stand::{Line, Message, chunks, filled, ids, rows, slowly, until, version_of};
+use super::stand::{Line, Message, chunks, filled, ids, parts, rows, slowly, until, version_of};
 use crate::stage::{PATIENCE, Setting, Stage};
 
 /// Waits until the server has taken the setting over: its checkpointer reads it, whenever it gets to it.
@@ -185,6 +185,30 @@ async fn an_open_transaction_is_waited_for_and_named() {
     assert!(ids(&line.copy_stream().await).is_empty());
     other.batch_execute("COMMIT").await.expect("commits");
     line.copied("r1", 1).await;
+    assert_eq!(line.replica().await, line.source().await);
+}
+
+/// Keys that heal rows may replace a request every second; there is always a transaction open somewhere.
+#[tokio::test]
+async fn a_request_that_replaces_another_does_not_wait_for_what_was_opened_since() {
+    let line = filled(2_000).await;
+    line.ask("r1", &[("t", slowly(Some(500)))]).await;
+    let began = |messages: &[Message]| parts(messages).last().map(|part| part.lsn);
+    let first = began(&line.parts(1).await);
+    let other = line.stage.postgres.connect("source").await;
+    let other = other.expect("connects");
+    let begin = "BEGIN; UPDATE t SET v = 'open' WHERE id = 2000";
+    other.batch_execute(begin).await.expect("begins");
+    let keys = Wanted::Keys {
+        keys: vec![vec!["7".to_owned()]],
+    };
+    // One while chunks are read, one while nothing is.
+    for (id, wanted) in [("r2", chunks()), ("r3", keys)] {
+        line.ask(id, &[("t", wanted)]).await;
+        line.copied(id, 1).await;
+        assert!(began(&line.copy_stream().await) > first);
+    }
+    other.batch_execute("COMMIT").await.expect("commits");
     assert_eq!(line.replica().await, line.source().await);
 }
 
