@@ -199,14 +199,22 @@ impl Copies {
                 ..ReaderOptions::new(life.jetstream.clone(), life.source, Start::Beginning)
             };
             answer.reader = Some(Reader::open(options));
-            // An end without a row before it brings no layout.
+            // The target refuses what it refuses before any row comes.
             let tables: Vec<_> = request.tables.iter().map(|t| t.table.clone()).collect();
             for table in tables {
                 // What the target refuses has been parked, and must not keep the others from their rows.
                 let state = life.progress.tables.get(&table);
                 let refused = state.is_some_and(CopyState::is_parked);
-                if life.tables.contains_key(&table) && !refused {
-                    answer.machine.set_layout(life.layout(&table, None).await?);
+                if !life.tables.contains_key(&table) || refused {
+                    continue;
+                }
+                match life.layout(&table, None).await {
+                    Ok(layout) => answer.machine.set_layout(layout),
+                    // Nor must one that capture does not know yet. Nothing of it can come before it is described.
+                    Err(Error::Waiting(what)) => {
+                        tracing::debug!(sink = %life.settings.name, "capture has yet to {what}");
+                    }
+                    Err(error) => return Err(error),
                 }
             }
         }
@@ -229,32 +237,27 @@ impl Copies {
         Ok(asking::cut_loads(&life.progress, asked, &[]))
     }
 
-    /// Looks for rows that are incomplete, unless the last ones are still awaited.
+    /// Looks for rows that are incomplete, in the tables of which none are awaited: one whose rows cannot be read for now
+    /// keeps no other from being healed.
     async fn find_debts(&mut self, life: &mut Life<'_>) -> Result<(), Error> {
-        let awaited = self.answer.as_ref().is_some_and(|answer| {
-            let mut asked = answer.machine.request().tables.iter();
-            let status = answer.status.as_ref();
-            asked.any(|asked| {
-                let keys = matches!(asked.rows, Wanted::Keys { .. });
-                let told = status.is_some_and(|status| status.copied.contains(&asked.table));
-                let read = status.is_some_and(|status| answer.applied_seq >= status.last_seq);
-                keys && !(told && read)
-            })
-        });
-        if awaited {
-            return Ok(());
-        }
+        let awaited = self.answer.as_ref().map(Answer::awaited_keys);
+        let awaited = awaited.unwrap_or_default();
         let now = Instant::now();
         self.healing.forget_old(now);
-        self.debts.clear();
-        let tables = life
+        self.debts.retain(|(table, _)| awaited.contains(table));
+        let mut tables = life
             .progress
             .those(|state| matches!(state, CopyState::Copied { .. }));
-        let mut room = healing::KEYS_BYTES_MAX;
+        tables.retain(|table| !awaited.contains(table));
+        let mut room = healing::room_beside(&self.debts);
         for table in tables {
             let after = self.healing.place(&table);
             let mut found = life.incomplete(&table, after, healing::ROWS_MAX).await?;
-            self.healing.found(&table, &mut found, &mut room);
+            // What a table does not get an answer for stays in the requests to come: there is always room beside it.
+            let share = room / 2;
+            let mut left = share;
+            self.healing.found(&table, &mut found, &mut left);
+            room -= share - left;
             let keys = life.key_texts(&table, &found).await?;
             let fresh = self.healing.ask(&table, keys, now);
             if !fresh.is_empty() {
@@ -506,6 +509,14 @@ impl Copies {
 }
 
 impl Answer {
+    /// The tables of which rows of single keys are still awaited.
+    fn awaited_keys(&self) -> Vec<TableName> {
+        let status = self.status.as_ref();
+        let copied = status.map_or(&[][..], |status| &status.copied);
+        let is_read = status.is_some_and(|status| self.applied_seq >= status.last_seq);
+        asking::awaited_keys(&self.machine.request().tables, copied, is_read)
+    }
+
     fn lose(&mut self, gap: &ReadError) {
         tracing::warn!(%gap, "copied rows are missing");
         self.lost = true;

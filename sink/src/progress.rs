@@ -109,6 +109,20 @@ impl CopyProgress {
         tables.map(|(table, _)| table.clone()).collect()
     }
 
+    /// Up to which version deletes of a table may be forgotten once its sink has passed `passed`: what comes of it then
+    /// is newer.
+    #[must_use]
+    pub fn forgettable(&self, table: &TableName, passed: Version) -> Version {
+        let comes_above = match self.tables.get(table) {
+            // Each chunk's rows are newer than what was there when the chunks began.
+            Some(CopyState::Chunks(chunks)) => Some(chunks.lower),
+            state => state
+                .and_then(CopyState::claim)
+                .map(|claim| claim.position.0),
+        };
+        comes_above.map_or(passed, |bound| bound.min(passed))
+    }
+
     /// Below which version the target's rows of a table may be wrong in columns that a change did not touch:
     /// its chunks have not all come. Zero where every row is right.
     #[must_use]
@@ -284,6 +298,10 @@ pub struct Chunks {
     /// Rows below this version were here before: they may be outdated, and what is still there at the end is not
     /// at the source any more.
     pub lower: Version,
+    /// The smallest version that the ends of its chunks warrant: every row of theirs that the source had got at
+    /// least this one. `None` before the first end, and for good where chunks came without one being noted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warranted: Option<Version>,
     /// Rows of chunks that came.
     pub rows: u64,
     /// When it began: the sink's clock, microseconds since 1970. It names this copy of the table, which the rows of
@@ -301,10 +319,39 @@ impl Chunks {
             after: None,
             // Above everything that was applied, below everything that will be read.
             lower: Version::new(position.epoch(), position.commit_lsn(), u32::MAX),
+            warranted: None,
             rows: 0,
             began_us: now_us,
             order,
         }
+    }
+
+    /// Takes the end of a chunk up to the key `after`, `None` where it has no row. Its rows have at least the version
+    /// `warranted`.
+    pub fn chunk_ended(&mut self, after: Option<&Vec<String>>, warranted: Version) {
+        self.warranted = match (self.warranted, &self.after) {
+            (Some(smallest), _) => Some(smallest.min(warranted)),
+            (None, None) => Some(warranted),
+            // What an older release has taken of this copy warrants nothing.
+            (None, Some(_)) => None,
+        };
+        if let Some(after) = after {
+            self.after = Some(after.clone());
+        }
+    }
+
+    /// Below which version a row is one too many, once the last chunk has ended and the stream is applied as far as it
+    /// reaches.
+    ///
+    /// Take a row that the source has. The chunk whose part of the keys it lies in either read it, at a version that
+    /// is at least `warranted`; or did not see it yet: then a change that committed at or above that version made it.
+    /// Either is applied by now, unless a newer change was. So a row of the target below it is none of the source's,
+    /// also where a change above `lower` wrote it: one that came while the table had another filter, or a partition
+    /// more, leaves no delete behind. What lies below `lower` was here before and goes in any case.
+    #[must_use]
+    pub fn sweeps_below(&self) -> Version {
+        self.warranted
+            .map_or(self.lower, |warranted| warranted.max(self.lower))
     }
 }
 
@@ -437,6 +484,51 @@ mod tests {
         assert!(covers("d", 0x1_0000_0000));
         assert!(!covers("d", 0x1_0000_0001));
         assert!(!covers("c", 1));
+    }
+
+    #[test]
+    fn deletes_of_a_table_are_kept_for_what_comes_of_it_alone() {
+        let name = |table| TableName::new("a", table);
+        let claim = |lsn| Claim {
+            stream_seq: 5,
+            position: Position::new(1, Lsn(lsn), 2),
+        };
+        let chunks = Chunks::begin(Position::new(1, Lsn(30), 0), None, 8);
+        let lower = chunks.lower;
+        let (lsn, refused_at_us) = (Lsn(4), 7);
+        let states = [
+            ("copied", CopyState::Copied { lsn }),
+            ("chunks", CopyState::Chunks(chunks)),
+            (
+                "pending",
+                CopyState::Pending {
+                    claim: claim(20),
+                    began_us: 7,
+                },
+            ),
+            (
+                "parked",
+                CopyState::Parked {
+                    lsn,
+                    claim: claim(40),
+                },
+            ),
+            ("lapsed", CopyState::Lapsed { refused_at_us }),
+        ];
+        let states = states.map(|(table, state)| (name(table), state));
+        let progress = CopyProgress {
+            tables: BTreeMap::from(states),
+            ..CopyProgress::default()
+        };
+        let passed = |lsn| Version::new(1, Lsn(lsn), 9);
+        let forgettable = |table, lsn| progress.forgettable(&name(table), passed(lsn));
+        assert_eq!(forgettable("copied", 90), passed(90));
+        assert_eq!(forgettable("lapsed", 90), passed(90));
+        assert_eq!(forgettable("chunks", 90), lower);
+        assert_eq!(forgettable("chunks", 25), passed(25));
+        assert_eq!(forgettable("pending", 90), claim(20).position.0);
+        assert_eq!(forgettable("parked", 90), claim(40).position.0);
+        assert_eq!(forgettable("parked", 35), passed(35));
     }
 
     #[test]

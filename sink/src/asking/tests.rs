@@ -308,3 +308,19 @@ fn what_a_replica_needs_is_not_cancelled() {
     let waiting = progress(&[("t", pending())]);
     assert_eq!(follow_orders(&waiting, &orders, at(9), NOW_US), None);
 }
+
+#[test]
+fn keys_that_cannot_be_read_are_awaited_alone() {
+    let keys = |name| TableRequest {
+        table: table(name),
+        began_us: 0,
+        rows: Wanted::Keys { keys: Vec::new() },
+    };
+    let chunks = wanted(&progress(&[("c", chunks(None))]), &Debts::new());
+    let asked: Vec<_> = [keys("a"), keys("b")].into_iter().chain(chunks).collect();
+    let (a, b, both) = ([table("a")], [table("b")], [table("a"), table("b")]);
+    assert_eq!(awaited_keys(&asked, &[], true), both);
+    assert_eq!(awaited_keys(&asked, &b, false), both);
+    assert_eq!(awaited_keys(&asked, &b, true), a);
+    assert_eq!(awaited_keys(&asked, &both, true), []);
+}
