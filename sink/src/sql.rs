@@ -36,6 +36,11 @@ pub const TOMBSTONES_BELOW: &str =
 pub const LETTERS_BELOW: &str = "UPDATE millrace.dead_letter SET resolved_at = now() \
     WHERE relation = $1::text AND version < $2::uuid AND resolved_at IS NULL";
 
+/// Drops dead letters that were resolved a while ago. Parameters: sink, that while in seconds, how many at most.
+pub const DROP_LETTERS: &str = "DELETE FROM millrace.dead_letter WHERE id = ANY (ARRAY( \
+    SELECT id FROM millrace.dead_letter WHERE sink = $1::text \
+    AND resolved_at < now() - $2::float8 * interval '1 second' LIMIT $3::bigint))";
+
 /// Raises a relation's truncate floor. Parameters: relation, version.
 pub const TRUNCATE_FLOOR: &str = "INSERT INTO millrace.table_floor AS f (relation, truncate_floor) \
     VALUES ($1::text, $2::uuid) ON CONFLICT (relation) DO UPDATE SET \
@@ -288,26 +293,46 @@ fn event(
     format!("jsonb_object(ARRAY[{names}], ARRAY[{values}]::text[])")
 }
 
+/// Sets the rows of a query aside: their keys, versions and known columns as `k`, `v` and `e`. Gives the key of each
+/// that was.
+///
+/// A row has one open letter for that, with the version of its newest change and all columns that its changes brought:
+/// a row may be changed very often before its other columns come. One worker at a time writes a relation, so there is
+/// none between the look and the insert.
+fn set_aside(layout: &TableLayout, rows: &str, op: char, sink: usize) -> String {
+    let relation = relation(layout);
+    let is_open = format!(
+        "d.relation = {relation} AND d.key = a.k AND d.resolved_at IS NULL AND d.reason = '{INCOMPLETE}'"
+    );
+    format!(
+        "WITH a AS ({rows}), \
+         raised AS (UPDATE millrace.dead_letter d SET version = a.v, event = d.event || a.e FROM a \
+         WHERE {is_open} AND d.version < a.v RETURNING d.key), \
+         added AS (INSERT INTO millrace.dead_letter (sink, relation, key, version, op, reason, event) \
+         SELECT ${sink}::text, {relation}, a.k, a.v, '{op}', '{INCOMPLETE}', a.e FROM a \
+         WHERE NOT EXISTS (SELECT 1 FROM millrace.dead_letter d WHERE {is_open}) RETURNING key) \
+         SELECT key FROM raised UNION SELECT key FROM added"
+    )
+}
+
 /// Sets partial rows aside that [`partial`] cannot complete: not stale, and the row is missing or its columns
 /// may not be what the source had. Parameters: as [`partial`], then the sink.
 #[must_use]
 pub fn partial_letters(layout: &TableLayout, present: &Present) -> String {
     let columns: Vec<_> = present.iter().copied().collect();
     let (table, same) = (layout.target.quoted(), same_key(layout));
-    format!(
-        "INSERT INTO millrace.dead_letter (sink, relation, key, version, op, reason, event) \
-         SELECT ${}::text, {}, s.k, s.v, 'u', '{INCOMPLETE}', {} FROM {} \
+    let rows = format!(
+        "SELECT s.k, s.v, {} AS e FROM {} \
          WHERE NOT EXISTS (SELECT 1 FROM {table} AS t WHERE {same} AND t.{VERSION} >= s.v) \
          AND NOT {} \
          AND (NOT EXISTS (SELECT 1 FROM {table} AS t WHERE {same} AND t.{VERSION} >= ${}::uuid) OR {})",
-        columns.len() + 4,
-        relation(layout),
         event(layout, &columns, |_, column| format!("s.c{column}")),
         source(&as_text(&columns), true),
         entombed(layout, "s.k", "s.v"),
         columns.len() + 3,
         has_letter(layout, "s.k")
-    )
+    );
+    set_aside(layout, &rows, 'u', columns.len() + 4)
 }
 
 /// The parameter numbers of a move: the present columns, the old key's columns, then these.
@@ -406,14 +431,11 @@ pub fn move_letter(layout: &TableLayout, present: &Present) -> String {
     let table = layout.target.quoted();
     let version = format!("${}::uuid", parameters.version);
     let key = format!("${}::text", parameters.key);
-    format!(
-        "INSERT INTO millrace.dead_letter (sink, relation, key, version, op, reason, event) \
-         SELECT ${}::text, {}, {key}, {version}, 'c', '{INCOMPLETE}', {} \
+    let rows = format!(
+        "SELECT {key} AS k, {version} AS v, {} AS e \
          WHERE NOT EXISTS (SELECT 1 FROM {table} AS t WHERE {} AND t.{VERSION} >= {version}) \
          AND NOT {} \
          AND (NOT EXISTS (SELECT 1 FROM {table} AS o WHERE {} AND o.{VERSION} < {version}) OR {})",
-        parameters.sink,
-        relation(layout),
         event(layout, &parameters.columns, |at, _| format!(
             "${}::text",
             at + 1
@@ -422,7 +444,8 @@ pub fn move_letter(layout: &TableLayout, present: &Present) -> String {
         entombed(layout, &key, &version),
         parameters.is_old(layout),
         has_letter(layout, &format!("${}::text", parameters.old_key))
-    )
+    );
+    set_aside(layout, &rows, 'c', parameters.sink)
 }
 
 /// Marks dead letters that newer full versions of their keys supersede. Parameters: versions, key texts.
