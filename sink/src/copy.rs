@@ -1,5 +1,6 @@
 //! A sink's copies: asks capture for rows, and reads what comes on the copy stream.
 
+mod answer;
 mod bucket;
 mod healing;
 mod taking;
@@ -8,11 +9,12 @@ mod told;
 use std::time::Duration;
 
 use millrace_config::{OnDelete, OnTruncate};
-use millrace_consumer::{Delivery, Ordering, ReadError, Reader, ReaderOptions, Start};
+use millrace_consumer::{Ordering, Reader, ReaderOptions, Start};
 use millrace_event::work::{CopyApplied, CopyRequest, CopyStatus, Wanted};
 use millrace_event::{Position, TableName, subject};
 use tokio::time::Instant;
 
+use self::answer::Answer;
 pub(crate) use self::bucket::withdraw;
 use self::bucket::{put, read, request_key, strike};
 use self::healing::Healing;
@@ -45,24 +47,6 @@ pub(crate) struct Copies {
     healing: Healing,
     /// Messages of the copy stream are missing: nothing is asked for before capture has cleared the stream away.
     clearing: bool,
-}
-
-/// The answer to one request.
-struct Answer {
-    machine: Copying,
-    /// `None` until capture has taken the request up: then its stream exists.
-    reader: Option<Reader>,
-    status: Option<CopyStatus>,
-    /// Read, and not taken yet: its rows wait for the stream.
-    next: Option<Delivery>,
-    /// Whether the copy stream does not hold what comes next.
-    lost: bool,
-    /// The sequence of the last message that was taken.
-    taken_seq: u64,
-    /// The same of what was handed out, of what is committed in the target, and of what capture was told.
-    handed_seq: u64,
-    applied_seq: u64,
-    told_seq: u64,
 }
 
 /// What a look brought.
@@ -505,20 +489,5 @@ impl Copies {
         if let Some(answer) = &mut self.answer {
             answer.applied_seq = answer.handed_seq;
         }
-    }
-}
-
-impl Answer {
-    /// The tables of which rows of single keys are still awaited.
-    fn awaited_keys(&self) -> Vec<TableName> {
-        let status = self.status.as_ref();
-        let copied = status.map_or(&[][..], |status| &status.copied);
-        let is_read = status.is_some_and(|status| self.applied_seq >= status.last_seq);
-        asking::awaited_keys(&self.machine.request().tables, copied, is_read)
-    }
-
-    fn lose(&mut self, gap: &ReadError) {
-        tracing::warn!(%gap, "copied rows are missing");
-        self.lost = true;
     }
 }
