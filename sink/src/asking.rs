@@ -86,6 +86,20 @@ fn is_same(asked: &Wanted, wanted: &Wanted) -> bool {
     from_the_start(asked) == from_the_start(wanted)
 }
 
+/// The tables of which a request's rows of single keys are awaited: capture has not `copied` them, or not all that it
+/// has put on the copy stream is read.
+pub(crate) fn awaited_keys(
+    asked: &[TableRequest],
+    copied: &[TableName],
+    is_read: bool,
+) -> Vec<TableName> {
+    let asked = asked.iter().filter(|asked| {
+        let keys = matches!(asked.rows, Wanted::Keys { .. });
+        keys && !(is_read && copied.contains(&asked.table))
+    });
+    asked.map(|asked| asked.table.clone()).collect()
+}
+
 /// Whether a request must not be replaced for now: a snapshot that has been read in part cannot be read again.
 pub(crate) fn must_stay(asked: &[TableRequest], progress: &CopyProgress) -> bool {
     asked.iter().any(|asked| {

@@ -1,5 +1,6 @@
 //! A sink's copies: asks capture for rows, and reads what comes on the copy stream.
 
+mod answer;
 mod bucket;
 mod healing;
 mod taking;
@@ -9,11 +10,12 @@ mod unread;
 use std::time::Duration;
 
 use millrace_config::{OnDelete, OnTruncate};
-use millrace_consumer::{Delivery, Ordering, ReadError, Reader, ReaderOptions, Start};
+use millrace_consumer::{Ordering, Reader, ReaderOptions, Start};
 use millrace_event::work::{CopyApplied, CopyRequest, CopyStatus, Wanted};
 use millrace_event::{Position, TableName, subject};
 use tokio::time::Instant;
 
+use self::answer::Answer;
 pub(crate) use self::bucket::withdraw;
 use self::bucket::{Stored, put, request_key, stored_request, strike};
 use self::healing::Healing;
@@ -47,24 +49,6 @@ pub(crate) struct Copies {
     healing: Healing,
     /// Messages of the copy stream are missing: nothing is asked for before capture has cleared the stream away.
     clearing: bool,
-}
-
-/// The answer to one request.
-struct Answer {
-    machine: Copying,
-    /// `None` until capture has taken the request up: then its stream exists.
-    reader: Option<Reader>,
-    status: Option<CopyStatus>,
-    /// Read, and not taken yet: its rows wait for the stream.
-    next: Option<Delivery>,
-    /// Whether the copy stream does not hold what comes next.
-    lost: bool,
-    /// The sequence of the last message that was taken.
-    taken_seq: u64,
-    /// The same of what was handed out, of what is committed in the target, and of what capture was told.
-    handed_seq: u64,
-    applied_seq: u64,
-    told_seq: u64,
 }
 
 /// What a look brought.
@@ -211,14 +195,22 @@ impl Copies {
                 ..ReaderOptions::new(life.jetstream.clone(), life.source, Start::Beginning)
             };
             answer.reader = Some(Reader::open(options));
-            // An end without a row before it brings no layout.
+            // The target refuses what it refuses before any row comes.
             let tables: Vec<_> = request.tables.iter().map(|t| t.table.clone()).collect();
             for table in tables {
                 // What the target refuses has been parked, and must not keep the others from their rows.
                 let state = life.progress.tables.get(&table);
                 let refused = state.is_some_and(CopyState::is_parked);
-                if life.tables.contains_key(&table) && !refused {
-                    answer.machine.set_layout(life.layout(&table, None).await?);
+                if !life.tables.contains_key(&table) || refused {
+                    continue;
+                }
+                match life.layout(&table, None).await {
+                    Ok(layout) => answer.machine.set_layout(layout),
+                    // Nor must one that capture does not know yet. Nothing of it can come before it is described.
+                    Err(Error::Waiting(what)) => {
+                        tracing::debug!(sink = %life.settings.name, "capture has yet to {what}");
+                    }
+                    Err(error) => return Err(error),
                 }
             }
         }
@@ -245,32 +237,27 @@ impl Copies {
         Ok(asking::cut_loads(&life.progress, stored.as_deref(), &[]))
     }
 
-    /// Looks for rows that are incomplete, unless the last ones are still awaited.
+    /// Looks for rows that are incomplete, in the tables of which none are awaited: one whose rows cannot be read for now
+    /// keeps no other from being healed.
     async fn find_debts(&mut self, life: &mut Life<'_>) -> Result<(), Error> {
-        let awaited = self.answer.as_ref().is_some_and(|answer| {
-            let mut asked = answer.machine.request().tables.iter();
-            let status = answer.status.as_ref();
-            asked.any(|asked| {
-                let keys = matches!(asked.rows, Wanted::Keys { .. });
-                let told = status.is_some_and(|status| status.copied.contains(&asked.table));
-                let read = status.is_some_and(|status| answer.applied_seq >= status.last_seq);
-                keys && !(told && read)
-            })
-        });
-        if awaited {
-            return Ok(());
-        }
+        let awaited = self.answer.as_ref().map(Answer::awaited_keys);
+        let awaited = awaited.unwrap_or_default();
         let now = Instant::now();
         self.healing.forget_old(now);
-        self.debts.clear();
-        let tables = life
+        self.debts.retain(|(table, _)| awaited.contains(table));
+        let mut tables = life
             .progress
             .those(|state| matches!(state, CopyState::Copied { .. }));
-        let mut room = healing::KEYS_BYTES_MAX;
+        tables.retain(|table| !awaited.contains(table));
+        let mut room = healing::room_beside(&self.debts);
         for table in tables {
             let after = self.healing.place(&table);
             let mut found = life.incomplete(&table, after, healing::ROWS_MAX).await?;
-            self.healing.found(&table, &mut found, &mut room);
+            // What a table does not get an answer for stays in the requests to come: there is always room beside it.
+            let share = room / 2;
+            let mut left = share;
+            self.healing.found(&table, &mut found, &mut left);
+            room -= share - left;
             let keys = life.key_texts(&table, &found).await?;
             let fresh = self.healing.ask(&table, keys, now);
             if !fresh.is_empty() {
@@ -522,12 +509,5 @@ impl Copies {
         if let Some(answer) = &mut self.answer {
             answer.applied_seq = answer.handed_seq;
         }
-    }
-}
-
-impl Answer {
-    fn lose(&mut self, gap: &ReadError) {
-        tracing::warn!(%gap, "copied rows are missing");
-        self.lost = true;
     }
 }

@@ -137,20 +137,13 @@ impl Copying {
         &self.request
     }
 
-    /// The table of an event whose layout the machine does not have and needs: fetch it, and call
-    /// [`Copying::set_layout`] before the event is handled.
+    /// Whether the machine needs the layout of this version of a table, or any of it where none is named, and does not
+    /// have it: fetch it, and call [`Copying::set_layout`] before the message is handled.
     #[must_use]
-    pub fn missing_layout(&self, event: &ChangeEvent<'_>) -> Option<TableName> {
-        let table = event.source.table_name();
-        let missing = self.misses(&table, &event.source.table_version);
-        missing.then_some(table)
-    }
-
-    /// Whether the machine needs the layout of this version of a table, and does not have it.
-    #[must_use]
-    pub fn misses(&self, table: &TableName, shape: &str) -> bool {
+    pub fn misses(&self, table: &TableName, version: Option<&str>) -> bool {
         let known = self.layouts.get(table);
-        self.takes(table) && known.is_none_or(|layout| layout.shape != shape)
+        let has = known.is_some_and(|layout| version.is_none_or(|version| layout.shape == version));
+        self.takes(table) && !has
     }
 
     /// The layout of a table, where the machine has one.
@@ -349,9 +342,7 @@ impl Copying {
                 self.fold.sweep(&layout, below, keeps_rows);
             }
             (Part::Chunk { after, last }, Some(CopyState::Chunks(chunks))) => {
-                if after.is_some() {
-                    chunks.after.clone_from(after);
-                }
+                chunks.chunk_ended(after.as_ref(), below);
                 if *last {
                     self.last_chunk(&layout);
                 }
@@ -374,7 +365,7 @@ impl Copying {
         // Chunks of a part of the table say nothing about the rest.
         if order.is_none_or(|order| order.filter.is_none()) {
             let keeps_rows = self.keeps.contains_key(&layout.source);
-            self.fold.sweep(layout, chunks.lower, keeps_rows);
+            self.fold.sweep(layout, chunks.sweeps_below(), keeps_rows);
         }
         self.progress
             .finished

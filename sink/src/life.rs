@@ -11,7 +11,7 @@ use millrace_config::{Code, Config, OnDelete, OnTruncate, Sink as Settings, Tabl
 use millrace_connect::nats::{self, Reconnect};
 use millrace_connect::postgres::Dsn;
 use millrace_event::work::{self, ParkedClaim, SinkReport};
-use millrace_event::{Position, TableName};
+use millrace_event::{Position, TableName, Version};
 use tokio::task::JoinHandle;
 
 use self::layouts::Layouts;
@@ -235,10 +235,9 @@ impl<'l> Life<'l> {
         }
     }
 
-    /// The oldest position that may still be read again: the sink's own, or that of a table that is behind it.
-    pub(crate) fn kept_from(&self) -> Position {
-        let behind = self.progress.claims().map(|(_, claim)| claim.position);
-        behind.fold(self.committed.position, std::cmp::min)
+    /// What is applied for good: no change at or below it comes again, but of tables that are behind.
+    pub(crate) fn passed(&self) -> Version {
+        self.committed.position.0
     }
 
     /// Whether a table's deletes and truncates are applied.

@@ -292,7 +292,7 @@ impl Sink for MemorySink {
         Ok(keys.into_iter().take(max).collect())
     }
 
-    async fn clean_up(&mut self, up_to: Version) -> Result<u64, SinkError> {
+    async fn clean_up(&mut self, up_to: &BTreeMap<TableName, Version>) -> Result<u64, SinkError> {
         let mut shared = self.target.lock();
         if shared
             .committed
@@ -309,9 +309,12 @@ impl Sink for MemorySink {
             .tables
             .iter_mut()
             .filter(|(name, _)| self.tables.contains(name));
-        for (_, table) in ours {
+        for (name, table) in ours {
+            let Some(up_to) = up_to.get(name) else {
+                continue;
+            };
             let before = table.tombstones.len();
-            table.tombstones.retain(|_, version| *version > up_to);
+            table.tombstones.retain(|_, version| *version > *up_to);
             dropped += (before - table.tombstones.len()) as u64;
         }
         Ok(dropped)

@@ -13,7 +13,7 @@ mod session;
 mod tables;
 mod types;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -90,6 +90,24 @@ impl PostgresSink {
             done.map_err(|error| fault::general("forgetting old keys", error))?;
         }
         Ok(())
+    }
+
+    /// Drops dead letters of this sink that were resolved so long ago: at most `max`. Returns how many.
+    ///
+    /// # Errors
+    /// The target failed: open the sink again.
+    pub async fn drop_letters(
+        &mut self,
+        resolved_for: Duration,
+        max: u32,
+    ) -> Result<u64, SinkError> {
+        let (name, max) = (self.name.clone(), i64::from(max));
+        let seconds = resolved_for.as_secs_f64();
+        let client = &self.session()?.client;
+        let dropped = client
+            .execute(sql::DROP_LETTERS, &[&name, &seconds, &max])
+            .await;
+        dropped.map_err(|error| fault::general("dropping resolved dead letters", error))
     }
 
     fn session(&mut self) -> Result<&mut Session, SinkError> {
@@ -230,9 +248,13 @@ impl Sink for PostgresSink {
             .collect()
     }
 
-    async fn clean_up(&mut self, up_to: Version) -> Result<u64, SinkError> {
+    async fn clean_up(&mut self, up_to: &BTreeMap<TableName, Version>) -> Result<u64, SinkError> {
         let name = self.name.clone();
-        let relations: Vec<_> = self.relations.iter().cloned().collect();
+        let up_to = up_to
+            .iter()
+            .map(|(table, up_to)| (table.to_string(), Uuid(*up_to)));
+        let ours = up_to.filter(|(relation, _)| self.relations.contains(relation));
+        let (relations, versions): (Vec<String>, Vec<Uuid>) = ours.unzip();
         let session = self.session()?;
         if !matches!(session.transaction, Transaction::Closed) {
             return Err(apply::broken());
@@ -257,22 +279,25 @@ impl Sink for PostgresSink {
             let raised = transaction
                 .query(
                     "INSERT INTO millrace.table_floor AS f (relation, cleanup_floor) \
-                     SELECT DISTINCT relation, $1::uuid FROM millrace.tombstone \
-                     WHERE version <= $1 AND relation = ANY ($2) \
+                     SELECT u.relation, u.version \
+                     FROM unnest($1::text[], $2::uuid[]) AS u (relation, version) \
+                     WHERE EXISTS (SELECT 1 FROM millrace.tombstone t \
+                     WHERE t.relation = u.relation AND t.version <= u.version) \
                      ON CONFLICT (relation) DO UPDATE SET \
                      cleanup_floor = greatest(f.cleanup_floor, excluded.cleanup_floor) \
                      RETURNING relation, cleanup_floor",
-                    &[&Uuid(up_to), &relations],
+                    &[&relations, &versions],
                 )
                 .await?;
             let raised = raised
                 .iter()
                 .map(|row| Ok((row.try_get(0)?, row.try_get::<_, Uuid>(1)?.0)))
                 .collect::<Result<Vec<(String, Version)>, tokio_postgres::Error>>()?;
-            let delete =
-                "DELETE FROM millrace.tombstone WHERE version <= $1 AND relation = ANY ($2)";
+            let delete = "DELETE FROM millrace.tombstone t \
+                 USING unnest($1::text[], $2::uuid[]) AS u (relation, version) \
+                 WHERE t.relation = u.relation AND t.version <= u.version";
             let deleted = transaction
-                .execute(delete, &[&Uuid(up_to), &relations])
+                .execute(delete, &[&relations, &versions])
                 .await?;
             Ok(Some((deleted, raised)))
         };

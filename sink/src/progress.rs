@@ -110,6 +110,20 @@ impl CopyProgress {
         tables.map(|(table, _)| table.clone()).collect()
     }
 
+    /// Up to which version deletes of a table may be forgotten once its sink has passed `passed`: what comes of it then
+    /// is newer.
+    #[must_use]
+    pub fn forgettable(&self, table: &TableName, passed: Version) -> Version {
+        let comes_above = match self.tables.get(table) {
+            // Each chunk's rows are newer than what was there when the chunks began.
+            Some(CopyState::Chunks(chunks)) => Some(chunks.lower),
+            state => state
+                .and_then(CopyState::claim)
+                .map(|claim| claim.position.0),
+        };
+        comes_above.map_or(passed, |bound| bound.min(passed))
+    }
+
     /// Below which version the target's rows of a table may be wrong in columns that a change did not touch:
     /// its chunks have not all come. Zero where every row is right.
     #[must_use]
@@ -285,6 +299,10 @@ pub struct Chunks {
     /// Rows below this version were here before: they may be outdated, and what is still there at the end is not
     /// at the source any more.
     pub lower: Version,
+    /// The smallest version that the ends of its chunks warrant: every row of theirs that the source had got at
+    /// least this one. `None` before the first end, and for good where chunks came without one being noted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warranted: Option<Version>,
     /// Rows of chunks that came.
     pub rows: u64,
     /// When it began: the sink's clock, microseconds since 1970. It names this copy of the table, which the rows of
@@ -308,6 +326,7 @@ impl Chunks {
             after: None,
             // Above everything that was applied, below everything that will be read.
             lower: Version::new(position.epoch(), position.commit_lsn(), u32::MAX),
+            warranted: None,
             rows: 0,
             began_us: now_us,
             paused_at_us: None,
@@ -342,6 +361,34 @@ impl Chunks {
             .saturating_sub(self.began_us)
             .saturating_sub(self.paused_us);
         Duration::from_micros(u64::try_from(took).unwrap_or(0))
+    }
+
+    /// Takes the end of a chunk up to the key `after`, `None` where it has no row. Its rows have at least the version
+    /// `warranted`.
+    pub fn chunk_ended(&mut self, after: Option<&Vec<String>>, warranted: Version) {
+        self.warranted = match (self.warranted, &self.after) {
+            (Some(smallest), _) => Some(smallest.min(warranted)),
+            (None, None) => Some(warranted),
+            // What an older release has taken of this copy warrants nothing.
+            (None, Some(_)) => None,
+        };
+        if let Some(after) = after {
+            self.after = Some(after.clone());
+        }
+    }
+
+    /// Below which version a row is one too many, once the last chunk has ended and the stream is applied as far as it
+    /// reaches.
+    ///
+    /// Take a row that the source has. The chunk whose part of the keys it lies in either read it, at a version that
+    /// is at least `warranted`; or did not see it yet: then a change that committed at or above that version made it.
+    /// Either is applied by now, unless a newer change was. So a row of the target below it is none of the source's,
+    /// also where a change above `lower` wrote it: one that came while the table had another filter, or a partition
+    /// more, leaves no delete behind. What lies below `lower` was here before and goes in any case.
+    #[must_use]
+    pub fn sweeps_below(&self) -> Version {
+        self.warranted
+            .map_or(self.lower, |warranted| warranted.max(self.lower))
     }
 }
 
@@ -403,90 +450,4 @@ impl From<CopyProgress> for Stored {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn copy_progress_round_trips_as_json() {
-        let stream = "2026-11-21T00:00:00Z".to_owned();
-        let claim = Claim {
-            stream_seq: 5,
-            position: Position::new(1, Lsn(16), 2),
-        };
-        let order = BackfillOrder {
-            filter: Some("id > 5".into()),
-            ..BackfillOrder::new("o".into(), TableName::new("a", "f"))
-        };
-        let tables = BTreeMap::from([
-            (
-                TableName::new("a", "b"),
-                CopyState::Pending { claim, began_us: 7 },
-            ),
-            (
-                TableName::new("a", "c"),
-                CopyState::Loading {
-                    lsn: Lsn(17),
-                    rows: 3,
-                    claim,
-                    began_us: 7,
-                },
-            ),
-            (
-                TableName::new("a", "d"),
-                CopyState::Copied {
-                    lsn: Lsn(0x1_0000_0001),
-                },
-            ),
-            (
-                TableName::new("a", "e"),
-                CopyState::Lapsed { refused_at_us: 7 },
-            ),
-            (
-                TableName::new("a", "f"),
-                CopyState::Chunks(Chunks::begin(claim.position, Some(order), 8)),
-            ),
-        ]);
-        let progress = CopyProgress {
-            stream,
-            copied_to: Version::new(1, Lsn(0x1_0000_0001), 0),
-            reading: Some(Reading {
-                request: "r".into(),
-                attempt: 2,
-                number: 9,
-            }),
-            finished: BTreeSet::from(["done".to_owned()]),
-            tables,
-            left: BTreeSet::from([TableName::new("a", "g")]),
-            shapes: BTreeMap::from([(TableName::new("a", "d"), "0f".to_owned())]),
-        };
-        let json = serde_json::to_string(&progress).expect("is well formed");
-        assert!(
-            json.contains(r#"{"schema":"a","table":"d","state":"copied","lsn":"1/1"}"#),
-            "{json}"
-        );
-        assert_eq!(
-            serde_json::from_str::<CopyProgress>(&json).expect("is well formed"),
-            progress
-        );
-        assert!(!progress.is_complete());
-        let covers =
-            |table, lsn| progress.covers(&TableName::new("a", table), Version::new(1, Lsn(lsn), 1));
-        assert!(covers("d", 0x1_0000_0000));
-        assert!(!covers("d", 0x1_0000_0001));
-        assert!(!covers("c", 1));
-    }
-
-    #[test]
-    fn a_table_waits_in_peace_after_the_target_refused_its_copy() {
-        let (refused_at_us, wait) = (1_000_000_000, COPY_AGAIN_INTERVAL_US);
-        let lapsed = CopyState::Lapsed { refused_at_us };
-        assert!(!lapsed.may_copy_again(refused_at_us));
-        assert!(!lapsed.may_copy_again(refused_at_us + wait - 1));
-        assert!(lapsed.may_copy_again(refused_at_us + wait));
-        assert!(lapsed.may_copy_again(refused_at_us - 1));
-        assert!(CopyState::Lapsed { refused_at_us: 0 }.may_copy_again(refused_at_us));
-        let copied = CopyState::Copied { lsn: Lsn(1) };
-        assert!(!copied.may_copy_again(refused_at_us));
-        assert!(lapsed.is_copied() && !lapsed.is_followed());
-    }
-}
+mod tests;

@@ -1,13 +1,13 @@
 //! The sink's loop: it carries deliveries to the machine and batches to the target. Nothing is decided here
 //! but what a failure means.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use millrace_config::{Backoff, Code, Condition, Config, Sink as Settings, State, limits};
 use millrace_consumer::{Body, Delivery, Reader, ReaderOptions, Start, Token};
-use millrace_event::{TableName, Version};
+use millrace_event::TableName;
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
@@ -19,8 +19,9 @@ use crate::late::may_turn_aside;
 use crate::life::{Life, now_us};
 use crate::progress::{CopyProgress, CopyState};
 use crate::rejoin;
-use crate::sink::{CopyTooOld, Sink};
+use crate::sink::CopyTooOld;
 use crate::status::Status;
+use crate::upkeep::Upkeep;
 use crate::waiting::Waiting;
 use crate::worker::{Input, TableRule, Worker};
 
@@ -29,15 +30,6 @@ const TICK: Duration = Duration::from_millis(250);
 
 /// How often a standby tries to take over.
 const STANDBY_INTERVAL: Duration = Duration::from_secs(2);
-
-/// How often the target is asked whether it takes a parked table again.
-const PROBE_INTERVAL: Duration = Duration::from_secs(5);
-
-/// How often deletes are forgotten that no older row can follow.
-const CLEAN_UP_INTERVAL: Duration = Duration::from_secs(60);
-
-/// A delete is remembered for this many clean-ups after the sink passed it, for those who look into a fault.
-const CLEAN_UPS_KEPT: usize = 10;
 
 /// What a graceful stop may take of the process's deadline.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(15);
@@ -226,10 +218,16 @@ async fn follow(life: Life<'_>, stop: &CancellationToken) -> Result<Ended, Error
     };
     let mut ticks = tokio::time::interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut passed = VecDeque::new();
-    let mut cleaned_at = Instant::now();
-    let mut probed_at = Instant::now();
+    let mut upkeep = Upkeep::begin(began);
     loop {
+        // Before anything is handed out: where changes never pause, the next batch follows the last one at once.
+        let now = Instant::now();
+        if line.may_turn()
+            && upkeep.is_due(&line.life, now)
+            && upkeep.turn(&mut line.life, now).await?
+        {
+            return Ok(Ended::Rejoin);
+        }
         // Everything that has arrived already, as far as there is room.
         while line.wants_delivery() && !stop.is_cancelled() {
             let Some(delivery) = reader.try_next()? else {
@@ -286,18 +284,6 @@ async fn follow(life: Life<'_>, stop: &CancellationToken) -> Result<Ended, Error
                 line.life.report(false).await?;
                 if line.has_turned() {
                     return Ok(Ended::Rejoin);
-                }
-                let rests = line.may_turn();
-                if rests && cleaned_at.elapsed() >= CLEAN_UP_INTERVAL {
-                    cleaned_at = Instant::now();
-                    clean_up(&mut line.life, &mut passed).await?;
-                }
-                let parked = !line.life.progress.parked().is_empty();
-                if parked && rests && probed_at.elapsed() >= PROBE_INTERVAL {
-                    probed_at = Instant::now();
-                    if rejoin::is_wanted(&mut line.life).await? {
-                        return Ok(Ended::Rejoin);
-                    }
                 }
             }
         }
@@ -459,23 +445,6 @@ async fn take(line: &mut Following<'_>, delivery: &Delivery) -> Result<(), Error
                 events: std::slice::from_ref(&event),
             })
             .map_err(no_key)?;
-    }
-    Ok(())
-}
-
-/// Forgets the deletes that the sink passed a while ago: nothing at or below its position is applied again.
-async fn clean_up(life: &mut Life<'_>, passed: &mut VecDeque<Version>) -> Result<(), Error> {
-    if !life.progress.is_complete() {
-        // Rows are on their way that a forgotten delete may have removed.
-        passed.clear();
-        return Ok(());
-    }
-    passed.push_back(life.kept_from().0);
-    if passed.len() > CLEAN_UPS_KEPT
-        && let Some(version) = passed.pop_front()
-    {
-        let forgotten = life.sink().clean_up(version).await?;
-        tracing::debug!(sink = %life.settings.name, forgotten, "old deletes forgotten");
     }
     Ok(())
 }

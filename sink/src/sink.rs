@@ -1,5 +1,6 @@
 //! What every target does.
 
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::future::Future;
 use std::sync::Arc;
@@ -43,8 +44,12 @@ pub trait Sink: Send {
         max: usize,
     ) -> impl Future<Output = Result<Vec<String>, SinkError>> + Send;
 
-    /// Forgets deletes at or below a version in the tables ensured so far, which no older row can follow any more.
-    fn clean_up(&mut self, up_to: Version) -> impl Future<Output = Result<u64, SinkError>> + Send;
+    /// Forgets deletes of these target tables at or below a version each, which no older row can follow any more. Of
+    /// tables that were not ensured, none; returns how many.
+    fn clean_up(
+        &mut self,
+        up_to: &BTreeMap<TableName, Version>,
+    ) -> impl Future<Output = Result<u64, SinkError>> + Send;
 }
 
 /// Whether this process is the sink's worker.

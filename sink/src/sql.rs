@@ -5,6 +5,7 @@
 //! rows are written, values of a few plain types travel in their binary [`Form`].
 
 mod form;
+mod partial;
 mod wire;
 
 use std::collections::BTreeSet;
@@ -13,6 +14,7 @@ use std::fmt::Write as _;
 use millrace_event::{TableName, quote_identifier, quote_literal};
 
 pub use self::form::Form;
+pub use self::partial::{move_letter, move_row, partial, partial_letters};
 pub use self::wire::Wire;
 use crate::row::TableLayout;
 
@@ -35,6 +37,11 @@ pub const TOMBSTONES_BELOW: &str =
 /// Resolves a relation's dead letters below a version. Parameters: relation, version.
 pub const LETTERS_BELOW: &str = "UPDATE millrace.dead_letter SET resolved_at = now() \
     WHERE relation = $1::text AND version < $2::uuid AND resolved_at IS NULL";
+
+/// Drops dead letters that were resolved a while ago. Parameters: sink, that while in seconds, how many at most.
+pub const DROP_LETTERS: &str = "DELETE FROM millrace.dead_letter WHERE id = ANY (ARRAY( \
+    SELECT id FROM millrace.dead_letter WHERE sink = $1::text \
+    AND resolved_at < now() - $2::float8 * interval '1 second' LIMIT $3::bigint))";
 
 /// Raises a relation's truncate floor. Parameters: relation, version.
 pub const TRUNCATE_FLOOR: &str = "INSERT INTO millrace.table_floor AS f (relation, truncate_floor) \
@@ -111,15 +118,6 @@ fn entombed(layout: &TableLayout, key: &str, version: &str) -> String {
     format!(
         "EXISTS (SELECT 1 FROM millrace.tombstone x WHERE x.relation = {} AND x.key = {key} \
          AND x.version >= {version})",
-        relation(layout)
-    )
-}
-
-/// An open dead letter of `key` exists.
-fn has_letter(layout: &TableLayout, key: &str) -> String {
-    format!(
-        "EXISTS (SELECT 1 FROM millrace.dead_letter d WHERE d.relation = {} AND d.key = {key} \
-         AND d.resolved_at IS NULL)",
         relation(layout)
     )
 }
@@ -234,194 +232,6 @@ pub fn tombstone(layout: &TableLayout) -> String {
          ON CONFLICT (relation, key) DO UPDATE SET version = excluded.version, deleted_at = now() \
          WHERE x.version < excluded.version",
         relation(layout)
-    )
-}
-
-/// Updates rows of which some columns are not known. Parameters: a text array for each present column,
-/// versions, key texts, the version below which the target's rows may be outdated. A row that is missing or may be
-/// outdated, or whose key has an open dead letter, is not touched: [`partial_letters`], run before, has set it
-/// aside.
-#[must_use]
-pub fn partial(layout: &TableLayout, present: &Present) -> String {
-    let columns: Vec<_> = present.iter().copied().collect();
-    let mut set = String::new();
-    for column in columns.iter().filter(|column| !layout.is_key(**column)) {
-        let _ = write!(
-            set,
-            "{} = {}, ",
-            name(layout, *column),
-            cast(layout, *column)
-        );
-    }
-    format!(
-        "UPDATE {} AS t SET {set}{VERSION} = s.v FROM {} WHERE {} AND t.{VERSION} < s.v \
-         AND t.{VERSION} >= ${}::uuid AND NOT {}",
-        layout.target.quoted(),
-        source(&as_text(&columns), true),
-        same_key(layout),
-        columns.len() + 3,
-        has_letter(layout, "s.k")
-    )
-}
-
-/// The present columns as a JSON object of texts.
-fn event(
-    layout: &TableLayout,
-    columns: &[usize],
-    value: impl Fn(usize, usize) -> String,
-) -> String {
-    let names = join(
-        columns.iter().map(|column| {
-            quote_literal(&layout.columns[*column].target)
-                .trim()
-                .to_owned()
-        }),
-        ", ",
-    );
-    let values = join(
-        columns
-            .iter()
-            .enumerate()
-            .map(|(at, column)| value(at, *column)),
-        ", ",
-    );
-    format!("jsonb_object(ARRAY[{names}], ARRAY[{values}]::text[])")
-}
-
-/// Sets partial rows aside that [`partial`] cannot complete: not stale, and the row is missing or its columns
-/// may not be what the source had. Parameters: as [`partial`], then the sink.
-#[must_use]
-pub fn partial_letters(layout: &TableLayout, present: &Present) -> String {
-    let columns: Vec<_> = present.iter().copied().collect();
-    let (table, same) = (layout.target.quoted(), same_key(layout));
-    format!(
-        "INSERT INTO millrace.dead_letter (sink, relation, key, version, op, reason, event) \
-         SELECT ${}::text, {}, s.k, s.v, 'u', '{INCOMPLETE}', {} FROM {} \
-         WHERE NOT EXISTS (SELECT 1 FROM {table} AS t WHERE {same} AND t.{VERSION} >= s.v) \
-         AND NOT {} \
-         AND (NOT EXISTS (SELECT 1 FROM {table} AS t WHERE {same} AND t.{VERSION} >= ${}::uuid) OR {})",
-        columns.len() + 4,
-        relation(layout),
-        event(layout, &columns, |_, column| format!("s.c{column}")),
-        source(&as_text(&columns), true),
-        entombed(layout, "s.k", "s.v"),
-        columns.len() + 3,
-        has_letter(layout, "s.k")
-    )
-}
-
-/// The parameter numbers of a move: the present columns, the old key's columns, then these.
-struct MoveParameters {
-    columns: Vec<usize>,
-    version: usize,
-    key: usize,
-    old_key: usize,
-    lower: usize,
-    sink: usize,
-}
-
-impl MoveParameters {
-    fn new(layout: &TableLayout, present: &Present) -> Self {
-        let columns: Vec<_> = present.iter().copied().collect();
-        let first = columns.len() + layout.key.len() + 1;
-        Self {
-            columns,
-            version: first,
-            key: first + 1,
-            old_key: first + 2,
-            lower: first + 3,
-            sink: first + 4,
-        }
-    }
-
-    fn value(&self, layout: &TableLayout, column: usize) -> Option<String> {
-        let at = self.columns.iter().position(|present| *present == column)?;
-        Some(format!(
-            "${}::text::{}",
-            at + 1,
-            layout.columns[column].cast
-        ))
-    }
-
-    /// The row of the old key, as far as it may be relied on.
-    fn is_old(&self, layout: &TableLayout) -> String {
-        let first = self.columns.len() + 1;
-        let key = layout.key.iter().enumerate().map(|(at, column)| {
-            let cast = &layout.columns[*column].cast;
-            format!(
-                "o.{} = ${}::text::{cast}",
-                name(layout, *column),
-                first + at
-            )
-        });
-        let right = format!("o.{VERSION} >= ${}::uuid", self.lower);
-        join(key.chain([right]), " AND ")
-    }
-
-    fn is_new(&self, layout: &TableLayout) -> String {
-        join(
-            layout.key.iter().map(|column| {
-                let value = self
-                    .value(layout, *column)
-                    .unwrap_or_else(|| "NULL".to_owned());
-                format!("t.{} = {value}", name(layout, *column))
-            }),
-            " AND ",
-        )
-    }
-}
-
-/// Writes one row under its new key, the columns that are not present copied from the row of its old key.
-/// Parameters: a text for each present column, one for each key column of the old key, version, key text, old
-/// key text, the version below which the target's rows may be outdated. [`move_letter`], run before, has set the row aside where the old row is not to be had.
-#[must_use]
-pub fn move_row(layout: &TableLayout, present: &Present) -> String {
-    let parameters = MoveParameters::new(layout, present);
-    let values = join(
-        (0..layout.columns.len()).map(|column| {
-            parameters
-                .value(layout, column)
-                .unwrap_or_else(|| format!("o.{}", name(layout, column)))
-        }),
-        ", ",
-    );
-    let version = format!("${}::uuid", parameters.version);
-    format!(
-        "{} SELECT {values}, {version} FROM {} AS o WHERE {} AND o.{VERSION} < {version} \
-         AND NOT {} AND NOT {} {}",
-        insert_into(layout),
-        layout.target.quoted(),
-        parameters.is_old(layout),
-        entombed(layout, &format!("${}::text", parameters.key), &version),
-        has_letter(layout, &format!("${}::text", parameters.old_key)),
-        on_conflict(layout)
-    )
-}
-
-/// Sets one moved row aside whose old row is missing or not what the source had. Parameters: as
-/// [`move_row`], then the sink.
-#[must_use]
-pub fn move_letter(layout: &TableLayout, present: &Present) -> String {
-    let parameters = MoveParameters::new(layout, present);
-    let table = layout.target.quoted();
-    let version = format!("${}::uuid", parameters.version);
-    let key = format!("${}::text", parameters.key);
-    format!(
-        "INSERT INTO millrace.dead_letter (sink, relation, key, version, op, reason, event) \
-         SELECT ${}::text, {}, {key}, {version}, 'c', '{INCOMPLETE}', {} \
-         WHERE NOT EXISTS (SELECT 1 FROM {table} AS t WHERE {} AND t.{VERSION} >= {version}) \
-         AND NOT {} \
-         AND (NOT EXISTS (SELECT 1 FROM {table} AS o WHERE {} AND o.{VERSION} < {version}) OR {})",
-        parameters.sink,
-        relation(layout),
-        event(layout, &parameters.columns, |at, _| format!(
-            "${}::text",
-            at + 1
-        )),
-        parameters.is_new(layout),
-        entombed(layout, &key, &version),
-        parameters.is_old(layout),
-        has_letter(layout, &format!("${}::text", parameters.old_key))
     )
 }
 

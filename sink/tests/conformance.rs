@@ -289,7 +289,8 @@ async fn a_copy_from_before_forgotten_deletes_is_refused_aloud() {
     let delete = change(&layout, 6, RowChange::Delete(key), first.to);
     sink.apply(&delete).await.expect("applies");
     let version = |lsn| Version::new(1, Lsn(lsn), 1);
-    assert_eq!(sink.clean_up(version(6)).await.expect("cleans up"), 1);
+    let up_to = std::collections::BTreeMap::from([(layout.target.clone(), version(6))]);
+    assert_eq!(sink.clean_up(&up_to).await.expect("cleans up"), 1);
 
     let copied = |lsn| {
         let state = CopyState::Loading {
@@ -527,4 +528,29 @@ async fn every_type_arrives_exactly() {
                 .expect("the remedy runs");
         }
     }
+}
+
+#[tokio::test]
+async fn resolved_letters_are_dropped_after_a_while_and_open_ones_never() {
+    let postgres = Postgres::start(PostgresOptions::default())
+        .await
+        .expect("starts");
+    let target = database(&postgres, "letters").await;
+    let mut sink = target.sink("letters");
+    assert!(matches!(sink.open().await, Ok(Elected::Yes(_))));
+    let letters = "INSERT INTO millrace.dead_letter (sink, relation, key, version, op, reason, event, created_at, resolved_at)
+        SELECT sink, 'shop.t', i::text, gen_random_uuid(), 'u', 'refused', '{}', now() - interval '9 days', resolved_at
+        FROM generate_series(1, 3) i, (VALUES ('letters', NULL), ('letters', now() - interval '8 days'),
+        ('letters', now() - interval '6 days'), ('other', now() - interval '8 days')) AS l (sink, resolved_at)";
+    target.client.batch_execute(letters).await.expect("letters");
+    let week = std::time::Duration::from_secs(7 * 24 * 3600);
+    for (max, dropped) in [(2, 2), (2, 1), (2, 0)] {
+        let found = sink.drop_letters(week, max).await.expect("drops");
+        assert_eq!(found, dropped);
+    }
+    let left = "SELECT string_agg(l, ' ' ORDER BY l) FROM (SELECT concat(sink, count(*), \
+        coalesce(to_char(now() - resolved_at, '/DD'), '')) AS l FROM millrace.dead_letter \
+        GROUP BY sink, resolved_at) AS letters";
+    let left = target.client.query_one(left, &[]).await.expect("reads");
+    assert_eq!(left.get::<_, String>(0), "letters3 letters3/06 other3/08");
 }

@@ -330,15 +330,20 @@ impl World {
             let payload = &stored.message.payload;
             let copied: Option<millrace_event::work::Copied> = serde_json::from_slice(payload).ok();
             let handled = match &copied {
-                Some(copied) if machine.layout(&copied.table).is_none() => Ok(()),
-                Some(copied) => machine.handle(CopyInput::Copied { mark, copied }),
+                Some(copied) => {
+                    if machine.misses(&copied.table, None) {
+                        machine.set_layout(self.layout(&copied.table, None)?);
+                    }
+                    machine.handle(CopyInput::Copied { mark, copied })
+                }
                 None => {
                     let events = events_above(payload, Version::ZERO)?;
-                    if let Some(table) = events
-                        .first()
-                        .and_then(|event| machine.missing_layout(event))
-                    {
-                        machine.set_layout(self.layout(&table, None)?);
+                    if let Some(first) = events.first() {
+                        let (table, version) =
+                            (first.source.table_name(), &first.source.table_version);
+                        if machine.misses(&table, Some(version)) {
+                            machine.set_layout(self.layout(&table, None)?);
+                        }
                     }
                     machine.handle(CopyInput::Rows {
                         mark,

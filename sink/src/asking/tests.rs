@@ -341,3 +341,19 @@ fn the_time_of_a_pause_is_kept_with_the_chunks() {
     // A clock that goes back takes none either.
     assert_eq!(took(&begun, 0), 0);
 }
+
+#[test]
+fn keys_that_cannot_be_read_are_awaited_alone() {
+    let keys = |name| TableRequest {
+        table: table(name),
+        began_us: 0,
+        rows: Wanted::Keys { keys: Vec::new() },
+    };
+    let chunks = wanted(&progress(&[("c", chunks(None))]), &Debts::new());
+    let asked: Vec<_> = [keys("a"), keys("b")].into_iter().chain(chunks).collect();
+    let (a, b, both) = ([table("a")], [table("b")], [table("a"), table("b")]);
+    assert_eq!(awaited_keys(&asked, &[], true), both);
+    assert_eq!(awaited_keys(&asked, &b, false), both);
+    assert_eq!(awaited_keys(&asked, &b, true), a);
+    assert_eq!(awaited_keys(&asked, &both, true), []);
+}

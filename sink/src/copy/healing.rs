@@ -6,6 +6,8 @@ use std::time::Duration;
 use millrace_event::TableName;
 use tokio::time::Instant;
 
+use crate::asking::Debts;
+
 /// So many incomplete rows of a table are asked for at once.
 pub(super) const ROWS_MAX: usize = 500;
 
@@ -19,6 +21,13 @@ const WAIT_MAX: Duration = Duration::from_secs(60);
 
 /// So many rows are remembered as asked for; beyond, all are forgotten, and asked for again.
 const ASKED_MAX: usize = 10_000;
+
+/// What of [`KEYS_BYTES_MAX`] is left beside keys that stay asked for.
+pub(super) fn room_beside(debts: &Debts) -> usize {
+    let keys = debts.iter().flat_map(|(_, keys)| keys).flatten();
+    let bytes = keys.map(String::len).sum();
+    KEYS_BYTES_MAX.saturating_sub(bytes)
+}
 
 /// A row's key, as texts.
 type KeyTexts = Vec<String>;
@@ -146,5 +155,18 @@ mod tests {
         healing.found(&a, &mut rest, &mut 50);
         assert_eq!(rest, all[2..]);
         assert_eq!(healing.place(&a), "");
+    }
+
+    #[test]
+    fn keys_that_stay_asked_for_take_their_room() {
+        let table = TableName::new("public", "t");
+        let key = |bytes| vec!["x".repeat(bytes), "y".to_owned()];
+        assert_eq!(room_beside(&Vec::new()), KEYS_BYTES_MAX);
+        let debts = vec![
+            (table.clone(), vec![key(9), key(19)]),
+            (table.clone(), vec![key(29)]),
+        ];
+        assert_eq!(room_beside(&debts), KEYS_BYTES_MAX - 60);
+        assert_eq!(room_beside(&vec![(table, vec![key(KEYS_BYTES_MAX)])]), 0);
     }
 }

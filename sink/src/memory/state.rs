@@ -201,14 +201,25 @@ impl State {
                         source: None,
                     });
                 }
-                let (table, key) = (layout.target.clone(), key.clone());
-                self.letters.push(MemoryLetter {
-                    table,
-                    key,
-                    version,
-                    reason,
-                    open: true,
-                });
+                let of = |letter: &&mut MemoryLetter| {
+                    let is_row = letter.table == layout.target && letter.key == *key;
+                    is_row && letter.open && letter.reason == INCOMPLETE
+                };
+                // A row's newest change is what it lacks columns for.
+                match self.letters.iter_mut().find(of) {
+                    Some(known) if reason == INCOMPLETE && known.version >= version => {
+                        applied.stale += 1;
+                        return Ok(());
+                    }
+                    Some(known) if reason == INCOMPLETE => known.version = version,
+                    _ => self.letters.push(MemoryLetter {
+                        table: layout.target.clone(),
+                        key: key.clone(),
+                        version,
+                        reason,
+                        open: true,
+                    }),
+                }
                 applied.dead_letter(&layout.source, 1);
             }
         }

@@ -1,0 +1,117 @@
+//! What a sink does for its target from time to time, between batches: it forgets old deletes, drops old dead letters,
+//! and asks whether parked tables are taken again.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::{Duration, Instant};
+
+use millrace_event::{TableName, Version};
+
+use crate::error::Error;
+use crate::life::Life;
+use crate::rejoin;
+use crate::sink::Sink;
+
+/// How often the target is asked whether it takes a parked table again.
+const PROBE_INTERVAL: Duration = Duration::from_secs(5);
+
+/// How often deletes are forgotten that no older row can follow.
+const CLEAN_UP_INTERVAL: Duration = Duration::from_secs(60);
+
+/// A delete is remembered for this many clean-ups after the sink passed it, for those who look into a fault.
+const CLEAN_UPS_KEPT: usize = 10;
+
+/// How often resolved dead letters are looked through: nothing but a search of all letters finds the old ones.
+const LETTERS_INTERVAL: Duration = Duration::from_secs(3600);
+
+/// A dead letter is kept for so long after it was resolved, for those who look into a fault.
+const LETTERS_KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// So many letters are dropped at once, while changes wait. More go with the next clean-up.
+const LETTERS_MAX: u32 = 10_000;
+
+/// When what was done last.
+pub(crate) struct Upkeep {
+    /// Where the sink stood at the last clean-ups.
+    passed: VecDeque<Version>,
+    cleaned_at: Instant,
+    probed_at: Instant,
+    /// `None` before all old letters were dropped once.
+    letters_at: Option<Instant>,
+}
+
+impl Upkeep {
+    pub(crate) fn begin(now: Instant) -> Self {
+        Self {
+            passed: VecDeque::new(),
+            cleaned_at: now,
+            probed_at: now,
+            letters_at: None,
+        }
+    }
+
+    /// Whether there is something to do. It has its turn between two batches, also while changes come without a pause.
+    pub(crate) fn is_due(&self, life: &Life<'_>, now: Instant) -> bool {
+        self.cleans(now) || self.probes(life, now)
+    }
+
+    fn cleans(&self, now: Instant) -> bool {
+        now - self.cleaned_at >= CLEAN_UP_INTERVAL
+    }
+
+    fn probes(&self, life: &Life<'_>, now: Instant) -> bool {
+        now - self.probed_at >= PROBE_INTERVAL && !life.progress.parked().is_empty()
+    }
+
+    /// Does what is due. Nothing may be in flight and no transaction open. Returns whether there is something to do
+    /// about a parked table.
+    ///
+    /// # Errors
+    /// A server is away.
+    pub(crate) async fn turn(&mut self, life: &mut Life<'_>, now: Instant) -> Result<bool, Error> {
+        if self.cleans(now) {
+            self.cleaned_at = now;
+            self.forget_deletes(life).await?;
+            self.drop_letters(life, now).await?;
+        }
+        if self.probes(life, now) {
+            self.probed_at = now;
+            return rejoin::is_wanted(life).await;
+        }
+        Ok(false)
+    }
+
+    /// Forgets the deletes that the sink passed a while ago, of each table as far as nothing older is to come of it.
+    async fn forget_deletes(&mut self, life: &mut Life<'_>) -> Result<(), Error> {
+        self.passed.push_back(life.passed());
+        if self.passed.len() <= CLEAN_UPS_KEPT {
+            return Ok(());
+        }
+        let Some(passed) = self.passed.pop_front() else {
+            return Ok(());
+        };
+        let mut up_to: BTreeMap<TableName, Version> = BTreeMap::new();
+        for (table, settings) in &life.tables {
+            let forgettable = life.progress.forgettable(table, passed);
+            let least = up_to.entry(settings.target.clone()).or_insert(forgettable);
+            *least = forgettable.min(*least);
+        }
+        let forgotten = life.sink().clean_up(&up_to).await?;
+        tracing::debug!(sink = %life.settings.name, forgotten, "old deletes forgotten");
+        Ok(())
+    }
+
+    async fn drop_letters(&mut self, life: &mut Life<'_>, now: Instant) -> Result<(), Error> {
+        if self
+            .letters_at
+            .is_some_and(|at| now - at < LETTERS_INTERVAL)
+        {
+            return Ok(());
+        }
+        let dropped = life.sink().drop_letters(LETTERS_KEPT, LETTERS_MAX).await?;
+        tracing::debug!(sink = %life.settings.name, dropped, "old dead letters dropped");
+        if dropped < u64::from(LETTERS_MAX) {
+            self.letters_at = Some(now);
+        }
+        Ok(())
+    }
+}
