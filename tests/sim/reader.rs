@@ -17,6 +17,16 @@ pub(crate) enum Body {
     Control(Control),
 }
 
+/// A reader's consumer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Link {
+    None,
+    /// Its place was found, and there is no consumer yet: meanwhile the broker may lose its end.
+    Found(u64),
+    /// There is one. It ends with the broker.
+    Made,
+}
+
 /// A reader.
 #[derive(Debug)]
 pub(crate) struct Reader {
@@ -24,7 +34,7 @@ pub(crate) struct Reader {
     highest: Position,
     assembly: Assembly,
     before_chunks: u64,
-    is_connected: bool,
+    link: Link,
     /// How often its place had to be searched.
     pub(crate) searches: u64,
 }
@@ -36,18 +46,21 @@ impl Reader {
             highest: position,
             assembly: Assembly::default(),
             before_chunks: 0,
-            is_connected: false,
+            link: Link::None,
             searches: 0,
         }
     }
 
+    /// The broker crashed. A place that was found stays found: the next request goes to the broker that follows.
     pub(crate) fn disconnect(&mut self) {
-        self.is_connected = false;
+        if self.link == Link::Made {
+            self.link = Link::None;
+        }
     }
 
     /// Older messages come again.
     pub(crate) fn rewind(&mut self, stream_seq: u64) {
-        if self.is_connected {
+        if self.link == Link::Made {
             // Never into a set of chunks that is in progress: its beginning would be missing.
             let newest = if self.assembly.is_empty() {
                 self.stream_seq
@@ -66,7 +79,7 @@ impl Reader {
 
     /// The next message that is new, if there is one.
     pub(crate) fn next(&mut self, broker: &Broker) -> Option<Delivery> {
-        if !self.is_connected && !self.connect(broker) {
+        if self.link != Link::Made && !self.connect(broker) {
             return None;
         }
         while let Some(stored) = broker.get(self.stream_seq + 1) {
@@ -104,22 +117,31 @@ impl Reader {
         None
     }
 
-    /// Makes a consumer, behind what was read.
+    /// Finds the place; then makes a consumer there, and takes it if the place is not before it by now.
     fn connect(&mut self, broker: &Broker) -> bool {
         if !self.assembly.is_empty() {
             self.stream_seq = self.before_chunks;
             self.assembly.clear();
         }
-        if broker.last_seq() < self.stream_seq {
-            return false;
-        }
         let same =
             self.stream_seq == 0 || broker.position_at(self.stream_seq) == Some(self.highest);
-        if !same {
-            self.stream_seq = resume_after(broker, self.highest);
-            self.searches += 1;
+        let place = if same {
+            self.stream_seq
+        } else {
+            resume_after(broker, self.highest)
+        };
+        let Link::Found(found) = self.link else {
+            self.link = Link::Found(place);
+            return false;
+        };
+        if place < found {
+            self.link = Link::None;
+            return false;
         }
-        self.is_connected = true;
+        self.searches += u64::from(found != self.stream_seq);
+        // A consumer cannot begin behind the end.
+        self.stream_seq = found.min(broker.last_seq());
+        self.link = Link::Made;
         true
     }
 }

@@ -417,7 +417,7 @@ impl Looks {
             }
         });
         Keyset::new(
-            table.from_item(),
+            table.in_from(),
             table.select_list(),
             table.filter.clone(),
             key.collect(),

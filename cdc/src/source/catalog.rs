@@ -68,7 +68,7 @@ impl SourceTable {
 
     /// What a `SELECT` of the table's own rows reads from. Children by inheritance are tables of their own; partitions
     /// hold the table's rows.
-    pub(crate) fn from_item(&self) -> String {
+    pub(crate) fn in_from(&self) -> String {
         match self.partitioned {
             true => self.name.quoted(),
             false => format!("ONLY {}", self.name.quoted()),

@@ -228,7 +228,11 @@ fn a_partition_that_cannot_be_looked_into_is_judged_by_a_later_look() {
     look.leave(&came);
     let between = remembered(Some(&before), &look, Lsn(9));
     assert_eq!(between.due, None);
-    let found = |empty: &[u32]| due(&between, seen(7, "b", &[1, 2], &[]), empty);
+    let found = |empty: &[u32]| {
+        let mut now = seen(7, "b", &[1, 2], &[]);
+        now.leaf_files = Some(vec![(1, 1), (2, 2)]);
+        due(&between, now, empty)
+    };
     assert!(found(&[]));
     assert!(!found(&[2]));
 }
