@@ -107,7 +107,16 @@ impl PostgresSink {
         let dropped = client
             .execute(sql::DROP_LETTERS, &[&name, &seconds, &max])
             .await;
-        dropped.map_err(|error| fault::general("dropping resolved dead letters", error))
+        match dropped {
+            // Nothing else depends on it.
+            Err(error) if error.code().is_some() => {
+                tracing::warn!(sink = %name, reason = %millrace_config::chain(&error), "resolved dead letters stay");
+                Ok(0)
+            }
+            dropped => {
+                dropped.map_err(|error| fault::general("dropping resolved dead letters", error))
+            }
+        }
     }
 
     fn session(&mut self) -> Result<&mut Session, SinkError> {

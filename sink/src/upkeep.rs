@@ -33,6 +33,8 @@ const LETTERS_MAX: u32 = 10_000;
 pub(crate) struct Upkeep {
     /// Where the sink stood at the last clean-ups.
     passed: VecDeque<Version>,
+    /// Up to where the deletes of each target table were forgotten: what stands still is not searched again.
+    forgotten: BTreeMap<TableName, Version>,
     cleaned_at: Instant,
     probed_at: Instant,
     /// `None` before all old letters were dropped once.
@@ -43,6 +45,7 @@ impl Upkeep {
     pub(crate) fn begin(now: Instant) -> Self {
         Self {
             passed: VecDeque::new(),
+            forgotten: BTreeMap::new(),
             cleaned_at: now,
             probed_at: now,
             letters_at: None,
@@ -95,8 +98,13 @@ impl Upkeep {
             let least = up_to.entry(settings.target.clone()).or_insert(forgettable);
             *least = forgettable.min(*least);
         }
+        up_to.retain(|target, up_to| self.forgotten.get(target) != Some(up_to));
+        if up_to.is_empty() {
+            return Ok(());
+        }
         let forgotten = life.sink().clean_up(&up_to).await?;
         tracing::debug!(sink = %life.settings.name, forgotten, "old deletes forgotten");
+        self.forgotten.append(&mut up_to);
         Ok(())
     }
 

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use crate::stage::{Setting, Stage};
+use crate::stage::{PATIENCE, Setting, Stage};
 
 #[tokio::test]
 async fn what_was_rolled_back_never_arrives() {
@@ -82,8 +82,14 @@ async fn a_reader_never_sees_half_of_a_transfer_between_two_tables() {
              INSERT INTO b SELECT i, 100 FROM generate_series(1, 20) i",
         )
         .await;
-    let pipeline = stage.start();
-    stage.equal(&pipeline).await;
+    let mut pipeline = stage.start();
+    // Until then a table may be behind the others.
+    for table in ["a", "b"] {
+        let whole =
+            format!("table is up to date\",\"sink\":\"replica\",\"table\":\"public.{table}\"");
+        let told = pipeline.wait_for_log(&whole, PATIENCE).await;
+        told.expect("told");
+    }
 
     let reader = stage.postgres.connect("target").await.expect("connects");
     let done = Arc::new(AtomicBool::new(false));
@@ -120,7 +126,8 @@ async fn a_reader_never_sees_half_of_a_transfer_between_two_tables() {
     }
     stage.equal(&pipeline).await;
     done.store(true, Ordering::Relaxed);
-    assert!(reading.await.expect("no half transfer") > 3);
+    let states = reading.await;
+    assert!(states.is_ok_and(|states| states > 3), "{}", pipeline.logs());
 }
 
 #[tokio::test]

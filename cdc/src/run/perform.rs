@@ -135,7 +135,9 @@ impl Line<'_> {
         let columns = relation.columns();
         let names: Vec<_> = columns.iter().map(|column| column.name()).collect();
         let shapes: Vec<_> = columns.iter().map(|column| column.shape()).collect();
-        let is_same = source::is_as_announced(client, table, &shapes).await?;
+        // What is excluded is not announced: only a lock tells that no column has come under another's name.
+        let is_same = table.settings.columns.exclude.is_empty()
+            && source::is_as_announced(client, table, &shapes).await?;
         source::check_names(client, table, &names, is_same).await?;
         if !is_same {
             source::settled(client, &table.name).await?;
