@@ -15,7 +15,7 @@ use crate::stage::{PATIENCE, Setting, Stage};
 use crate::two_captures::{ordered, whole, write};
 
 /// The broker syncs so seldom that nothing is confirmed in the scenario.
-const SYNCED: &str = "confirm = \"synced\"\nsync_interval = \"1h\"";
+pub(crate) const SYNCED: &str = "confirm = \"synced\"\nsync_interval = \"1h\"";
 
 async fn confirmed(stage: &Stage) -> Lsn {
     let sql = "SELECT confirmed_flush_lsn::text FROM pg_replication_slots \
@@ -62,31 +62,8 @@ async fn a_tail_lost_while_everything_runs_is_published_again() {
     still_runs(&stage, pipeline).await;
 }
 
-#[tokio::test]
-async fn after_a_lost_tail_the_stream_has_no_hole_and_nothing_is_reordered() {
-    let mut rng = seeded();
-    let mut stage = Stage::set(Setting {
-        stream: SYNCED,
-        ..ordered()
-    })
-    .await;
-    let mut pipeline = stage.start();
-    Stage::readyz(&mut pipeline, 200, "streaming").await;
-    let stop = Arc::new(AtomicBool::new(false));
-    let writer = write(&stage, &stop).await;
-    for _ in 0..2 {
-        random_moment(&mut rng, 500).await;
-        loses_its_tail(&mut stage, &mut rng).await;
-    }
-    stop.store(true, Ordering::Relaxed);
-    let count = writer.await.expect("writer");
-    stage.equal(&pipeline).await;
-    whole(&stage, count).await;
-}
-
-/// A broker that writes behind its acknowledgements loses the newest of them with its process.
-#[tokio::test]
-async fn what_a_killed_broker_had_not_written_is_published_again() {
+/// Writes while the broker suffers `times` of something; then the stream must be the sequence that was written.
+async fn is_whole_after(times: u32, suffers: impl AsyncFn(&mut Stage, &mut StdRng)) {
     let mut rng = seeded();
     let mut stage = Stage::set(Setting {
         stream: SYNCED,
@@ -98,16 +75,34 @@ async fn what_a_killed_broker_had_not_written_is_published_again() {
     assert_eq!(persist_mode(&stage).await, PersistenceMode::Async);
     let stop = Arc::new(AtomicBool::new(false));
     let writer = write(&stage, &stop).await;
-    for _ in 0..4 {
-        random_moment(&mut rng, 1000).await;
-        stage.nats.kill9();
-        stage.nats.start_again().await.expect("broker");
+    for _ in 0..times {
+        suffers(&mut stage, &mut rng).await;
     }
     stop.store(true, Ordering::Relaxed);
     let count = writer.await.expect("writer");
     stage.equal(&pipeline).await;
     whole(&stage, count).await;
     assert!(!pipeline.logs().contains("E1206"), "{}", pipeline.logs());
+}
+
+#[tokio::test]
+async fn after_a_lost_tail_the_stream_has_no_hole_and_nothing_is_reordered() {
+    is_whole_after(2, async |stage, rng| {
+        random_moment(rng, 500).await;
+        loses_its_tail(stage, rng).await;
+    })
+    .await;
+}
+
+/// A broker that writes behind its acknowledgements loses the newest of them with its process.
+#[tokio::test]
+async fn what_a_killed_broker_had_not_written_is_published_again() {
+    is_whole_after(4, async |stage, rng| {
+        random_moment(rng, 1000).await;
+        stage.nats.kill9();
+        stage.nats.start_again().await.expect("broker");
+    })
+    .await;
 }
 
 async fn persist_mode(stage: &Stage) -> PersistenceMode {

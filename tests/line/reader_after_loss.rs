@@ -4,10 +4,8 @@ use async_nats::header::NATS_EXPECTED_LAST_SEQUENCE;
 use async_nats::jetstream;
 
 use crate::bad_input::edit;
+use crate::broker_loss::SYNCED;
 use crate::stage::{PATIENCE, Setting, Stage};
-
-/// The broker syncs so seldom that nothing is confirmed in the scenario.
-const SYNCED: &str = "confirm = \"synced\"\nsync_interval = \"1h\"";
 
 #[tokio::test]
 async fn a_stream_that_stays_shorter_holds_no_sink_up() {
