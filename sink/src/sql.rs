@@ -299,6 +299,10 @@ pub const NEWEST_UNIQUE: &str = "SELECT c.relname::text FROM pg_catalog.pg_index
     JOIN pg_catalog.pg_class c ON c.oid = i.indexrelid \
     WHERE i.indrelid = to_regclass($1::text) AND i.indisunique ORDER BY c.oid DESC LIMIT 1";
 
+/// How many rows a table had when its newest index was built.
+pub const ROWS_INDEXED: &str =
+    "SELECT reltuples FROM pg_catalog.pg_class WHERE oid = to_regclass($1::text)";
+
 /// Makes a unique index the primary key. The index gets the name that a key would have, unless that is too long.
 #[must_use]
 pub fn use_as_key(target: &TableName, index: &str) -> String {

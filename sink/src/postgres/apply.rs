@@ -12,7 +12,7 @@ use tokio_postgres::{Client, Error, Statement};
 use super::commands::{Command, Commands, Counts, Sorted, is_above_floor};
 use super::fault::{self, Cause};
 use super::isolate;
-use super::keys;
+use super::keys::{self, Pure};
 use super::load::{self, Refused};
 use super::parameters::{Parameter, Uuid};
 use super::session::{PARTITION, Session, Transaction};
@@ -65,7 +65,7 @@ pub(super) async fn apply(
         laid_out = batch.laid_out().map_err(load::unreadable)?;
         batch = &laid_out;
     }
-    keys::make(session, batch).await?;
+    session.pure = keys::make(session, batch).await?;
     session.keyless.take(batch);
     // Until this call has ended, an abandoned one leaves a transaction in an unknown state.
     let before = std::mem::replace(&mut session.transaction, Transaction::Broken);
@@ -99,6 +99,7 @@ pub(super) async fn apply(
                 session.transaction = Transaction::Closed;
             }
             keys::make(session, batch).await?;
+            session.pure = Pure::default();
             session.transaction = Transaction::Broken;
         }
         session.floors.clone_from(&floors);

@@ -363,7 +363,8 @@ impl<'a, 's> Commands<'a, 's> {
                 below,
                 keeps_rows,
             } => {
-                let what = if *keeps_rows {
+                let pure = &self.session.pure;
+                let what = if *keeps_rows || pure.has_none_below(&table.relation(), *below) {
                     Below::Records
                 } else {
                     Below::Now

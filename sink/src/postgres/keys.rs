@@ -31,6 +31,19 @@ const BYTES_MAX: u64 = 2 * 1024 * 1024 * 1024;
 #[derive(Debug, Default)]
 pub(super) struct Keyless(HashMap<String, Taken>);
 
+/// Tables that hold nothing but the rows of their load, by relation, and the version of those rows; `None` where there
+/// are no rows at all. Good for the batch for which they were given their key.
+#[derive(Debug, Default)]
+pub(super) struct Pure(HashMap<String, Option<Version>>);
+
+impl Pure {
+    /// Whether a table has no row below a version: a sweep would read all of it to find none.
+    pub(super) fn has_none_below(&self, relation: &str, version: Version) -> bool {
+        let rows = self.0.get(relation);
+        rows.is_some_and(|rows| rows.is_none_or(|rows| rows >= version))
+    }
+}
+
 /// What such a table may have.
 #[derive(Clone, Copy, Debug, Default)]
 struct Taken {
@@ -106,8 +119,10 @@ fn take(keyless: &mut HashMap<String, Taken>, load: &Load) -> bool {
     true
 }
 
-/// Gives tables their key where a batch cannot do without.
-pub(super) async fn make(session: &mut Session, batch: &Batch) -> Result<(), SinkError> {
+/// Gives tables their key where a batch cannot do without. Returns those of them of which is proven that they hold
+/// their load's rows alone.
+pub(super) async fn make(session: &mut Session, batch: &Batch) -> Result<Pure, SinkError> {
+    let mut pure = Pure::default();
     for layout in session.keyless.due(batch) {
         // What an open transaction makes may be rolled back. A new session makes it before it opens one.
         if !matches!(session.transaction, Transaction::Closed) {
@@ -123,14 +138,33 @@ pub(super) async fn make(session: &mut Session, batch: &Batch) -> Result<(), Sin
         let failed = |error| fault::general("giving a table its key", error);
         client.batch_execute("BEGIN").await.map_err(failed)?;
         let added = add(client, &layout.source, &layout.target, &key).await;
+        let rows = match added {
+            Ok(()) => rows_of(client, &layout.target).await.map_err(failed)?,
+            Err(_) => None,
+        };
         let end = if added.is_ok() { "COMMIT" } else { "ROLLBACK" };
         client.batch_execute(end).await.map_err(failed)?;
         session.transaction = Transaction::Closed;
         // Also where it cannot be made: whoever asks for the table next is told, and it is not tried for every batch.
-        session.keyless.0.remove(&layout.relation());
+        let taken = session.keyless.0.remove(&layout.relation());
         added?;
+        if let Some(taken) = taken.filter(|taken| rows == Some(taken.rows)) {
+            pure.0.insert(layout.relation(), taken.version);
+        }
     }
-    Ok(())
+    Ok(pure)
+}
+
+/// How many rows a table had when its newest index was built, which counts them. The catalog keeps the count as a
+/// four-byte float: exact up to 2^24.
+async fn rows_of(client: &Client, target: &TableName) -> Result<Option<u64>, Error> {
+    const { assert!(ROWS_MAX < 1 << 24) };
+    let row = client
+        .query_opt(sql::ROWS_INDEXED, &[&target.quoted()])
+        .await?;
+    let rows = row.map(|row| row.get::<_, f32>(0));
+    // -1 is a table that was never counted.
+    Ok(rows.filter(|rows| *rows >= 0.0).map(|rows| rows as u64))
 }
 
 /// Gives a table its key within the transaction that is open.

@@ -12,7 +12,7 @@ use tokio_postgres::{Client, Row, Statement};
 
 use super::fault::{self, general};
 use super::inserts::Inserts;
-use super::keys::Keyless;
+use super::keys::{Keyless, Pure};
 use super::parameters::Uuid;
 use crate::batch::{Checkpoint, PositionRow};
 use crate::progress::CopyProgress;
@@ -111,6 +111,8 @@ pub(super) struct Session {
     pub(super) inserts: Inserts,
     /// Tables that get their key behind the rows of their load.
     pub(super) keyless: Keyless,
+    /// Those of them that the batch under way finds pure.
+    pub(super) pure: Pure,
     /// Relations of which a load had a value without a known binary form.
     pub(super) load_texts: HashSet<String>,
     /// The tables of which this sink has begun a copy.
@@ -252,6 +254,7 @@ async fn load(
         buried: HashMap::new(),
         inserts: Inserts::default(),
         keyless: Keyless::default(),
+        pure: Pure::default(),
         load_texts: HashSet::new(),
         copied: position.copy.clone(),
         evolving: HashSet::new(),

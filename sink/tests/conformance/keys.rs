@@ -173,6 +173,57 @@ async fn a_load_that_is_cut_off_leaves_no_table_without_a_key() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_table_of_its_loads_rows_alone_is_not_read_for_others() {
+    let postgres = Postgres::start(PostgresOptions::default())
+        .await
+        .expect("starts");
+    let mut line = Line::start(&postgres, "alone").await;
+    assert_eq!(line.apply(vec![line.load(5, "1\t1\ta\n")]).await, 1);
+    let refuse = format!(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS \
+         $$BEGIN RAISE 'it is swept'; END$$; \
+         CREATE TRIGGER refuse BEFORE DELETE ON {} EXECUTE FUNCTION refuse()",
+        line.layout.target.quoted()
+    );
+    let refused = line.target.client.batch_execute(&refuse).await;
+    refused.expect("makes a trigger");
+    let last = vec![line.load(5, "2\t1\tb\n"), line.sweep(5)];
+    assert_eq!(line.apply(last).await, 1);
+    assert_eq!(line.texts().await, rows(&[(1, "a"), (2, "b")]));
+    // Once only: rows of others may have come since.
+    let again = batch(line.at, None, vec![line.sweep(5)]);
+    line.sink.apply(&again).await.expect_err("sweeps");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_of_somebody_else_is_swept_from_a_table_that_was_made_for_its_load() {
+    let postgres = Postgres::start(PostgresOptions::default())
+        .await
+        .expect("starts");
+    let mut line = Line::start(&postgres, "swept").await;
+    assert_eq!(line.apply(vec![line.load(5, "1\t1\ta\n")]).await, 1);
+    let table = line.layout.target.quoted();
+    let own = format!("INSERT INTO {table} (id, n, big) VALUES (9, 1, 'of somebody else')");
+    let written = line.target.client.batch_execute(&own).await;
+    written.expect("writes");
+    let last = vec![line.load(5, "2\t1\tb\n"), line.sweep(5)];
+    assert_eq!(line.apply(last).await, 1);
+    assert_eq!(line.texts().await, rows(&[(1, "a"), (2, "b")]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_of_an_earlier_snapshot_are_swept_with_the_key() {
+    let postgres = Postgres::start(PostgresOptions::default())
+        .await
+        .expect("starts");
+    let mut line = Line::start(&postgres, "earlier").await;
+    assert_eq!(line.apply(vec![line.load(5, "1\t1\told\n")]).await, 1);
+    let last = vec![line.load(7, "2\t1\tnew\n"), line.sweep(7)];
+    assert_eq!(line.apply(last).await, 1);
+    assert_eq!(line.texts().await, rows(&[(2, "new")]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn rows_of_another_snapshot_meet_the_key() {
     let postgres = Postgres::start(PostgresOptions::default())
         .await
