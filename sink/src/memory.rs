@@ -4,6 +4,7 @@ mod state;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use millrace_config::{Code, Condition, OnRowError, Table};
 use millrace_event::{TableName, TableSchema, Version};
@@ -69,7 +70,6 @@ impl MemoryTarget {
             fence: 0,
             open: None,
             halts: BTreeMap::new(),
-            tables: BTreeSet::new(),
         }
     }
 
@@ -123,8 +123,6 @@ pub struct MemorySink {
     /// The open target transaction.
     open: Option<State>,
     halts: BTreeMap<TableName, bool>,
-    /// The target's tables that this sink writes.
-    tables: BTreeSet<TableName>,
 }
 
 impl Drop for MemorySink {
@@ -221,7 +219,6 @@ impl Sink for MemorySink {
         let names = settings.key.as_ref().unwrap_or(&schema.key);
         let index = |name: &String| columns.iter().position(|column| column.source == *name);
         let key = names.iter().filter_map(index).collect();
-        self.tables.insert(settings.target.clone());
         self.halts.insert(
             schema.name.clone(),
             settings.on_row_error == OnRowError::Halt,
@@ -292,7 +289,12 @@ impl Sink for MemorySink {
         Ok(keys.into_iter().take(max).collect())
     }
 
-    async fn clean_up(&mut self, up_to: &BTreeMap<TableName, Version>) -> Result<u64, SinkError> {
+    /// In the model every delete is an old one.
+    async fn clean_up(
+        &mut self,
+        up_to: &BTreeMap<TableName, Version>,
+        _kept: Duration,
+    ) -> Result<u64, SinkError> {
         let mut shared = self.target.lock();
         if shared
             .committed
@@ -304,12 +306,7 @@ impl Sink for MemorySink {
             return Err(SinkError::Fenced);
         }
         let mut dropped = 0;
-        let ours = shared
-            .committed
-            .tables
-            .iter_mut()
-            .filter(|(name, _)| self.tables.contains(name));
-        for (name, table) in ours {
+        for (name, table) in &mut shared.committed.tables {
             let Some(up_to) = up_to.get(name) else {
                 continue;
             };

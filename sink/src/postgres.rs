@@ -13,7 +13,7 @@ mod session;
 mod tables;
 mod types;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -42,8 +42,6 @@ pub struct PostgresSink {
     plain_insert_rows: usize,
     /// What becomes of a refused row, by table at the source.
     on_row_error: HashMap<TableName, OnRowError>,
-    /// The relations that this sink writes: others in the same database are not its business.
-    relations: BTreeSet<String>,
     session: Option<Session>,
 }
 
@@ -58,7 +56,6 @@ impl PostgresSink {
             statement_timeout: STATEMENT_TIMEOUT,
             plain_insert_rows: inserts::ROWS_MIN,
             on_row_error: HashMap::new(),
-            relations: BTreeSet::new(),
             session: None,
         }
     }
@@ -200,7 +197,6 @@ impl Sink for PostgresSink {
             tables::ensure(session, &self.name, schema, before, settings, self.create).await?;
         self.on_row_error
             .insert(schema.name.clone(), settings.on_row_error);
-        self.relations.insert(ensured.layout.relation());
         Ok(ensured)
     }
 
@@ -257,14 +253,22 @@ impl Sink for PostgresSink {
             .collect()
     }
 
-    async fn clean_up(&mut self, up_to: &BTreeMap<TableName, Version>) -> Result<u64, SinkError> {
+    async fn clean_up(
+        &mut self,
+        up_to: &BTreeMap<TableName, Version>,
+        kept: Duration,
+    ) -> Result<u64, SinkError> {
         let name = self.name.clone();
+        let session = self.session.as_mut().ok_or_else(apply::broken)?;
         let up_to = up_to
             .iter()
             .map(|(table, up_to)| (table.to_string(), Uuid(*up_to)));
-        let ours = up_to.filter(|(relation, _)| self.relations.contains(relation));
-        let (relations, versions): (Vec<String>, Vec<Uuid>) = ours.unzip();
-        let session = self.session()?;
+        let (relations, versions): (Vec<String>, Vec<Uuid>) = up_to
+            .filter(|(relation, _)| session.tombstones.contains_key(relation))
+            .unzip();
+        if relations.is_empty() {
+            return Ok(0);
+        }
         if !matches!(session.transaction, Transaction::Closed) {
             return Err(apply::broken());
         }
@@ -285,41 +289,28 @@ impl Sink for PostgresSink {
             if mine == 0 {
                 return Ok(None);
             }
-            let raised = transaction
-                .query(
-                    "INSERT INTO millrace.table_floor AS f (relation, cleanup_floor) \
-                     SELECT u.relation, u.version \
-                     FROM unnest($1::text[], $2::uuid[]) AS u (relation, version) \
-                     WHERE EXISTS (SELECT 1 FROM millrace.tombstone t \
-                     WHERE t.relation = u.relation AND t.version <= u.version) \
-                     ON CONFLICT (relation) DO UPDATE SET \
-                     cleanup_floor = greatest(f.cleanup_floor, excluded.cleanup_floor) \
-                     RETURNING relation, cleanup_floor",
-                    &[&relations, &versions],
-                )
+            let kept = kept.as_secs_f64();
+            let rows = transaction
+                .query(sql::FORGET_DELETES, &[&relations, &versions, &kept])
                 .await?;
-            let raised = raised
-                .iter()
-                .map(|row| Ok((row.try_get(0)?, row.try_get::<_, Uuid>(1)?.0)))
-                .collect::<Result<Vec<(String, Version)>, tokio_postgres::Error>>()?;
-            let delete = "DELETE FROM millrace.tombstone t \
-                 USING unnest($1::text[], $2::uuid[]) AS u (relation, version) \
-                 WHERE t.relation = u.relation AND t.version <= u.version";
-            let deleted = transaction
-                .execute(delete, &[&relations, &versions])
-                .await?;
-            Ok(Some((deleted, raised)))
+            let mut forgotten = Vec::new();
+            let mut deleted = 0;
+            for row in &rows {
+                forgotten.push((row.try_get(0)?, row.try_get::<_, Uuid>(1)?.0));
+                deleted += row.try_get::<_, i64>(2)?.unsigned_abs();
+            }
+            Ok(Some((deleted, forgotten)))
         };
         let result = result.await;
         let ended = match &result {
             Ok(Some(_)) => transaction.commit().await,
             _ => transaction.rollback().await,
         };
-        let (deleted, raised) = result
+        let (deleted, forgotten) = result
             .and_then(|cleaned| ended.map(|()| cleaned))
             .map_err(|error| fault::general("cleaning up tombstones", error))?
             .ok_or(SinkError::Fenced)?;
-        session.forgotten.extend(raised);
+        session.forgotten.extend(forgotten);
         Ok(deleted)
     }
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::error::Error;
 use std::future::Future;
 use std::sync::Arc;
+use std::time::Duration;
 
 use millrace_config::{Condition, Fault, Table};
 use millrace_event::{TableName, TableSchema, Version};
@@ -44,11 +45,13 @@ pub trait Sink: Send {
         max: usize,
     ) -> impl Future<Output = Result<Vec<String>, SinkError>> + Send;
 
-    /// Forgets deletes of these target tables at or below a version each, which no older row can follow any more. Of
-    /// tables that were not ensured, none; returns how many.
+    /// Forgets deletes of these target tables at or below a version each, which no older row can follow any more, and
+    /// that were applied longer ago than `kept`. The tables are this sink's own: versions of others cannot be compared
+    /// with its. Returns how many.
     fn clean_up(
         &mut self,
         up_to: &BTreeMap<TableName, Version>,
+        kept: Duration,
     ) -> impl Future<Output = Result<u64, SinkError>> + Send;
 }
 

@@ -43,6 +43,18 @@ pub const DROP_LETTERS: &str = "DELETE FROM millrace.dead_letter WHERE id = ANY 
     SELECT id FROM millrace.dead_letter WHERE sink = $1::text \
     AND resolved_at < now() - $2::float8 * interval '1 second' LIMIT $3::bigint))";
 
+/// Forgets old tombstones, and remembers how far: relation, clean-up floor and how many, of each relation that had some.
+/// Parameters: relations, a version each, seconds that a tombstone is kept.
+pub const FORGET_DELETES: &str = "WITH dropped AS (DELETE FROM millrace.tombstone t \
+    USING unnest($1::text[], $2::uuid[]) AS u (relation, version) \
+    WHERE t.relation = u.relation AND t.version <= u.version \
+    AND t.deleted_at <= now() - $3::float8 * interval '1 second' RETURNING t.relation, t.version), \
+    raised AS (INSERT INTO millrace.table_floor AS f (relation, cleanup_floor) \
+    SELECT relation, max(version::text COLLATE \"C\")::uuid FROM dropped GROUP BY relation \
+    ON CONFLICT (relation) DO UPDATE SET \
+    cleanup_floor = greatest(f.cleanup_floor, excluded.cleanup_floor) RETURNING relation, cleanup_floor) \
+    SELECT r.relation, r.cleanup_floor, (SELECT count(*) FROM dropped d WHERE d.relation = r.relation) FROM raised r";
+
 /// Raises a relation's truncate floor. Parameters: relation, version.
 pub const TRUNCATE_FLOOR: &str = "INSERT INTO millrace.table_floor AS f (relation, truncate_floor) \
     VALUES ($1::text, $2::uuid) ON CONFLICT (relation) DO UPDATE SET \

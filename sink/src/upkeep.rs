@@ -1,13 +1,14 @@
 //! What a sink does for its target from time to time, between batches: it forgets old deletes, drops old dead letters,
 //! and asks whether parked tables are taken again.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use millrace_event::{TableName, Version};
 
 use crate::error::Error;
 use crate::life::Life;
+use crate::progress::CopyState;
 use crate::rejoin;
 use crate::sink::Sink;
 
@@ -17,8 +18,9 @@ const PROBE_INTERVAL: Duration = Duration::from_secs(5);
 /// How often deletes are forgotten that no older row can follow.
 const CLEAN_UP_INTERVAL: Duration = Duration::from_secs(60);
 
-/// A delete is remembered for this many clean-ups after the sink passed it, for those who look into a fault.
-const CLEAN_UPS_KEPT: usize = 10;
+/// A delete is remembered for so long after it was applied, by the target's clock: for those who look into a fault, and
+/// so that the next copy of its table, whose rows are a little older than the stream, need not be read again.
+const DELETES_KEPT: Duration = Duration::from_secs(600);
 
 /// How often resolved dead letters are looked through: nothing but a search of all letters finds the old ones.
 const LETTERS_INTERVAL: Duration = Duration::from_secs(3600);
@@ -31,11 +33,11 @@ const LETTERS_MAX: u32 = 10_000;
 
 /// When what was done last.
 pub(crate) struct Upkeep {
-    /// Where the sink stood at the last clean-ups.
-    passed: VecDeque<Version>,
-    /// Up to where the deletes of each target table were forgotten: what stands still is not searched again.
-    forgotten: BTreeMap<TableName, Version>,
-    cleaned_at: Instant,
+    /// Up to where deletes of each target table may be forgotten, and since when: what stands still is not searched again
+    /// once all of its deletes are old.
+    forgettable: BTreeMap<TableName, (Version, Instant)>,
+    /// `None` before the first: a process may not live for long.
+    cleaned_at: Option<Instant>,
     probed_at: Instant,
     /// `None` before all old letters were dropped once.
     letters_at: Option<Instant>,
@@ -44,9 +46,8 @@ pub(crate) struct Upkeep {
 impl Upkeep {
     pub(crate) fn begin(now: Instant) -> Self {
         Self {
-            passed: VecDeque::new(),
-            forgotten: BTreeMap::new(),
-            cleaned_at: now,
+            forgettable: BTreeMap::new(),
+            cleaned_at: None,
             probed_at: now,
             letters_at: None,
         }
@@ -58,7 +59,8 @@ impl Upkeep {
     }
 
     fn cleans(&self, now: Instant) -> bool {
-        now - self.cleaned_at >= CLEAN_UP_INTERVAL
+        self.cleaned_at
+            .is_none_or(|at| now - at >= CLEAN_UP_INTERVAL)
     }
 
     fn probes(&self, life: &Life<'_>, now: Instant) -> bool {
@@ -72,8 +74,8 @@ impl Upkeep {
     /// A server is away.
     pub(crate) async fn turn(&mut self, life: &mut Life<'_>, now: Instant) -> Result<bool, Error> {
         if self.cleans(now) {
-            self.cleaned_at = now;
-            self.forget_deletes(life).await?;
+            self.cleaned_at = Some(now);
+            self.forget_deletes(life, now).await?;
             self.drop_letters(life, now).await?;
         }
         if self.probes(life, now) {
@@ -83,29 +85,39 @@ impl Upkeep {
         Ok(false)
     }
 
-    /// Forgets the deletes that the sink passed a while ago, of each table as far as nothing older is to come of it.
-    async fn forget_deletes(&mut self, life: &mut Life<'_>) -> Result<(), Error> {
-        self.passed.push_back(life.passed());
-        if self.passed.len() <= CLEAN_UPS_KEPT {
-            return Ok(());
-        }
-        let Some(passed) = self.passed.pop_front() else {
-            return Ok(());
-        };
+    /// Forgets old deletes, of each table as far as nothing older is to come of it.
+    async fn forget_deletes(&mut self, life: &mut Life<'_>, now: Instant) -> Result<(), Error> {
+        let passed = life.passed();
         let mut up_to: BTreeMap<TableName, Version> = BTreeMap::new();
-        for (table, settings) in &life.tables {
+        let is_ours = |table: &TableName| {
+            life.progress
+                .tables
+                .get(table)
+                .is_some_and(CopyState::is_begun)
+        };
+        for (table, settings) in life.tables.iter().filter(|(table, _)| is_ours(table)) {
             let forgettable = life.progress.forgettable(table, passed);
             let least = up_to.entry(settings.target.clone()).or_insert(forgettable);
             *least = forgettable.min(*least);
         }
-        up_to.retain(|target, up_to| self.forgotten.get(target) != Some(up_to));
+        up_to.retain(|target, up_to| self.searches(target, *up_to, now));
         if up_to.is_empty() {
             return Ok(());
         }
-        let forgotten = life.sink().clean_up(&up_to).await?;
+        let forgotten = life.sink().clean_up(&up_to, DELETES_KEPT).await?;
         tracing::debug!(sink = %life.settings.name, forgotten, "old deletes forgotten");
-        self.forgotten.append(&mut up_to);
         Ok(())
+    }
+
+    /// Whether a table has old deletes up to this version that were not seen yet.
+    fn searches(&mut self, target: &TableName, up_to: Version, now: Instant) -> bool {
+        let known = self.forgettable.entry(target.clone());
+        let (version, since) = known.or_insert((up_to, now));
+        if *version != up_to {
+            (*version, *since) = (up_to, now);
+        }
+        // With the interval twice: once for the look that comes just too early, once for the clocks.
+        now - *since <= DELETES_KEPT + 2 * CLEAN_UP_INTERVAL
     }
 
     async fn drop_letters(&mut self, life: &mut Life<'_>, now: Instant) -> Result<(), Error> {

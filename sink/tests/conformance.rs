@@ -4,6 +4,7 @@
 mod keys;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use millrace_config::{Code, Create};
@@ -290,7 +291,10 @@ async fn a_copy_from_before_forgotten_deletes_is_refused_aloud() {
     sink.apply(&delete).await.expect("applies");
     let version = |lsn| Version::new(1, Lsn(lsn), 1);
     let up_to = std::collections::BTreeMap::from([(layout.target.clone(), version(6))]);
-    assert_eq!(sink.clean_up(&up_to).await.expect("cleans up"), 1);
+    let hour = Duration::from_secs(3600);
+    assert_eq!(sink.clean_up(&up_to, hour).await.expect("cleans up"), 0);
+    let dropped = sink.clean_up(&up_to, Duration::ZERO).await;
+    assert_eq!(dropped.expect("cleans up"), 1);
 
     let copied = |lsn| {
         let state = CopyState::Loading {

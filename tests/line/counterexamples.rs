@@ -15,6 +15,7 @@ use crate::stage::{PATIENCE, Setting, Stage};
 
 const CAPTURE: [&str; 3] = ["run", "--only", "capture"];
 const SINK: [&str; 3] = ["run", "--only", "sink:replica"];
+const TALKATIVE: [&str; 5] = ["run", "--only", "sink:replica", "--log-level", "debug"];
 const LIFTED: [&str; 4] = ["resume", "t", "--rate", "unlimited"];
 
 /// The line on two processes, whose replica of `t` is whole.
@@ -164,6 +165,36 @@ async fn deletes_that_were_forgotten_during_a_chunk_bring_nothing_back() {
     release(&line.stage).await;
     held.await.expect("commits");
     line.ends().await;
+    line.equal().await;
+}
+
+/// Each life of a sink begins with a clean-up: no process need live for long.
+#[tokio::test]
+async fn old_deletes_are_kept_for_an_open_chunk_and_forgotten_behind_it() {
+    const OLD: &str = "UPDATE millrace.tombstone SET deleted_at = now() - interval '1 hour'";
+    const REMEMBERED: &str = "SELECT count(*)::text FROM millrace.tombstone";
+    let (mut line, held) = repairs_beside_limbo().await;
+    line.stage.target_shows(&line.sink, SHOWN, "100 0 1").await;
+    line.sink.kill9();
+    line.stage.target_sql(OLD).await;
+    line.sink = line.stage.start_with(&TALKATIVE);
+    Stage::logs(&line.sink, "old deletes forgotten").await;
+    // Of the row that was deleted and of the key that was left.
+    assert_eq!(line.stage.target_text(REMEMBERED).await, "2");
+    release(&line.stage).await;
+    held.await.expect("commits");
+    line.ends().await;
+    line.equal().await;
+    let logs = line.sink.logs();
+    assert!(!logs.contains("asking for the rows again"), "{logs}");
+    // One that is too young to be forgotten stays alone.
+    line.stage.sql("DELETE FROM t WHERE id = 5").await;
+    line.equal().await;
+    line.restart_sink();
+    line.stage.target_shows(&line.sink, REMEMBERED, "1").await;
+    let floor = "SELECT count(*)::text FROM millrace.table_floor \
+                 WHERE cleanup_floor > '00000001-0000-0000-0000-000000000000'";
+    assert_eq!(line.stage.target_text(floor).await, "1");
     line.equal().await;
 }
 
