@@ -105,11 +105,15 @@ impl Beside {
         collected: Position,
     ) -> Result<Option<Batch>, Error> {
         if self.behind.is_none() {
+            let at = life.checkpoint.position;
             let loaded = life
                 .progress
                 .those(|state| matches!(state, CopyState::Loaded { .. }));
-            // Near ones rejoin while nothing else goes on.
-            if loaded.is_empty() || rejoin::is_near(life) {
+            let missed = life.progress.those(
+                |state| matches!(state, CopyState::Loaded { claim, .. } if claim.position < at),
+            );
+            // Near ones rejoin while nothing else goes on; where nothing was missed, the sink itself is not far enough yet.
+            if missed.is_empty() || rejoin::is_near(life) {
                 return Ok(None);
             }
             self.behind = CatchUp::begin(life, &loaded);

@@ -11,7 +11,11 @@ const ROWS: u64 = 100_000;
 /// Between two looks of a reader: it should not take the machine from the product.
 const READ_INTERVAL: Duration = Duration::from_millis(10);
 /// What the process may ever hold, in a debug build.
-const MEMORY_KIB_MAX: u64 = 200 * 1024;
+const MEMORY_KIB_MAX: u64 = 128 * 1024;
+/// Bytes of a wide row. So many of them are far more than that.
+const WIDE_BYTES: u64 = 5_000;
+const WIDE_ROWS: u64 = 50_000;
+const _: () = assert!(WIDE_ROWS * WIDE_BYTES > 3 * MEMORY_KIB_MAX * 1024 / 2);
 
 /// Reads `query` at the target until told to stop, and checks every answer.
 struct Reader {
@@ -103,6 +107,24 @@ async fn a_reader_never_sees_half_of_a_hundred_thousand_rows() {
     assert_eq!(stage.equal(&pipeline).await.rows, 0);
     reader.finish().await;
 
+    let peak = peak_memory_kib(pipeline.pid());
+    assert!(peak < MEMORY_KIB_MAX, "peak memory: {peak} KiB");
+}
+
+#[tokio::test]
+async fn a_transaction_larger_than_memory_is_held_nowhere() {
+    let stage = Stage::set(Setting::default()).await;
+    let pipeline = stage.start();
+    stage.equal(&pipeline).await;
+    stage
+        .sql(&format!(
+            "INSERT INTO t SELECT i, repeat('wide ', {WIDE_BYTES} / 5) FROM generate_series(1, {WIDE_ROWS}) i"
+        ))
+        .await;
+    let count = "SELECT count(*)::text FROM t";
+    stage
+        .target_shows(&pipeline, count, &WIDE_ROWS.to_string())
+        .await;
     let peak = peak_memory_kib(pipeline.pid());
     assert!(peak < MEMORY_KIB_MAX, "peak memory: {peak} KiB");
 }
