@@ -99,6 +99,8 @@ pub enum Output {
     Named(Named),
     /// Keep the table's schema before anything after this is published.
     Describe(Arc<Relation>),
+    /// The stream has changes that name this schema: keep it again where the broker has lost it.
+    DescribeIfLost(Arc<Relation>),
     /// Remember, before anything after this is published, that a change with this commit LSN was left out: the
     /// table's rows must be read again.
     LeftOut(RelationError, Lsn),
