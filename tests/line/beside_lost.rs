@@ -257,9 +257,9 @@ async fn an_order_that_the_broker_lost_is_given_again_though_it_is_remembered_as
         )
         .await;
     let (copies, state) = (bucket(&stage, COPIES).await, bucket(&stage, STATE).await);
-    let has = async |store: &Store, key: &str, text_: &str, capture: &Pipeline| {
+    let has = async |store: &Store, key: &str, part: &str, capture: &Pipeline| {
         let deadline = Instant::now() + PATIENCE;
-        while !text(store, key).await.contains(text_) {
+        while !text(store, key).await.contains(part) {
             assert!(Instant::now() < deadline, "{}", capture.logs());
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
