@@ -52,7 +52,8 @@ pub(crate) struct Unsynced(Mutex<Option<Vec<Young>>>);
 struct List {
     /// Zero where there is none.
     revision: u64,
-    orders: Vec<BackfillOrder>,
+    /// `None` where it is not understood: nothing is known of its orders, and whoever gives one more says so.
+    orders: Option<Vec<BackfillOrder>>,
 }
 
 /// What has become of an order.
@@ -68,8 +69,11 @@ enum Fate {
 
 /// `held` is how long the list has been as it is, and `age` how long the broker may take to sync it.
 fn fate(placed: &Placed, list: &List, held: Duration, age: Duration) -> Fate {
+    let Some(orders) = &list.orders else {
+        return Fate::Young;
+    };
     let is_it = |order: &BackfillOrder| order.id == placed.id && order.table == placed.table;
-    if !list.orders.iter().any(is_it) {
+    if !orders.iter().any(is_it) {
         return match list.revision > placed.revision {
             true => Fate::Settled,
             false => Fate::Lost,
@@ -105,7 +109,7 @@ impl Unsynced {
 /// Gives orders again that the broker lost, as far as it may lose what it has acknowledged.
 ///
 /// # Errors
-/// The broker is away. Or a sink's list is not understood.
+/// The broker is away.
 pub(crate) async fn renew(config: &Config, stream: &Stream) -> Result<(), Error> {
     let Some(age) = config.stream.kept_until_synced() else {
         return Ok(());
@@ -161,8 +165,8 @@ async fn list(copies: &kv::Store, sink: &str) -> Result<List, Error> {
         .map_err(|error| Error::retry("backfill orders cannot be read", error))?;
     let revision = entry.as_ref().map_or(0, |entry| entry.revision);
     let orders = match entry.filter(|entry| entry.operation == Operation::Put) {
-        Some(entry) => understood(&copies.name, &key, &entry.value)?,
-        None => Vec::new(),
+        Some(entry) => understood(&copies.name, &key, &entry.value).ok(),
+        None => Some(Vec::new()),
     };
     Ok(List { revision, orders })
 }
@@ -206,7 +210,7 @@ mod tests {
         };
         let list = List {
             revision,
-            orders: orders.iter().map(order).collect(),
+            orders: Some(orders.iter().map(order).collect()),
         };
         fate(&placed, &list, Duration::from_secs(held_secs), AGE)
     }

@@ -65,7 +65,7 @@ impl Line<'_> {
             .subjects
             .get(outgoing.subject.0 as usize)
             .expect("just brought up to date");
-        let headers = outgoing.chunk.map(|chunk| {
+        let mut headers = outgoing.chunk.map(|chunk| {
             let mut headers = HeaderMap::new();
             headers.insert(header::POSITION, outgoing.position.to_string());
             let Self { publisher, .. } = self;
@@ -75,6 +75,12 @@ impl Line<'_> {
             );
             headers
         });
+        if self.published == 0 {
+            // A reader that meets it behind messages that the broker lost knows what they were.
+            headers
+                .get_or_insert_default()
+                .insert(header::AFTER, self.after.to_string());
+        }
         let payload = outgoing.payload.clone();
         Some(publish::Outgoing {
             subject: subject.clone(),
