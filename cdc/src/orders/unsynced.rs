@@ -198,13 +198,16 @@ mod tests {
 
     const AGE: Duration = Duration::from_secs(150);
 
-    fn at(held_secs: u64, revision: u64, orders: &[(&str, &str)]) -> Fate {
-        let placed = Placed {
+    fn placed() -> Placed {
+        Placed {
             sink: "replica".to_owned(),
             table: TableName::new("public", "t"),
             id: "schema-7".to_owned(),
             revision: 10,
-        };
+        }
+    }
+
+    fn at(held_secs: u64, revision: u64, orders: &[(&str, &str)]) -> Fate {
         let order = |(id, table): &(&str, &str)| {
             BackfillOrder::new((*id).to_owned(), TableName::new("public", *table))
         };
@@ -212,7 +215,7 @@ mod tests {
             revision,
             orders: Some(orders.iter().map(order).collect()),
         };
-        fate(&placed, &list, Duration::from_secs(held_secs), AGE)
+        fate(&placed(), &list, Duration::from_secs(held_secs), AGE)
     }
 
     #[test]
@@ -234,5 +237,12 @@ mod tests {
             assert_eq!(at(held, 9, &[("named-1", "u")]), Fate::Lost);
             assert_eq!(at(held, 10, &[("schema-7", "u")]), Fate::Lost);
         }
+    }
+
+    #[test]
+    fn a_list_that_nobody_understands_says_nothing() {
+        let (revision, orders) = (12, None);
+        let list = List { revision, orders };
+        assert_eq!(fate(&placed(), &list, AGE, AGE), Fate::Young);
     }
 }
