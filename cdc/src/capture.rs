@@ -99,6 +99,8 @@ pub enum Output {
     Named(Named),
     /// Keep the table's schema before anything after this is published.
     Describe(Arc<Relation>),
+    /// The stream has changes that name this schema: keep it again where the broker has lost it.
+    DescribeIfLost(Arc<Relation>),
     /// Remember, before anything after this is published, that a change with this commit LSN was left out: the
     /// table's rows must be read again.
     LeftOut(RelationError, Lsn),
@@ -260,6 +262,12 @@ impl Capture {
     /// The next thing to do, if there is one.
     pub fn poll(&mut self) -> Option<Output> {
         self.outputs.pop_front()
+    }
+
+    /// Everything at or below this position is in the stream already, and nothing of it is published.
+    #[must_use]
+    pub fn resumed_after(&self) -> Position {
+        self.skip_to
     }
 
     /// The subject that an [`Outgoing`] names.

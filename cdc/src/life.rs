@@ -28,6 +28,7 @@ use crate::frontier::{Boundary, ConfirmPolicy};
 use crate::identity;
 use crate::identity::published::Earlier;
 use crate::left_out::LeftOut;
+use crate::orders::{self, Unsynced};
 use crate::publish::{self, Acks, Sender};
 use crate::replication::{
     NEAR_RECEIVE_BUFFER_BYTES, NEAR_ROUND_TRIP_MAX, ReplicationConnection, StartOptions, WalReader,
@@ -79,6 +80,7 @@ pub(crate) struct Stream {
     pub(crate) sinks: kv::Store,
     pub(crate) copies: kv::Store,
     pub(crate) state: kv::Store,
+    pub(crate) unsynced: Unsynced,
 }
 
 /// How often the way to the source is measured; the shortest counts, because the others had to wait for a processor.
@@ -188,6 +190,8 @@ pub(crate) async fn open(config: &Config, now: Duration, away: &mut Away) -> Res
     let known = known.map(|(_, tail)| tail);
     let epoch = identity::check(&stream, &mut replication, &identity, known.as_ref()).await?;
     let plan = plan.map_err(Error::Halt)?;
+    // Before this life writes lists by itself.
+    orders::renew(config, &stream).await?;
     let publishing = Publishing {
         config,
         client: &client,
@@ -323,6 +327,7 @@ pub(crate) async fn open_buckets(
         sinks,
         copies,
         state,
+        unsynced: Unsynced::default(),
     })
 }
 

@@ -1,5 +1,7 @@
 //! Backfills that capture orders by itself: rows of a table have changed, and no change of them was captured.
 
+mod unsynced;
+
 use std::collections::BTreeSet;
 use std::time::Duration;
 
@@ -9,6 +11,8 @@ use millrace_config::Config;
 use millrace_event::TableName;
 use millrace_event::work::{self, BackfillOrder, orders_key};
 
+use self::unsynced::Placed;
+pub(crate) use self::unsynced::{Unsynced, renew};
 use crate::Error;
 use crate::life::Stream;
 use crate::understood;
@@ -71,11 +75,22 @@ pub(crate) async fn order_backfill(
     table: &TableName,
     id: &str,
 ) -> Result<(), Error> {
+    let mut placed = Vec::new();
     for sink in sinks(config, &stream.sinks).await? {
-        order(&stream.copies, &sink, table, id).await?;
+        let revision = order(&stream.copies, &sink, table, id).await?;
         tracing::info!(%sink, %table, order = id, "backfill ordered");
+        placed.push(Placed {
+            sink,
+            table: table.clone(),
+            id: id.to_owned(),
+            revision,
+        });
     }
-    Ok(())
+    match config.stream.kept_until_synced() {
+        // Before the caller remembers that it has ordered.
+        Some(_) => stream.unsynced.keep(&stream.state, placed).await,
+        None => Ok(()),
+    }
 }
 
 /// The sinks that are configured, and those that ever reported.
@@ -97,7 +112,8 @@ pub(crate) async fn reporting(reports: &kv::Store) -> Result<Vec<String>, Error>
         .map_err(|error| Error::retry("sink reports cannot be read", error))
 }
 
-async fn order(copies: &kv::Store, sink: &str, table: &TableName, id: &str) -> Result<(), Error> {
+/// Puts an order on a sink's list, if it is not there. Returns the list's revision.
+async fn order(copies: &kv::Store, sink: &str, table: &TableName, id: &str) -> Result<u64, Error> {
     let key = orders_key(sink);
     for _ in 0..ATTEMPTS {
         let entry = crate::stream::entry(copies, &key)
@@ -111,11 +127,11 @@ async fn order(copies: &kv::Store, sink: &str, table: &TableName, id: &str) -> R
             entry => (Vec::new(), entry.map_or(0, |entry| entry.revision)),
         };
         let Some(orders) = added(orders, table, id) else {
-            return Ok(());
+            return Ok(revision);
         };
         let value = serde_json::to_vec(&orders).expect("plain JSON");
-        if copies.update(&key, value.into(), revision).await.is_ok() {
-            return Ok(());
+        if let Ok(revision) = copies.update(&key, value.into(), revision).await {
+            return Ok(revision);
         }
         // Somebody else changed the list, or the broker is away: the next look tells.
         tokio::time::sleep(PAUSE).await;

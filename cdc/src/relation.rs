@@ -22,11 +22,23 @@ pub(crate) struct Published {
     pub wal_columns: usize,
     /// What makes the WAL's rows the published ones; `None` where they are.
     pub binding: Option<Binding>,
-    /// Whether nothing was published under this shape yet.
-    is_new: bool,
+    described: Described,
     subjects: [SubjectId; Op::ALL.len()],
     /// Changes published since they were last asked for, by operation.
     counts: [u64; Op::ALL.len()],
+}
+
+/// How far a table is described to those who read its events.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Described {
+    /// No change of it came since it was announced. Left to either of the others.
+    No,
+    /// Only changes came that the stream has: an earlier life has described it. Left to `Here`, or to `No` where its
+    /// rows have other columns.
+    Earlier,
+    /// A change came that the stream does not have: this life describes it. Left to `No` where its rows have other
+    /// columns.
+    Here,
 }
 
 impl Published {
@@ -219,7 +231,10 @@ impl Relations {
         let mut counts = None;
         if let Some(Announced::Published(known)) = known {
             if known.relation == relation {
-                // What is left out may have changed all the same.
+                // What is left out may have changed all the same, and a column may have come under its name.
+                if (known.wal_columns, &known.binding) != (wal_columns, &binding) {
+                    known.described = Described::No;
+                }
                 (known.wal_columns, known.binding) = (wal_columns, binding);
                 return;
             }
@@ -233,7 +248,7 @@ impl Relations {
             relation,
             wal_columns,
             binding,
-            is_new: true,
+            described: Described::No,
             subjects,
             counts: counts.unwrap_or_default(),
         };
@@ -241,18 +256,33 @@ impl Relations {
             .insert(announced.relid, Announced::Published(published));
     }
 
-    /// The shape of a relation, the first time that it is asked for.
+    /// The shape of a relation, at the first change of it that the stream does not have.
     pub(crate) fn take_new(&mut self, relid: u32) -> Option<Arc<Relation>> {
-        let Some(Announced::Published(published)) = self.by_oid.get_mut(&relid) else {
+        let published = self.published_mut(relid)?;
+        let before = std::mem::replace(&mut published.described, Described::Here);
+        (before != Described::Here).then(|| Arc::clone(&published.relation))
+    }
+
+    /// The shape of a relation, at its first change, where the stream has that one.
+    pub(crate) fn take_skipped(&mut self, relid: u32) -> Option<Arc<Relation>> {
+        let published = self.published_mut(relid)?;
+        if published.described != Described::No {
             return None;
-        };
-        let was_new = std::mem::take(&mut published.is_new);
-        was_new.then(|| Arc::clone(&published.relation))
+        }
+        published.described = Described::Earlier;
+        Some(Arc::clone(&published.relation))
+    }
+
+    fn published_mut(&mut self, relid: u32) -> Option<&mut Published> {
+        match self.by_oid.get_mut(&relid) {
+            Some(Announced::Published(published)) => Some(published),
+            _ => None,
+        }
     }
 
     /// Counts a change that was published.
     pub(crate) fn count(&mut self, relid: u32, op: Op) {
-        if let Some(Announced::Published(published)) = self.by_oid.get_mut(&relid) {
+        if let Some(published) = self.published_mut(relid) {
             published.counts[op as usize] += 1;
         }
     }
@@ -365,6 +395,17 @@ mod tests {
     }
 
     #[test]
+    fn a_shape_of_skipped_changes_is_told_once_and_again_before_the_first_of_the_others() {
+        let mut relations = relations("id");
+        relations.announce(&announced(ReplicaIdentity::Default, &[true, false]));
+        assert!(relations.take_skipped(7).is_some());
+        assert!(relations.take_skipped(7).is_none());
+        assert!(relations.take_new(7).is_some());
+        assert!(relations.take_new(7).is_none());
+        assert!(relations.take_skipped(7).is_none());
+    }
+
+    #[test]
     fn another_primary_key_tells_rows_apart() {
         let message = announced(ReplicaIdentity::Default, &[true, false]);
         let mut relations = relations("name");
@@ -403,10 +444,12 @@ mod tests {
         assert_eq!(found.wal_columns, 2);
         assert!(!found.binding.as_ref().unwrap().keeps(0));
 
-        // The column is gone: the shape is the same, the rows are not.
+        // The column is gone: the shape is the same, the rows are not. Whether another has come under its name is
+        // looked at before they are published.
         let mut narrow = full.clone();
         narrow.columns.remove(0);
-        assert!(announce(&mut relations, &narrow).is_none());
+        assert_eq!(announce(&mut relations, &narrow), Some(shape));
+        assert_eq!(announce(&mut relations, &narrow), None);
         let found = published(&relations);
         assert_eq!((found.wal_columns, &found.binding), (1, &None));
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use async_nats::Subject;
 use millrace_config::{Backoff, Code, Condition, Config, State, limits};
-use millrace_event::TableName;
+use millrace_event::{Position, TableName};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
@@ -120,6 +120,7 @@ async fn live(
         config,
         tables_by_oid: watched.by_oid(),
         handle: wal.handle(),
+        after: capture.resumed_after(),
         capture,
         sender: Some(sender),
         source: &source,
@@ -166,6 +167,8 @@ struct Line<'l> {
     status: &'l Status,
     fullness: &'l Fullness,
     commits: &'l Commits,
+    /// Everything above this position is published by this life.
+    after: Position,
     /// What the machine's subject ids stand for.
     subjects: Vec<Subject>,
     pending: VecDeque<Output>,

@@ -67,6 +67,19 @@ pub(crate) async fn keep(
     Ok(())
 }
 
+/// Whether a version of a table's schema is kept.
+///
+/// # Errors
+/// The broker is away.
+pub(crate) async fn has(
+    schemas: &kv::Store,
+    table: &TableName,
+    version: &str,
+) -> Result<bool, Error> {
+    let key = work::schema_version_key(table, version);
+    Ok(read(schemas, &key, table).await?.is_some())
+}
+
 /// What is stored of a table.
 #[derive(Debug, Default)]
 struct Known {

@@ -17,7 +17,7 @@ use crate::seen::Watched;
 use crate::selection::Salt;
 use crate::source::{Alteration, Member, Refused};
 use crate::status::Status;
-use crate::{Error, source};
+use crate::{Error, orders, source};
 
 /// How often the publication and the slot are looked at.
 const WATCH_INTERVAL: Duration = Duration::from_secs(5);
@@ -166,6 +166,7 @@ pub(crate) async fn watch(
         left_out
             .order(config, stream, &source.tables, status.covered())
             .await?;
+        orders::renew(config, stream).await?;
         let found = source::find_publication(client, &publication).await?;
         if earlier
             .publication()

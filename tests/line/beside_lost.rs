@@ -1,10 +1,12 @@
 //! What a broker loses beside the stream while the stream's own end survives: a sink's report, an order, the memory of
 //! what was left out. Each comes again. And who waits for what nobody makes does not wear the servers out.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use async_nats::jetstream::{self, kv::Store};
-use millrace_event::work::{COPIES, SINKS, STATE, SinkReport};
+use futures_util::TryStreamExt as _;
+use millrace_event::work::{COPIES, SCHEMAS, SINKS, STATE, SinkReport};
 use millrace_event::{Position, subject};
 use millrace_lab::Pipeline;
 
@@ -161,4 +163,124 @@ async fn changes_under_another_name_are_told_again_where_the_broker_forgot_them(
     .await;
     let lent = "BEGIN; ALTER TABLE u RENAME TO x; UPDATE x SET v = 'lent'; ALTER TABLE x RENAME TO u; COMMIT";
     forgotten(&stage, &[lent], "named").await;
+}
+
+/// Forgets what a bucket holds of a key, as if it had never been put.
+async fn lost(store: &Store, key: &str) {
+    let purged = store
+        .stream
+        .purge()
+        .filter(format!("{}{key}", store.prefix));
+    assert_eq!(purged.await.expect("answers").purged, 1, "{key}");
+    assert!(store.entry(key).await.expect("read").is_none());
+}
+
+#[tokio::test]
+async fn an_older_schema_that_the_broker_lost_is_described_again_though_the_stream_has_its_changes()
+{
+    let stage = Stage::set(Setting {
+        stream: SYNCED,
+        ..Setting::default()
+    })
+    .await;
+    let pipeline = stage.start();
+    stage.sql("INSERT INTO t VALUES (1, 'one')").await;
+    stage.equal(&pipeline).await;
+    Stage::stopped(pipeline).await;
+    let mut capture = stage.start_with(CAPTURE);
+    Stage::readyz(&mut capture, 200, "streaming").await;
+    let schemas = bucket(&stage, SCHEMAS).await;
+    let versions = async || {
+        let keys = schemas.keys().await.expect("keys");
+        let keys: Vec<String> = keys.try_collect().await.expect("keys");
+        keys.into_iter().collect::<BTreeSet<_>>()
+    };
+    let first = versions().await;
+    let added = async |sql: &str, known: &BTreeSet<String>| {
+        stage.sql(sql).await;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let now = versions().await;
+            if now != *known {
+                break now;
+            }
+            assert!(Instant::now() < deadline, "{}", capture.logs());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    let second = added(
+        "ALTER TABLE t ADD COLUMN w int; INSERT INTO t VALUES (2, 'two', 2)",
+        &first,
+    )
+    .await;
+    let third = added(
+        "ALTER TABLE t ADD COLUMN x int; INSERT INTO t VALUES (3, 'three', 3, 3)",
+        &second,
+    )
+    .await;
+    assert_eq!(third.len(), second.len() + 1, "{third:?}");
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    capture.kill9();
+    let superseded = second.difference(&first).next().expect("another one");
+    lost(&schemas, superseded).await;
+    let pipeline = stage.start();
+    stage.equal(&pipeline).await;
+    let said = "the broker lost a table's schema";
+    assert!(pipeline.logs().contains(said), "{}", pipeline.logs());
+    assert!(versions().await.contains(superseded));
+    Stage::stopped(pipeline).await;
+    let pipeline = stage.start();
+    stage.sql("INSERT INTO t VALUES (4, 'four', 4, 4)").await;
+    stage.equal(&pipeline).await;
+    assert!(!pipeline.logs().contains(said), "{}", pipeline.logs());
+}
+
+#[tokio::test]
+async fn an_order_that_the_broker_lost_is_given_again_though_it_is_remembered_as_given() {
+    let stage = Stage::set(Setting {
+        schema: "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE TABLE u (id int PRIMARY KEY, v text)",
+        tables: &[("public.t", ""), ("public.u", "")],
+        stream: SYNCED,
+        ..Setting::default()
+    })
+    .await;
+    let mut pipeline = stage.start();
+    Stage::readyz(&mut pipeline, 200, "streaming").await;
+    stage.equal(&pipeline).await;
+    ends(&mut pipeline).await;
+    let mut capture = stage.start_with(CAPTURE);
+    Stage::readyz(&mut capture, 200, "streaming").await;
+    stage
+        .sql(
+            "BEGIN; ALTER TABLE u DROP CONSTRAINT u_pkey; INSERT INTO u VALUES (22, 'no key'); COMMIT;
+             ALTER TABLE u ADD PRIMARY KEY (id)",
+        )
+        .await;
+    let (copies, state) = (bucket(&stage, COPIES).await, bucket(&stage, STATE).await);
+    let has = async |store: &Store, key: &str, part: &str, capture: &Pipeline| {
+        let deadline = Instant::now() + PATIENCE;
+        while !text(store, key).await.contains(part) {
+            assert!(Instant::now() < deadline, "{}", capture.logs());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    has(&copies, "orders.replica", "left-out-", &capture).await;
+    has(&state, "left_out", "ordered", &capture).await;
+    let said = "the broker lost a backfill order";
+    assert!(!capture.logs().contains(said), "{}", capture.logs());
+    capture.kill9();
+    lost(&copies, "orders.replica").await;
+    let mut pipeline = stage.start();
+    stage.equal(&pipeline).await;
+    assert!(pipeline.logs().contains(said), "{}", pipeline.logs());
+    // Carried out: it is not given again, nor looked for.
+    has(&state, "ordered", "[]", &pipeline).await;
+    assert!(!text(&copies, "orders.replica").await.contains("owed"));
+    ends(&mut pipeline).await;
+    let pipeline = stage.start();
+    stage.sql("INSERT INTO t VALUES (1, 'again')").await;
+    stage.equal(&pipeline).await;
+    for again in [said, "backfill ordered"] {
+        assert!(!pipeline.logs().contains(again), "{}", pipeline.logs());
+    }
 }

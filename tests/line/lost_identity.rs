@@ -183,6 +183,49 @@ async fn a_table_without_identity_does_not_stay_published_while_the_broker_is_aw
 }
 
 #[tokio::test]
+async fn a_process_that_starts_while_the_broker_is_away_frees_the_application_too() {
+    let mut stage = usual().await;
+    let mut pipeline = stage.start();
+    stage.equal(&pipeline).await;
+    pipeline.kill9();
+    stage.nats.stop().await.expect("stopped");
+    stage.sql(NOTHING).await;
+    let mut pipeline = stage.start();
+    taken(&stage, &pipeline, MISSED).await;
+    assert_eq!(stage.source_text(MEMBER).await, "0");
+    assert!(pipeline.logs().contains("E1107"), "{}", pipeline.logs());
+    stage.nats.start_again().await.expect("broker");
+    parked(&mut pipeline, "E1107", MEND).await;
+    others_go_on(&stage, &pipeline, 1).await;
+    stage.sql(MEND).await;
+    stage.equal(&pipeline).await;
+    Stage::stopped(pipeline).await;
+
+    // Mended before the broker is back.
+    stage.nats.stop().await.expect("stopped");
+    stage.sql(NOTHING).await;
+    let pipeline = stage.start();
+    taken(&stage, &pipeline, "UPDATE u SET v = 'again' WHERE id <= 50").await;
+    stage.sql(MEND).await;
+    stage.sql("DELETE FROM u WHERE id > 550").await;
+    stage.nats.start_again().await.expect("broker");
+    stage.equal(&pipeline).await;
+    assert_eq!(stage.source_text(MEMBER).await, "1");
+    Stage::stopped(pipeline).await;
+
+    // Nothing is taken out for a capture that has not begun.
+    stage.nats.stop().await.expect("stopped");
+    stage
+        .sql("SELECT pg_drop_replication_slot('millrace_shop')")
+        .await;
+    stage.sql(NOTHING).await;
+    let pipeline = stage.start();
+    Stage::logs(&pipeline, "trying again").await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(stage.source_text(MEMBER).await, "1");
+}
+
+#[tokio::test]
 async fn a_table_that_loses_its_key_before_the_stream_begins_is_marked() {
     let stage = usual().await;
     let blocker = stage.postgres.connect("source").await.expect("connects");

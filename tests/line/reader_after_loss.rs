@@ -2,6 +2,7 @@
 
 use async_nats::header::NATS_EXPECTED_LAST_SEQUENCE;
 use async_nats::jetstream;
+use millrace_event::{Control, Position, decode_line, header};
 
 use crate::bad_input::edit;
 use crate::broker_loss::SYNCED;
@@ -36,7 +37,7 @@ async fn a_stream_that_stays_shorter_holds_no_sink_up() {
 
 /// A reader goes by that where a broker left a hole: behind it a publisher began again.
 #[tokio::test]
-async fn the_first_message_of_a_life_says_where_the_stream_ended() {
+async fn the_first_message_of_a_life_says_where_the_stream_ended_and_where_it_begins_itself() {
     let stage = Stage::set(Setting::default()).await;
     for life in 0..2 {
         let mut pipeline = stage.start();
@@ -49,13 +50,34 @@ async fn the_first_message_of_a_life_says_where_the_stream_ended() {
     }
     let jetstream = jetstream::new(stage.nats.client().await.expect("client"));
     let stream = jetstream.get_stream("CDC_shop").await.expect("a stream");
-    let mut begins = Vec::new();
+    let (mut begins, mut lives, mut before) = (Vec::new(), 0, Position::ZERO);
     for stream_seq in 1..=stream.cached_info().state.last_sequence {
         let message = stream.get_raw_message(stream_seq).await.expect("a message");
         if let Some(last) = message.headers.get(NATS_EXPECTED_LAST_SEQUENCE) {
             assert_eq!(last.as_str(), (stream_seq - 1).to_string());
             begins.push(stream_seq);
         }
+        let position = position(&message.payload);
+        if let Some(after) = message.headers.get(header::AFTER) {
+            // Of a life, not of a batch.
+            assert_eq!(after.as_str(), before.to_string());
+            assert!(begins.contains(&stream_seq) && position > before);
+            lives += 1;
+        }
+        before = position;
     }
+    assert_eq!(lives, 2);
     assert!(begins.len() >= 2, "{begins:?}");
+}
+
+/// The position of a message of one line.
+fn position(payload: &[u8]) -> Position {
+    match serde_json::from_slice::<Control>(payload) {
+        Ok(control) => control.position,
+        Err(_) => decode_line(payload)
+            .expect("an event")
+            .source
+            .version
+            .into(),
+    }
 }

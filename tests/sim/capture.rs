@@ -167,7 +167,7 @@ impl World {
                 None => return Ok(()),
                 // Tables keep their names here.
                 Some(Output::Named(_)) => {}
-                Some(Output::Describe(relation)) => {
+                Some(Output::Describe(relation) | Output::DescribeIfLost(relation)) => {
                     let known = self
                         .schemas
                         .contains_key(&(relation.name().clone(), relation.version().to_owned()));

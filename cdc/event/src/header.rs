@@ -6,6 +6,10 @@ pub const POSITION: &str = "Millrace-Position";
 /// Which part of a chunked message this is: `<i>/<n>/<publisher>`, `i` from 1.
 pub const CHUNK: &str = "Millrace-Chunk";
 
+/// On the first message of a publisher that begins: a position (32 hexadecimal digits). Everything above it is written
+/// from this message on, in order. Its `Nats-Expected-Last-Sequence` says that nothing came between.
+pub const AFTER: &str = "Millrace-After";
+
 /// On a copy stream: which request the rows belong to, `<request>/<attempt>`.
 pub const COPY: &str = "Millrace-Copy";
 

@@ -106,11 +106,13 @@ impl Capture {
 }
 
 /// Has a relation's schema kept before the first change that is published under it. An earlier life has seen to those
-/// of the changes that the stream has.
+/// of the changes that the stream has: of them it is looked whether the broker still holds it.
 fn describe(outputs: &mut VecDeque<Output>, relations: &mut Relations, relid: u32, behind: bool) {
-    if behind && let Some(relation) = relations.take_new(relid) {
-        outputs.push_back(Output::Describe(relation));
-    }
+    let output = match behind {
+        true => relations.take_new(relid).map(Output::Describe),
+        false => relations.take_skipped(relid).map(Output::DescribeIfLost),
+    };
+    outputs.extend(output);
 }
 
 /// Says it once where it is said of many changes in a row.

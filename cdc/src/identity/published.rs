@@ -308,7 +308,7 @@ impl Earlier {
                 oid: member.oid,
                 publication,
                 standing,
-                clause: member.clause,
+                clause: clause(member, table, before),
                 intended: None,
                 withheld,
             };
@@ -350,6 +350,23 @@ impl Earlier {
             }));
         }
         self.write(stream, &members).await
+    }
+}
+
+/// What a membership publishes, as far as it is known. Of a configured table that is what is configured, once the
+/// publication is made what it must be, whether or not somebody lets it be read just then.
+fn clause(member: Member, table: Option<&SourceTable>, before: Option<&Remembered>) -> Clause {
+    let Member { clause, unread, .. } = member;
+    if !unread {
+        return clause;
+    }
+    let known = match (table, before) {
+        (Some(table), _) => table.filter.clone(),
+        (None, before) => before.and_then(|before| before.clause.filter.clone()),
+    };
+    Clause {
+        filter: known,
+        ..clause
     }
 }
 

@@ -17,8 +17,8 @@ use crate::source::{self, Refused, SourceTable};
 /// What a process knows of its tables from one life to the next.
 #[derive(Debug, Default)]
 pub(crate) struct Away {
-    /// Those of the last life that streamed.
-    captured: Vec<TableName>,
+    /// Those of the last life that streamed; `None` before one did.
+    captured: Option<Vec<TableName>>,
     /// Those that were taken out of the publication since, and are not stored as such.
     withdrawn: Vec<TableName>,
 }
@@ -28,11 +28,12 @@ impl Away {
     pub(super) fn streams(&mut self, tables: &[SourceTable], refused: &[Refused]) {
         let tables = tables.iter().map(|table| &table.name);
         let refused = refused.iter().map(|table| &table.name);
-        self.captured = tables.chain(refused).cloned().collect();
+        self.captured = Some(tables.chain(refused).cloned().collect());
     }
 
-    /// Takes tables out of the publication that this process captured, cannot capture as they are now, and that keep
-    /// the application from its own rows while they are in it.
+    /// Takes tables out of the publication that were captured, cannot be as they are now, and that keep the application
+    /// from its own rows while they are in it. A process that has not streamed yet goes by the source: where the slot is
+    /// there a capture has begun with the publication, and where nobody reads it no other process sees to its tables.
     ///
     /// # Errors
     /// The source is away too.
@@ -43,11 +44,13 @@ impl Away {
         version: i32,
         refused: &[Refused],
     ) -> Result<(), Error> {
-        let is_ours = |table: &&Refused| {
-            self.captured.contains(&table.name) && !self.withdrawn.contains(&table.name)
+        let left = |table: &&Refused| {
+            let captured = self.captured.as_ref();
+            captured.is_none_or(|captured| captured.contains(&table.name))
+                && !self.withdrawn.contains(&table.name)
         };
-        let ours: Vec<_> = refused.iter().filter(is_ours).cloned().collect();
-        if ours.is_empty() {
+        let ours: Vec<_> = refused.iter().filter(left).cloned().collect();
+        if ours.is_empty() || (self.captured.is_none() && !is_left_alone(config, client).await?) {
             return Ok(());
         }
         let name = source::publication_name(&config.source.name);
@@ -82,4 +85,10 @@ impl Away {
         self.withdrawn.clear();
         Ok(())
     }
+}
+
+/// Whether a capture has begun at this source, and no process goes on with it.
+async fn is_left_alone(config: &Config, client: &Client) -> Result<bool, Error> {
+    let slot = source::find_slot(client, &source::slot_name(&config.source.name)).await?;
+    Ok(slot.is_some_and(|slot| slot.active_pid.is_none()))
 }

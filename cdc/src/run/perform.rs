@@ -33,6 +33,7 @@ impl Line<'_> {
                 }
                 Output::Named(named) => self.named(&named).await?,
                 Output::Describe(relation) => self.describe(&relation).await?,
+                Output::DescribeIfLost(relation) => self.describe_if_lost(&relation).await?,
                 Output::LeftOut(error, lsn) => {
                     self.left_out.note(&self.stream.state, &error, lsn).await?;
                 }
@@ -64,7 +65,7 @@ impl Line<'_> {
             .subjects
             .get(outgoing.subject.0 as usize)
             .expect("just brought up to date");
-        let headers = outgoing.chunk.map(|chunk| {
+        let mut headers = outgoing.chunk.map(|chunk| {
             let mut headers = HeaderMap::new();
             headers.insert(header::POSITION, outgoing.position.to_string());
             let Self { publisher, .. } = self;
@@ -74,6 +75,12 @@ impl Line<'_> {
             );
             headers
         });
+        if self.published == 0 {
+            // A reader that meets it behind messages that the broker lost knows what they were.
+            headers
+                .get_or_insert_default()
+                .insert(header::AFTER, self.after.to_string());
+        }
         let payload = outgoing.payload.clone();
         Some(publish::Outgoing {
             subject: subject.clone(),
@@ -155,6 +162,27 @@ impl Line<'_> {
         );
         let now = source::describe_now(client, table).await?;
         schemas::keep(&self.stream.schemas, table, &schema, now.as_ref()).await
+    }
+
+    /// Keeps the schema that events in the stream name, where the broker lost it and kept them: a sink that meets them
+    /// waits for it.
+    async fn describe_if_lost(&mut self, relation: &Arc<Relation>) -> Result<(), Error> {
+        let (name, version) = (relation.name(), relation.version());
+        if schemas::has(&self.stream.schemas, name, version).await? {
+            return Ok(());
+        }
+        tracing::warn!(table = %name, version, "the broker lost a table's schema: it is described again");
+        match self.describe(relation).await {
+            // It was published as the table was configured then.
+            Err(Error::Halt(condition)) => {
+                tracing::warn!(
+                    table = %name, version, code = condition.code.as_str(), remedy = %condition.remedy,
+                    "{}: an older schema is not described again", condition.message
+                );
+                Ok(())
+            }
+            described => described,
+        }
     }
 
     /// Looks whether the stream still holds what is about to be forgotten by the slot.

@@ -39,12 +39,12 @@ pub(crate) struct Gate {
 }
 
 impl Gate {
-    /// For a consumer that begins after `after`, on a stream that ended at `last` before.
-    pub(crate) fn new(stream: Stream, consumer: PullConsumer, after: u64, last: u64) -> Self {
+    /// Of a consumer of this stream.
+    pub(crate) fn new(stream: Stream, consumer: PullConsumer, coverage: Coverage) -> Self {
         Self {
             stream,
             consumer,
-            coverage: Coverage::new(after, last),
+            coverage,
             waiting: VecDeque::new(),
             waiting_bytes: 0,
             passed: VecDeque::new(),
@@ -109,7 +109,9 @@ impl Gate {
         let look = look.await;
         (self.look, self.looked_at) = (None, Instant::now());
         let newest = self.waiting.back().map(|arrival| arrival.stream_seq);
-        self.coverage.on_look(look?, newest).map_err(Fault::Fatal)?;
+        let covered = self.coverage.on_look(look?, newest);
+        let begin = covered.map_err(Fault::Fatal)?;
+        self.waiting.retain(|arrival| arrival.stream_seq >= begin);
         self.passed.append(&mut self.waiting);
         self.waiting_bytes = 0;
         Ok(())

@@ -3,11 +3,14 @@
 use std::time::Duration;
 
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, PullConsumer, pull};
+use async_nats::jetstream::message::StreamMessage;
 use async_nats::jetstream::stream::{self, RawMessageErrorKind, Stream};
 use futures_util::StreamExt as _;
 use millrace_event::{ControlKind, Position, subject};
 
+use crate::coverage::Coverage;
 use crate::gate::Gate;
+use crate::hole::{self, Behind};
 use crate::position::{ResumeSearch, control, of_message};
 use crate::resume::{self, Extent, Place};
 use crate::{Ordering, ReadError, ReaderOptions, Start, Token};
@@ -118,7 +121,11 @@ pub(crate) async fn make(options: ReaderOptions, reached: Option<Token>) -> Resu
         );
     }
     let gate = options.tables.is_some();
-    let gate = gate.then(|| Gate::new(stream, consumer, after, info.state.last_sequence));
+    let gate = gate.then(|| {
+        let begins = reached.is_none() && options.start == Start::Beginning;
+        let coverage = Coverage::new(after, info.state.last_sequence, begins);
+        Gate::new(stream, consumer, coverage)
+    });
     let link = Link {
         messages,
         consumer_seq: 0,
@@ -215,6 +222,13 @@ async fn resume_after(
             None => resume::from_the_oldest(token, extent, oldest_position(stream, extent).await?),
         };
     }
+    if place == Place::Gone && options.ordering == Ordering::ByPosition {
+        // What is gone may be what the broker lost, and is written again.
+        let behind = behind_what_is_gone(stream, extent.first).await?;
+        if behind.is_some_and(|behind| hole::is_harmless(token.position, behind)) {
+            place = Place::After(extent.first - 1);
+        }
+    }
     let wanted = token.stream_seq + 1;
     match place {
         Place::After(stream_seq) => Ok(stream_seq),
@@ -271,14 +285,25 @@ async fn oldest_position(stream: &Stream, extent: Extent) -> Result<Option<Posit
     Ok(None)
 }
 
+/// What the message tells with which the stream goes on.
+async fn behind_what_is_gone(stream: &Stream, first: u64) -> Result<Option<Behind>, Fault> {
+    let message = message_at(stream, first).await?;
+    Ok(message.map(|message| Behind::of(first, Some(&message.headers), &message.payload)))
+}
+
 /// The position of a message, read through the stream's leader; of a chunk, its row's.
 async fn position_at(stream: &Stream, stream_seq: u64) -> Result<Option<Position>, Fault> {
-    let message = match answer(stream.get_raw_message(stream_seq)).await? {
-        Ok(message) => message,
-        Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => return Ok(None),
-        Err(error) => return Err(error.into()),
-    };
-    Ok(of_message(Some(&message.headers), &message.payload))
+    let message = message_at(stream, stream_seq).await?;
+    Ok(message.and_then(|message| of_message(Some(&message.headers), &message.payload)))
+}
+
+/// A message, read through the stream's leader.
+async fn message_at(stream: &Stream, stream_seq: u64) -> Result<Option<StreamMessage>, Fault> {
+    match answer(stream.get_raw_message(stream_seq)).await? {
+        Ok(message) => Ok(Some(message)),
+        Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(None),
+        Err(error) => Err(error.into()),
+    }
 }
 
 #[cfg(test)]

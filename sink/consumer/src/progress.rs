@@ -2,14 +2,13 @@
 
 use std::time::SystemTime;
 
-use async_nats::header::NATS_EXPECTED_LAST_SEQUENCE;
 use async_nats::{HeaderMap, Subject};
 use bytes::Bytes;
 use millrace_event::{Position, header};
 
 use crate::chunks::{Assembly, Place};
 use crate::hole::Behind;
-use crate::position::{control, of_changes, of_message};
+use crate::position::{control, of_changes};
 use crate::{Body, Delivery, Ordering, Token};
 
 /// One message as it came.
@@ -24,13 +23,7 @@ pub(crate) struct Arrival {
 impl Arrival {
     /// What it tells of a hole in the sequences before it.
     pub(crate) fn behind_a_hole(&self) -> Behind {
-        let headers = self.headers.as_ref();
-        let expected = headers.and_then(|headers| headers.get(NATS_EXPECTED_LAST_SEQUENCE));
-        Behind {
-            stream_seq: self.stream_seq,
-            position: of_message(headers, &self.payload),
-            expected_last: expected.and_then(|expected| expected.as_str().parse().ok()),
-        }
+        Behind::of(self.stream_seq, self.headers.as_ref(), &self.payload)
     }
 }
 
@@ -48,6 +41,8 @@ pub(crate) struct Progress {
     before_chunks: u64,
     /// Messages that were not ours.
     pub(crate) foreign: u64,
+    /// Whether any message arrived: before that, a reader that starts at the oldest message misses nothing.
+    pub(crate) has_read: bool,
 }
 
 impl Progress {
@@ -59,6 +54,7 @@ impl Progress {
             assembly: Assembly::default(),
             before_chunks: 0,
             foreign: 0,
+            has_read: false,
         }
     }
 
@@ -93,7 +89,7 @@ impl Progress {
             payload,
         } = arrival;
         let before = self.stream_seq;
-        self.stream_seq = stream_seq;
+        (self.stream_seq, self.has_read) = (stream_seq, true);
         let payload = match headers
             .as_ref()
             .and_then(|headers| headers.get(header::CHUNK))

@@ -270,7 +270,8 @@ impl Reader {
             return Ok(None);
         };
         let (wanted, found) = (progress.stream_seq + 1, arrival.stream_seq);
-        if found != wanted {
+        let begins = self.options.start == Start::Beginning && !progress.has_read;
+        if found != wanted && !begins {
             let own = progress.token().position;
             let by_position = self.options.ordering == Ordering::ByPosition;
             if !by_position || !hole::is_harmless(own, arrival.behind_a_hole()) {
@@ -306,7 +307,11 @@ impl Reader {
             tokio::time::sleep_until(at).await;
         }
         let attempt = self.attempt.get_or_insert_with(|| {
-            let reached = self.progress.as_ref().map(Progress::token);
+            let begins = self.options.start == Start::Beginning;
+            // Before anything was read, what is the oldest by now is the beginning.
+            let progress = self.progress.as_ref();
+            let reached = progress.filter(|progress| progress.has_read || !begins);
+            let reached = reached.map(Progress::token);
             link::make(self.options.clone(), reached).boxed()
         });
         let made = attempt.await;
@@ -314,9 +319,13 @@ impl Reader {
         match made {
             Ok(Made { link, token, after }) => {
                 let ordering = self.options.ordering;
-                self.progress
-                    .get_or_insert_with(|| Progress::new(ordering, token))
-                    .rewind(after);
+                let progress = self
+                    .progress
+                    .get_or_insert_with(|| Progress::new(ordering, token));
+                if !progress.has_read {
+                    *progress = Progress::new(ordering, token);
+                }
+                progress.rewind(after);
                 self.link = Some(link);
                 Ok(())
             }

@@ -225,6 +225,36 @@ fn what_nobody_can_read_is_as_it_was_or_judged_later() {
     assert!(!open.is_published_as(&unread(1)[&named()]));
 }
 
+#[test]
+fn a_condition_that_nobody_can_read_is_remembered_as_it_is_known() {
+    let mut filtered = table(COLUMNS, &["note"], &[]);
+    filtered.filter = Some("(id > 3)".to_owned());
+    let before = remembered(1, &filtered, None);
+    let unread = || {
+        let mut members = published(2, &filtered);
+        let mut member = members.remove(&named()).expect("is there");
+        (member.clause.filter, member.unread) = (None, true);
+        member
+    };
+    let after = |clause| Remembered {
+        oid: 2,
+        clause,
+        ..before.clone()
+    };
+    let now = after(clause(unread(), Some(&filtered), Some(&before)));
+    assert_eq!(now.clause, before.clause);
+    assert_eq!(change(&filtered, &before, &now), None);
+    // What is configured now was just published, and is another condition than before.
+    let mut other = filtered.clone();
+    other.filter = Some("(id > 4)".to_owned());
+    let now = after(clause(unread(), Some(&other), Some(&before)));
+    assert_eq!(now.clause, other.clause());
+    assert!(change(&other, &before, &now).is_some());
+    // Not configured now.
+    assert_eq!(clause(unread(), None, Some(&before)), before.clause);
+    assert_eq!(clause(unread(), None, None).filter, None);
+}
+
 /// What has become of a table that was published as `before`: what is said of it where it is parked, and whether it
 /// is back.
 fn drift(

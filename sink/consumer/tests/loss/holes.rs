@@ -3,27 +3,40 @@
 use async_nats::HeaderMap;
 use async_nats::header::NATS_EXPECTED_LAST_SEQUENCE;
 use async_nats::jetstream::Context;
-use millrace_consumer::ReadError;
-use millrace_event::subject;
+use millrace_consumer::{ReadError, Reader, ReaderOptions, Start};
+use millrace_event::{header, subject};
 use millrace_lab::{Nats, NatsOptions};
 
-use crate::decoded::{connect, make, message, publish, reader, store, token, up_to};
+use crate::decoded::{connect, make, message, position, publish, reader, store, token, up_to};
+
+const GAP: ReadError = ReadError::Gap {
+    wanted: 13,
+    found: 21,
+};
+
+/// What a publisher's first message says.
+enum Says {
+    /// Nothing: it is inside a batch.
+    Nothing,
+    /// Where the stream ended.
+    End,
+    /// That, and above which of the sequence it writes everything.
+    After(u64),
+}
 
 /// A stream of 1 to 20 of which 13 to 20 are lost and not forgotten, and what a publisher writes then.
-async fn stream_with_a_hole(
-    nats: &Nats,
-    source: &str,
-    opens_batch: bool,
-    again: &[u64],
-) -> Context {
+async fn stream_with_a_hole(nats: &Nats, source: &str, says: Says, again: &[u64]) -> Context {
     let jetstream = connect(nats.url()).await;
     make(&jetstream, source).await;
     let before: Vec<u64> = (1..=20).collect();
     store(&jetstream, source, "t", &before).await;
     let (first, rest) = again.split_first().expect("something");
     let mut headers = HeaderMap::new();
-    if opens_batch {
+    if !matches!(says, Says::Nothing) {
         headers.insert(NATS_EXPECTED_LAST_SEQUENCE, "20");
+    }
+    if let Says::After(n) = says {
+        headers.insert(header::AFTER, position(n).to_string());
     }
     let (subject, payload) = message(source, "t", *first);
     publish(&jetstream, subject, headers, payload).await;
@@ -42,21 +55,52 @@ async fn a_hole_is_a_gap_unless_what_it_held_is_written_again() {
     let again: Vec<u64> = (13..=30).collect();
     for own in [13, 17, 20] {
         let source = format!("s{own}");
-        let jetstream = stream_with_a_hole(&nats, &source, true, &again).await;
+        let jetstream = stream_with_a_hole(&nats, &source, Says::End, &again).await;
         let mut reader = reader(jetstream, &source, token(own, own));
         let expected: Vec<u64> = (own + 1..=30).collect();
         assert_eq!(up_to(&mut reader, 30).await, expected);
     }
+    // It cannot know whether 13 is what follows 12.
+    let jetstream = stream_with_a_hole(&nats, "next", Says::End, &again).await;
+    let mut next = reader(jetstream, "next", token(12, 12));
+    assert_eq!(next.next().await.err(), Some(GAP));
+    // What an overtaken publisher sent late.
+    let jetstream = stream_with_a_hole(&nats, "late", Says::Nothing, &[12, 21, 22]).await;
+    let mut late = reader(jetstream, "late", token(12, 12));
+    assert_eq!(late.next().await.err(), Some(GAP));
+}
+
+/// Of a publisher that says where it begins, also a reader goes on that has read no more than what was left, or less.
+#[tokio::test]
+async fn a_hole_is_no_gap_of_a_reader_at_its_edge_where_the_publisher_began_there() {
+    let nats = Nats::start(NatsOptions::default()).await.expect("nats");
+    let again: Vec<u64> = (13..=30).collect();
+    let jetstream = stream_with_a_hole(&nats, "edge", Says::After(12), &again).await;
+    let all: Vec<u64> = (1..=30).collect();
+    let options = ReaderOptions::new(jetstream.clone(), "edge", Start::Beginning);
+    let mut whole = Reader::open(options);
+    assert_eq!(up_to(&mut whole, 30).await, all);
+    for own in [5, 12, 17] {
+        let mut reader = reader(jetstream.clone(), "edge", token(own, own));
+        let position = usize::try_from(own).expect("small");
+        assert_eq!(up_to(&mut reader, 30).await, all[position..], "{own}");
+    }
+
+    // It is also the stream's beginning, once what was left is purged.
+    let stream = jetstream.get_stream(subject::stream_name("edge")).await;
+    let purge = stream.expect("a stream").purge().sequence(21);
+    purge.await.expect("purged");
+    let mut purged = reader(jetstream.clone(), "edge", token(12, 12));
+    assert_eq!(up_to(&mut purged, 30).await, all[12..]);
+    let mut before = reader(jetstream, "edge", token(11, 11));
     let gap = ReadError::Gap {
-        wanted: 13,
+        wanted: 12,
         found: 21,
     };
-    // It cannot know whether 13 is what follows 12.
-    let jetstream = stream_with_a_hole(&nats, "next", true, &again).await;
-    let mut next = reader(jetstream, "next", token(12, 12));
-    assert_eq!(next.next().await.err(), Some(gap.clone()));
-    // What an overtaken publisher sent late.
-    let jetstream = stream_with_a_hole(&nats, "late", false, &[12, 21, 22]).await;
-    let mut late = reader(jetstream, "late", token(12, 12));
-    assert_eq!(late.next().await.err(), Some(gap));
+    assert_eq!(before.next().await.err(), Some(gap));
+
+    // It had seen what was lost later.
+    let jetstream = stream_with_a_hole(&nats, "seen", Says::After(20), &[21, 22]).await;
+    let mut seen = reader(jetstream, "seen", token(12, 12));
+    assert_eq!(seen.next().await.err(), Some(GAP));
 }

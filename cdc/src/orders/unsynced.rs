@@ -1,0 +1,248 @@
+//! Orders that the broker may still lose. Their lists and what is remembered of their causes are synced each by itself: a
+//! broker that loses power may keep that something was ordered, and lose the order. Until an order is older than what
+//! a broker may lose, it is looked for on its sink's list, and given again where it has gone.
+//!
+//! A list that is as old as the order or older has lost it. Whoever takes an order off writes the list anew, so a newer
+//! list without it says that it was carried out. (A list that was lost and written again before anybody looked says so
+//! too. That takes a sink or an operator that is faster than the life that begins with the lost connection.)
+
+use std::collections::{BTreeSet, HashMap};
+use std::time::{Duration, Instant};
+
+use async_nats::jetstream::kv::{self, Operation};
+use millrace_config::Config;
+use millrace_event::TableName;
+use millrace_event::work::{BackfillOrder, orders_key};
+use serde::{Deserialize, Serialize};
+use tokio::sync::Mutex;
+
+use super::order;
+use crate::life::Stream;
+use crate::{Error, identity, understood};
+
+/// Where they are remembered.
+const KEY: &str = "ordered";
+
+/// So many are looked for; of more, the oldest are taken for synced.
+const ORDERS_MAX: usize = 1_024;
+
+/// An order as it was put on a sink's list.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Placed {
+    pub(super) sink: String,
+    pub(super) table: TableName,
+    pub(super) id: String,
+    /// The list's revision that has it.
+    pub(super) revision: u64,
+}
+
+/// An order that was not on its list for long enough.
+#[derive(Debug)]
+struct Young {
+    placed: Placed,
+    /// When this life first saw the list's revision: what an earlier life has waited counts for nothing.
+    since: Instant,
+}
+
+/// The orders that the broker may still lose; `None` before they were read.
+#[derive(Default)]
+pub(crate) struct Unsynced(Mutex<Option<Vec<Young>>>);
+
+/// A sink's list.
+struct List {
+    /// Zero where there is none.
+    revision: u64,
+    /// `None` where it is not understood: nothing is known of its orders, and whoever gives one more says so.
+    orders: Option<Vec<BackfillOrder>>,
+}
+
+/// What has become of an order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    /// It is on the list, and may still be lost.
+    Young,
+    /// It is on the list for good, or was carried out.
+    Settled,
+    /// The broker lost it.
+    Lost,
+}
+
+/// `held` is how long the list has been as it is, and `age` how long the broker may take to sync it.
+fn fate(placed: &Placed, list: &List, held: Duration, age: Duration) -> Fate {
+    let Some(orders) = &list.orders else {
+        return Fate::Young;
+    };
+    let is_it = |order: &BackfillOrder| order.id == placed.id && order.table == placed.table;
+    if !orders.iter().any(is_it) {
+        return match list.revision > placed.revision {
+            true => Fate::Settled,
+            false => Fate::Lost,
+        };
+    }
+    match held >= age && list.revision == placed.revision {
+        true => Fate::Settled,
+        false => Fate::Young,
+    }
+}
+
+impl Unsynced {
+    /// Remembers orders that were just given.
+    pub(super) async fn keep(&self, state: &kv::Store, placed: Vec<Placed>) -> Result<(), Error> {
+        let mut young = self.0.lock().await;
+        let young = read(&mut young, state).await?;
+        for placed in placed {
+            let known = |young: &Young| {
+                let known = &young.placed;
+                (&known.sink, &known.table, &known.id) == (&placed.sink, &placed.table, &placed.id)
+            };
+            young.retain(|young| !known(young));
+            young.push(Young {
+                placed,
+                since: Instant::now(),
+            });
+        }
+        young.drain(..young.len().saturating_sub(ORDERS_MAX));
+        store(state, young).await
+    }
+}
+
+/// Gives orders again that the broker lost, as far as it may lose what it has acknowledged.
+///
+/// # Errors
+/// The broker is away.
+pub(crate) async fn renew(config: &Config, stream: &Stream) -> Result<(), Error> {
+    let Some(age) = config.stream.kept_until_synced() else {
+        return Ok(());
+    };
+    let mut young = stream.unsynced.0.lock().await;
+    let young = read(&mut young, &stream.state).await?;
+    let sinks: BTreeSet<_> = young
+        .iter()
+        .map(|young| young.placed.sink.clone())
+        .collect();
+    let mut lists = HashMap::with_capacity(sinks.len());
+    for sink in sinks {
+        let list = list(&stream.copies, &sink).await?;
+        lists.insert(sink, list);
+    }
+    let (mut left, mut news) = (Vec::with_capacity(young.len()), false);
+    for Young {
+        mut placed,
+        mut since,
+    } in std::mem::take(young)
+    {
+        let Placed {
+            sink, table, id, ..
+        } = &placed;
+        let list = &lists[sink];
+        let fate = fate(&placed, list, since.elapsed(), age);
+        news |= fate != Fate::Young;
+        let revision = match fate {
+            Fate::Settled => continue,
+            Fate::Young => list.revision,
+            Fate::Lost => {
+                tracing::warn!(%sink, %table, order = id, "the broker lost a backfill order: it is given again");
+                order(&stream.copies, sink, table, id).await?
+            }
+        };
+        if revision != placed.revision {
+            (placed.revision, since) = (revision, Instant::now());
+        }
+        left.push(Young { placed, since });
+    }
+    *young = left;
+    match news {
+        true => store(&stream.state, young).await,
+        false => Ok(()),
+    }
+}
+
+/// A sink's list as it is now.
+async fn list(copies: &kv::Store, sink: &str) -> Result<List, Error> {
+    let key = orders_key(sink);
+    let entry = crate::stream::entry(copies, &key)
+        .await
+        .map_err(|error| Error::retry("backfill orders cannot be read", error))?;
+    let revision = entry.as_ref().map_or(0, |entry| entry.revision);
+    let orders = match entry.filter(|entry| entry.operation == Operation::Put) {
+        Some(entry) => understood(&copies.name, &key, &entry.value).ok(),
+        None => Some(Vec::new()),
+    };
+    Ok(List { revision, orders })
+}
+
+/// The orders, which are read when they are first asked for.
+async fn read<'y>(
+    young: &'y mut Option<Vec<Young>>,
+    state: &kv::Store,
+) -> Result<&'y mut Vec<Young>, Error> {
+    if young.is_none() {
+        let stored: Option<Vec<Placed>> = identity::read(state, KEY).await?;
+        let since = Instant::now();
+        let stored = stored.unwrap_or_default().into_iter();
+        let stored = stored.map(|placed| Young { placed, since });
+        *young = Some(stored.collect());
+    }
+    Ok(young.get_or_insert_default())
+}
+
+async fn store(state: &kv::Store, young: &[Young]) -> Result<(), Error> {
+    let placed: Vec<_> = young.iter().map(|young| &young.placed).collect();
+    let value = serde_json::to_vec(&placed).expect("plain JSON");
+    identity::store(state, KEY, value).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const AGE: Duration = Duration::from_secs(150);
+
+    fn placed() -> Placed {
+        Placed {
+            sink: "replica".to_owned(),
+            table: TableName::new("public", "t"),
+            id: "schema-7".to_owned(),
+            revision: 10,
+        }
+    }
+
+    fn at(held_secs: u64, revision: u64, orders: &[(&str, &str)]) -> Fate {
+        let order = |(id, table): &(&str, &str)| {
+            BackfillOrder::new((*id).to_owned(), TableName::new("public", *table))
+        };
+        let list = List {
+            revision,
+            orders: Some(orders.iter().map(order).collect()),
+        };
+        fate(&placed(), &list, Duration::from_secs(held_secs), AGE)
+    }
+
+    #[test]
+    fn an_order_is_looked_for_until_its_list_is_synced() {
+        let has = [("named-1", "u"), ("schema-7", "t")];
+        assert_eq!(at(149, 10, &has), Fate::Young);
+        assert_eq!(at(150, 10, &has), Fate::Settled);
+        // It was written again since, and is as young as that.
+        assert_eq!(at(150, 12, &has), Fate::Young);
+        // Its sink has taken it off.
+        assert_eq!(at(1, 12, &[("named-1", "u")]), Fate::Settled);
+        assert_eq!(at(1, 12, &[]), Fate::Settled);
+    }
+
+    #[test]
+    fn an_order_that_is_not_on_a_list_of_before_is_lost() {
+        for held in [0, 149, 500] {
+            assert_eq!(at(held, 0, &[]), Fate::Lost);
+            assert_eq!(at(held, 9, &[("named-1", "u")]), Fate::Lost);
+            assert_eq!(at(held, 10, &[("schema-7", "u")]), Fate::Lost);
+        }
+    }
+
+    #[test]
+    fn a_list_that_nobody_understands_says_nothing() {
+        let (revision, orders) = (12, None);
+        let list = List { revision, orders };
+        assert_eq!(fate(&placed(), &list, AGE, AGE), Fate::Young);
+    }
+}
