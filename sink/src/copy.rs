@@ -18,7 +18,7 @@ use tokio::time::Instant;
 use self::answer::Answer;
 pub(crate) use self::bucket::withdraw;
 use self::bucket::{Stored, put, request_key, stored_request, strike};
-use self::healing::Healing;
+use self::healing::{Found, Healing, Room};
 use self::taking::{Taken, reach_of, take};
 use self::told::{Telling, Told, Word};
 pub(crate) use self::unread::Unread;
@@ -108,8 +108,12 @@ impl Copies {
         collected: Position,
     ) -> Result<Looked, Error> {
         let looked = self.look_now(life, collected).await;
-        // From its end: where the broker is far, there is time for the rows in between.
-        self.looked_at = Some(Instant::now());
+        self.looked_at = match &looked {
+            // Once that is stored there is something to ask for.
+            Ok(Looked::Changed(_)) => None,
+            // From its end: where the broker is far, there is time for the rows in between.
+            _ => Some(Instant::now()),
+        };
         looked
     }
 
@@ -131,7 +135,12 @@ impl Copies {
             // What was ordered before goes on, and what was carried out is not forgotten.
             Word::Unread => None,
         };
-        if let Some(progress) = ordered {
+        if let Some(mut progress) = ordered {
+            let begun = asking::begun(&life.progress, &progress);
+            if !begun.is_empty() {
+                let (_, newest) = life.newest().await?;
+                asking::doubt(&mut progress, &begun, collected.max(newest.position));
+            }
             // A request that an order has changed the sense of must not be gone on with.
             let asked = self.answer.as_ref().map(|answer| answer.machine.request());
             if !asked.is_some_and(|asked| asking::must_stay(&asked.tables, &life.progress)) {
@@ -143,9 +152,9 @@ impl Copies {
             strike(life, orders).await?;
         }
         // What capture said before holds until it is understood again.
-        if let Word::Said(status) = status {
+        if let Word::Said(status) = &status {
             self.clearing &= status.is_some();
-            self.take_status(life, status).await?;
+            self.take_status(life, status.as_ref()).await?;
         }
         let cut = self.cut_loads(life).await?;
         if !cut.is_empty() {
@@ -159,6 +168,10 @@ impl Copies {
         }
         self.find_debts(life).await?;
         self.ask(life).await?;
+        if let Word::Said(status) = &status {
+            // A request that is gone on with may be answered already, and that is no news then.
+            self.take_status(life, status.as_ref()).await?;
+        }
         self.tell_applied(life).await?;
         Ok(Looked::Nothing)
     }
@@ -181,13 +194,14 @@ impl Copies {
     async fn take_status(
         &mut self,
         life: &mut Life<'_>,
-        status: Option<CopyStatus>,
+        status: Option<&CopyStatus>,
     ) -> Result<(), Error> {
         let Some(answer) = &mut self.answer else {
             return Ok(());
         };
         let request = answer.machine.request();
-        answer.status = status.filter(|status| status.request == request.id);
+        let status = status.filter(|status| status.request == request.id);
+        answer.status = status.cloned();
         if answer.reader.is_none() && answer.status.is_some() {
             let options = ReaderOptions {
                 stream: subject::copy_stream_name(life.source, &life.settings.name),
@@ -249,18 +263,25 @@ impl Copies {
             .progress
             .those(|state| matches!(state, CopyState::Copied { .. }));
         tables.retain(|table| !awaited.contains(table));
-        let mut room = healing::room_beside(&self.debts);
-        for table in tables {
+        let mut room = Room::beside(&self.debts);
+        for table in self.healing.in_turn(tables) {
             let after = self.healing.place(&table);
             let mut found = life.incomplete(&table, after, healing::ROWS_MAX).await?;
-            // What a table does not get an answer for stays in the requests to come: there is always room beside it.
-            let share = room / 2;
-            let mut left = share;
-            self.healing.found(&table, &mut found, &mut left);
-            room -= share - left;
+            let mut fits = self.healing.found(&table, &mut found, room);
+            if fits == Found::Squeezed {
+                // What gives way is asked for again after a while.
+                self.debts.retain(|(table, _)| !awaited.contains(table));
+                room = Room::beside(&self.debts);
+                fits = self.healing.found(&table, &mut found, room);
+            }
+            if fits == Found::Squeezed {
+                self.healing.waits(table);
+                continue;
+            }
             let keys = life.key_texts(&table, &found).await?;
             let fresh = self.healing.ask(&table, keys, now);
             if !fresh.is_empty() {
+                room.take(&fresh);
                 tracing::info!(
                     sink = %life.settings.name, %table, rows = fresh.len(),
                     "rows of which columns are missing are read again"
