@@ -1,19 +1,32 @@
-//! A sink that is far behind its source follows its stream before it does anything beside it.
+//! What a sink does beside its stream while changes come faster than its target takes them: copies have a share, until
+//! the sink is far behind its source; then they wait.
 
 use std::time::{Duration, Instant};
 
 use async_nats::jetstream;
-use millrace_event::subject;
+use millrace_event::work::{COPIES, CopyRequest, CopyStatus};
+use millrace_event::{TableName, subject};
+use millrace_lab::Pipeline;
 use millrace_sink::late::LAG_MAX_US;
 use serde_json::Value;
 
 use crate::stage::{PATIENCE, Setting, Stage};
 
-const CAPTURE: [&str; 3] = ["run", "--only", "capture"];
-const SINK: [&str; 3] = ["run", "--only", "sink:replica"];
+/// Each statement of the sink takes as long as the table `pace` says, in seconds.
+const SLOW: &str = "CREATE TABLE pace (seconds float8);
+    INSERT INTO pace VALUES (0.15);
+    CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS
+        'BEGIN PERFORM pg_sleep(seconds) FROM public.pace; RETURN NULL; END';
+    CREATE TRIGGER slow AFTER INSERT OR UPDATE ON t EXECUTE FUNCTION slow();
+    CREATE TRIGGER slow AFTER INSERT OR UPDATE ON u EXECUTE FUNCTION slow();
+    ALTER TABLE t ENABLE ALWAYS TRIGGER slow;
+    ALTER TABLE u ENABLE ALWAYS TRIGGER slow";
 
-/// How many transactions the sink has to catch up with.
-const BACKLOG: u64 = 20_000;
+/// How many transactions the sink has to catch up with: more than its target takes before it is late.
+const BACKLOG: u64 = 5_000;
+
+/// What a batch of the sink takes, and more.
+const SLACK: Duration = Duration::from_millis(500);
 
 /// What `backfill status` says of `u`.
 async fn line(stage: &Stage) -> Value {
@@ -35,20 +48,59 @@ async fn stands(stage: &Stage) -> (u64, u64) {
     (number(came), number(wrong))
 }
 
+/// Waits until capture has put all rows of `u` on the copy stream.
+async fn all_read(stage: &Stage, pipeline: &Pipeline) {
+    let jetstream = jetstream::new(stage.nats.client().await.expect("nats"));
+    let copies = jetstream.get_key_value(subject::bucket_name("shop", COPIES));
+    let copies = copies.await.expect("a bucket");
+    let (deadline, u) = (Instant::now() + PATIENCE, TableName::new("public", "u"));
+    loop {
+        let request = copies.get("request.replica").await.expect("an answer");
+        let status = copies.get("status.replica").await.expect("an answer");
+        if let (Some(request), Some(status)) = (request, status) {
+            let request: CopyRequest = serde_json::from_slice(&request).expect("a request");
+            let status: CopyStatus = serde_json::from_slice(&status).expect("a status");
+            if status.request == request.id && status.copied.contains(&u) {
+                return;
+            }
+        }
+        assert!(Instant::now() < deadline, "{}", pipeline.logs());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Waits until so many rows are wrong at most.
+async fn mended(stage: &Stage, pipeline: &Pipeline, wrong: u64) {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let now = stands(stage).await;
+        if now.1 <= wrong {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{now:?}\n{}", pipeline.logs());
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
 #[tokio::test]
-async fn a_backfill_waits_while_the_sink_is_late_and_goes_on_afterwards() {
+async fn a_backfill_has_a_share_beside_full_batches_until_the_sink_is_late() {
     let stage = Stage::set(Setting {
         schema: "CREATE TABLE t (id int PRIMARY KEY, v text);
             CREATE TABLE u (id int PRIMARY KEY, v text);
-            INSERT INTO u SELECT i, 'row ' || i FROM generate_series(1, 100) i",
+            INSERT INTO u SELECT i, repeat('x', 25000) FROM generate_series(1, 800) i",
         tables: &[("public.t", ""), ("public.u", "")],
-        // So small that the backlog takes a while.
         sink: "batch = { max_rows = 10 }",
         ..Setting::default()
     })
     .await;
-    stage.once().await;
-    let _capture = stage.start_with(&CAPTURE);
+    let pipeline = stage.start();
+    stage.equal(&pipeline).await;
+    stage.target_sql("UPDATE u SET v = 'wrong'").await;
+    stage.target_sql(SLOW).await;
+    let order = stage.start_with(&["backfill", "start", "u"]);
+    stage.ends(order, 0, &["is queued"]).await;
+    // Ten rows of it fill a message of the copy stream, and so a batch. A chunk is applied once the stream is, up to where it was read: all of them are read before the backlog.
+    all_read(&stage, &pipeline).await;
     stage.sql("SET synchronous_commit = off").await;
     stage
         .sql(&format!(
@@ -58,42 +110,33 @@ async fn a_backfill_waits_while_the_sink_is_late_and_goes_on_afterwards() {
         ))
         .await;
     let written = Instant::now();
-    stage.target_sql("UPDATE u SET v = 'wrong'").await;
-    let order = stage.start_with(&["backfill", "start", "u"]);
-    stage.ends(order, 0, &["is queued"]).await;
-    let jetstream = jetstream::new(stage.nats.client().await.expect("nats"));
-    let stream = jetstream.get_stream(subject::stream_name("shop")).await;
-    let stream = stream.expect("a stream");
-    while stream.get_info().await.expect("info").state.messages < BACKLOG {
-        assert!(written.elapsed() < PATIENCE, "the backlog is not published");
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    // All of it is old before any of it is applied.
-    let late = Duration::from_micros(LAG_MAX_US.unsigned_abs()) + Duration::from_millis(200);
-    tokio::time::sleep(late.saturating_sub(written.elapsed())).await;
+    let bound = Duration::from_micros(LAG_MAX_US.unsigned_abs());
 
-    let sink = stage.start_with(&SINK);
-    let (mut meanwhile, mut said) = (0, None);
-    loop {
-        let (came, wrong) = stands(&stage).await;
-        if came == BACKLOG {
-            break;
-        }
-        assert_eq!(wrong, 100, "after {came} rows\n{}", sink.logs());
-        if came > 0 {
-            meanwhile += 1;
-            said.get_or_insert(line(&stage).await);
-        }
-        assert!(written.elapsed() < PATIENCE * 2, "{}", sink.logs());
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    // Every batch is full, and the sink is not late yet.
+    let (_, wrong) = stands(&stage).await;
+    mended(&stage, &pipeline, wrong - 40).await;
+    let (came, _) = stands(&stage).await;
     assert!(
-        meanwhile > 1,
-        "nothing was seen of the way\n{}",
-        sink.logs()
+        came > 0 && came < BACKLOG && written.elapsed() < bound,
+        "{came}"
     );
-    let said = said.expect("it was asked");
+
+    // A batch that was begun before has ended by then, too.
+    tokio::time::sleep((bound + SLACK).saturating_sub(written.elapsed())).await;
+    let before = stands(&stage).await;
+    let said = line(&stage).await;
+    // Twice as long as a share takes to come.
+    tokio::time::sleep(Duration::from_millis(1_600)).await;
+    let after = stands(&stage).await;
+    assert!(
+        before.0 < after.0 && after.0 < BACKLOG,
+        "{before:?}, {after:?}"
+    );
+    assert!(before.1 > 0, "nothing was left to wait");
+    assert_eq!(before.1, after.1, "{}", pipeline.logs());
     let reason = said["reason"].as_str().unwrap_or_default();
     assert!(reason.contains("30 s behind the source"), "{said}");
-    stage.equal(&sink).await;
+
+    stage.target_sql("UPDATE pace SET seconds = 0").await;
+    stage.equal(&pipeline).await;
 }
