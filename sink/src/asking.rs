@@ -210,5 +210,22 @@ pub(crate) fn follow_orders(
     (next != *progress).then_some(next)
 }
 
+/// The tables whose rows come in chunks from `next` on, and did not before.
+pub(crate) fn begun(before: &CopyProgress, next: &CopyProgress) -> Vec<TableName> {
+    next.those(|state| matches!(state, CopyState::Chunks(_)))
+        .into_iter()
+        .filter(|table| !matches!(before.tables.get(table), Some(CopyState::Chunks(_))))
+        .collect()
+}
+
+/// Has these tables' chunks doubt what the stream tells of up to `newest`.
+pub(crate) fn doubt(progress: &mut CopyProgress, tables: &[TableName], newest: Position) {
+    for table in tables {
+        if let Some(CopyState::Chunks(chunks)) = progress.tables.get_mut(table) {
+            chunks.doubt(newest);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests;

@@ -2,6 +2,7 @@
 
 mod answer;
 mod bucket;
+mod debts;
 mod healing;
 mod taking;
 mod told;
@@ -108,8 +109,12 @@ impl Copies {
         collected: Position,
     ) -> Result<Looked, Error> {
         let looked = self.look_now(life, collected).await;
-        // From its end: where the broker is far, there is time for the rows in between.
-        self.looked_at = Some(Instant::now());
+        self.looked_at = match &looked {
+            // Once that is stored there is something to ask for.
+            Ok(Looked::Changed(_)) => None,
+            // From its end: where the broker is far, there is time for the rows in between.
+            _ => Some(Instant::now()),
+        };
         looked
     }
 
@@ -131,7 +136,12 @@ impl Copies {
             // What was ordered before goes on, and what was carried out is not forgotten.
             Word::Unread => None,
         };
-        if let Some(progress) = ordered {
+        if let Some(mut progress) = ordered {
+            let begun = asking::begun(&life.progress, &progress);
+            if !begun.is_empty() {
+                let (_, newest) = life.newest().await?;
+                asking::doubt(&mut progress, &begun, collected.max(newest.position));
+            }
             // A request that an order has changed the sense of must not be gone on with.
             let asked = self.answer.as_ref().map(|answer| answer.machine.request());
             if !asked.is_some_and(|asked| asking::must_stay(&asked.tables, &life.progress)) {
@@ -143,9 +153,9 @@ impl Copies {
             strike(life, orders).await?;
         }
         // What capture said before holds until it is understood again.
-        if let Word::Said(status) = status {
+        if let Word::Said(status) = &status {
             self.clearing &= status.is_some();
-            self.take_status(life, status).await?;
+            self.take_status(life, status.as_ref()).await?;
         }
         let cut = self.cut_loads(life).await?;
         if !cut.is_empty() {
@@ -159,6 +169,10 @@ impl Copies {
         }
         self.find_debts(life).await?;
         self.ask(life).await?;
+        if let Word::Said(status) = &status {
+            // A request that is gone on with may be answered already, and that is no news then.
+            self.take_status(life, status.as_ref()).await?;
+        }
         self.tell_applied(life).await?;
         Ok(Looked::Nothing)
     }
@@ -181,13 +195,14 @@ impl Copies {
     async fn take_status(
         &mut self,
         life: &mut Life<'_>,
-        status: Option<CopyStatus>,
+        status: Option<&CopyStatus>,
     ) -> Result<(), Error> {
         let Some(answer) = &mut self.answer else {
             return Ok(());
         };
         let request = answer.machine.request();
-        answer.status = status.filter(|status| status.request == request.id);
+        let status = status.filter(|status| status.request == request.id);
+        answer.status = status.cloned();
         if answer.reader.is_none() && answer.status.is_some() {
             let options = ReaderOptions {
                 stream: subject::copy_stream_name(life.source, &life.settings.name),
@@ -235,40 +250,6 @@ impl Copies {
             Stored::Nothing => None,
         };
         Ok(asking::cut_loads(&life.progress, stored.as_deref(), &[]))
-    }
-
-    /// Looks for rows that are incomplete, in the tables of which none are awaited: one whose rows cannot be read for now
-    /// keeps no other from being healed.
-    async fn find_debts(&mut self, life: &mut Life<'_>) -> Result<(), Error> {
-        let awaited = self.answer.as_ref().map(Answer::awaited_keys);
-        let awaited = awaited.unwrap_or_default();
-        let now = Instant::now();
-        self.healing.forget_old(now);
-        self.debts.retain(|(table, _)| awaited.contains(table));
-        let mut tables = life
-            .progress
-            .those(|state| matches!(state, CopyState::Copied { .. }));
-        tables.retain(|table| !awaited.contains(table));
-        let mut room = healing::room_beside(&self.debts);
-        for table in tables {
-            let after = self.healing.place(&table);
-            let mut found = life.incomplete(&table, after, healing::ROWS_MAX).await?;
-            // What a table does not get an answer for stays in the requests to come: there is always room beside it.
-            let share = room / 2;
-            let mut left = share;
-            self.healing.found(&table, &mut found, &mut left);
-            room -= share - left;
-            let keys = life.key_texts(&table, &found).await?;
-            let fresh = self.healing.ask(&table, keys, now);
-            if !fresh.is_empty() {
-                tracing::info!(
-                    sink = %life.settings.name, %table, rows = fresh.len(),
-                    "rows of which columns are missing are read again"
-                );
-                self.debts.push((table, fresh));
-            }
-        }
-        Ok(())
     }
 
     /// Asks for what is needed and not asked for, and for what the broker has lost on its way.

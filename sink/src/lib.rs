@@ -17,6 +17,7 @@ mod registration;
 mod rejoin;
 mod run;
 mod status;
+mod turns;
 mod upkeep;
 mod waiting;
 

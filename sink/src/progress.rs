@@ -126,10 +126,13 @@ impl CopyProgress {
 
     /// Below which version the target's rows of a table may be wrong in columns that a change did not touch:
     /// its chunks have not all come. Zero where every row is right.
+    ///
+    /// What the ends of its chunks warrant says nothing here: a row that a streamed change brought in full above this
+    /// bound is right, whether its chunk has come or not.
     #[must_use]
     pub fn uncovered_below(&self, table: &TableName) -> Version {
         match self.tables.get(table) {
-            Some(CopyState::Chunks(chunks)) => chunks.lower,
+            Some(CopyState::Chunks(chunks)) => chunks.lower.max(chunks.doubted),
             _ => Version::ZERO,
         }
     }
@@ -299,6 +302,10 @@ pub struct Chunks {
     /// Rows below this version were here before: they may be outdated, and what is still there at the end is not
     /// at the source any more.
     pub lower: Version,
+    /// Rows below this version may be outdated although a streamed change brought them after the chunks began: see
+    /// [`Chunks::doubt`]. Zero where that cannot be.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub doubted: Version,
     /// The smallest version that the ends of its chunks warrant: every row of theirs that the source had got at
     /// least this one. `None` before the first end, and for good where chunks came without one being noted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -325,7 +332,8 @@ impl Chunks {
         Self {
             after: None,
             // Above everything that was applied, below everything that will be read.
-            lower: Version::new(position.epoch(), position.commit_lsn(), u32::MAX),
+            lower: just_above(position),
+            doubted: Version::ZERO,
             warranted: None,
             rows: 0,
             began_us: now_us,
@@ -334,6 +342,18 @@ impl Chunks {
             order: None,
         }
         .ordered(order, now_us)
+    }
+
+    /// Doubts every row that the stream tells of up to `newest`, its newest position when the order was found.
+    ///
+    /// An order may be there because rows have changed without an event: while a partition was away, or another
+    /// selection left them out. That was before the order, and the stream held everything up to there when it was
+    /// given; but a sink that is behind has yet to apply what came before it. Take such a row: a change above
+    /// [`Chunks::lower`] brings it, another one without an event changes it, and an update that does not bring all
+    /// columns commits while its chunk is read, which does not show it. The chunk waits for the update and is older, so
+    /// it does not mend what the update has kept: the row would stay wrong.
+    pub fn doubt(&mut self, newest: Position) {
+        self.doubted = just_above(newest);
     }
 
     /// The same chunks under this order from now on.
@@ -390,6 +410,15 @@ impl Chunks {
         self.warranted
             .map_or(self.lower, |warranted| warranted.max(self.lower))
     }
+}
+
+/// Above everything of this position's transaction, below everything that comes behind it.
+fn just_above(position: Position) -> Version {
+    Version::new(position.epoch(), position.commit_lsn(), u32::MAX)
+}
+
+fn is_zero(version: &Version) -> bool {
+    *version == Version::ZERO
 }
 
 /// The progress as it is stored: names are no keys of a JSON object, because they have two parts.

@@ -21,6 +21,7 @@ use crate::progress::{CopyProgress, CopyState};
 use crate::rejoin;
 use crate::sink::CopyTooOld;
 use crate::status::Status;
+use crate::turns::{Turns, Whose};
 use crate::upkeep::Upkeep;
 use crate::waiting::Waiting;
 use crate::worker::{Input, TableRule, Worker};
@@ -167,22 +168,12 @@ enum Turn {
     Tick,
 }
 
-/// Whose batch is in flight.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Whose {
-    Nobodys,
-    Workers,
-    Besides,
-}
-
 /// One life's loop.
 struct Following<'l> {
     life: Life<'l>,
     worker: Worker,
     beside: Beside,
-    in_flight: Whose,
-    /// Whose batch came last: they take turns.
-    last: Whose,
+    turns: Turns,
     /// The tables whose changes the worker applies.
     followed: Vec<TableName>,
     began: Instant,
@@ -211,8 +202,7 @@ async fn follow(life: Life<'_>, stop: &CancellationToken) -> Result<Ended, Error
         life,
         worker,
         beside: Beside::default(),
-        in_flight: Whose::Nobodys,
-        last: Whose::Nobodys,
+        turns: Turns::new(),
         followed,
         began,
     };
@@ -228,9 +218,17 @@ async fn follow(life: Life<'_>, stop: &CancellationToken) -> Result<Ended, Error
         {
             return Ok(Ended::Rejoin);
         }
+        // Where every batch is full the stream is never drained, and what is beside it would never have its turn.
+        if line.turns.is_beside_due() && line.is_besides_turn() {
+            line.turn().await?;
+        }
         // Everything that has arrived already, as far as there is room.
         while line.wants_delivery() && !stop.is_cancelled() {
-            let Some(delivery) = reader.try_next()? else {
+            let next = match reader.try_next() {
+                Ok(next) => next,
+                Err(gap) => return Err(line.life.gap(gap).await),
+            };
+            let Some(delivery) = next else {
                 line.worker.handle(Input::Drained).map_err(no_key)?;
                 break;
             };
@@ -247,7 +245,8 @@ async fn follow(life: Life<'_>, stop: &CancellationToken) -> Result<Ended, Error
         let rest = line.worker.rests_until(began.elapsed());
         let wants = line.wants_delivery() && rest.is_none();
         let (applying, may_turn) = (line.life.is_applying(), line.may_turn());
-        let collects = line.in_flight == Whose::Besides && line.beside.has_room();
+        let in_flight = line.turns.in_flight();
+        let collects = in_flight == Whose::Besides && line.beside.has_room();
         let position = line.worker.checkpoint().position;
         let turn = tokio::select! {
             biased;
@@ -256,7 +255,10 @@ async fn follow(life: Life<'_>, stop: &CancellationToken) -> Result<Ended, Error
                 line.applied(applied).await?;
                 Turn::Applied
             }
-            delivery = reader.next(), if wants => Turn::Delivery(Box::new(delivery?)),
+            delivery = reader.next(), if wants => match delivery {
+                Ok(delivery) => Turn::Delivery(Box::new(delivery)),
+                Err(gap) => return Err(line.life.gap(gap).await),
+            },
             () = tokio::time::sleep_until((began + rest.unwrap_or_default()).into()), if rest.is_some() => {
                 Turn::Rested
             }
@@ -274,7 +276,7 @@ async fn follow(life: Life<'_>, stop: &CancellationToken) -> Result<Ended, Error
             Turn::Rested => {}
             Turn::Beside => {
                 let at = line.worker.checkpoint();
-                if line.in_flight == Whose::Besides {
+                if in_flight == Whose::Besides {
                     line.beside.collect(&mut line.life, at).await?;
                 }
             }
@@ -293,7 +295,7 @@ async fn follow(life: Life<'_>, stop: &CancellationToken) -> Result<Ended, Error
 impl Following<'_> {
     /// Whether another delivery may be collected.
     fn wants_delivery(&self) -> bool {
-        match self.in_flight {
+        match self.turns.in_flight() {
             Whose::Besides => !self.worker.is_full(),
             Whose::Workers | Whose::Nobodys => self.worker.wants_delivery(),
         }
@@ -301,31 +303,32 @@ impl Following<'_> {
 
     /// Whether the target has no transaction open and nothing to apply.
     fn may_turn(&self) -> bool {
-        self.in_flight == Whose::Nobodys && self.worker.is_at_rest()
+        self.turns.in_flight() == Whose::Nobodys && self.worker.is_at_rest()
     }
 
     /// Whether what is beside the stream comes first.
     fn is_besides_turn(&self) -> bool {
         let source_ts_us = self.life.checkpoint.source_ts_us;
         self.may_turn()
-            && self.last != Whose::Besides
+            && self.turns.is_besides()
             && may_turn_aside(source_ts_us, now_us(), self.worker.is_drained())
     }
 
     async fn hand_out(&mut self) -> Result<(), Error> {
-        if self.in_flight != Whose::Nobodys {
+        if self.turns.in_flight() != Whose::Nobodys {
             return Ok(());
         }
         if let Some(batch) = self.worker.poll(self.began.elapsed()) {
             self.begin(batch, Whose::Workers).await?;
         } else {
-            self.last = Whose::Nobodys;
+            self.turns.passed();
         }
         Ok(())
     }
 
     async fn turn(&mut self) -> Result<(), Error> {
         let (at, collected) = (self.worker.checkpoint(), self.worker.collected().position);
+        self.turns.asked_beside();
         let batch = self.beside.turn(&mut self.life, at, collected).await?;
         if let Some(batch) = batch {
             self.begin(batch, Whose::Besides).await?;
@@ -336,7 +339,7 @@ impl Following<'_> {
 
     async fn begin(&mut self, batch: Batch, whose: Whose) -> Result<(), Error> {
         self.life.begin(batch).await?;
-        (self.in_flight, self.last) = (whose, whose);
+        self.turns.begun(whose);
         Ok(())
     }
 
@@ -354,7 +357,7 @@ impl Following<'_> {
 
     /// What was in flight is applied, or was not.
     async fn applied(&mut self, applied: Result<(), Error>) -> Result<(), Error> {
-        let whose = std::mem::replace(&mut self.in_flight, Whose::Nobodys);
+        let whose = self.turns.ended();
         if let Err(error) = applied {
             if is_too_old(&error) {
                 // The same rows would be refused for ever: another request reads them again.
@@ -382,7 +385,8 @@ impl Following<'_> {
 
     /// Whether tables stand differently than this life took them.
     fn has_turned(&self) -> bool {
-        let may_end = self.may_turn() || self.in_flight == Whose::Nobodys && !self.worker.is_open();
+        let may_end =
+            self.may_turn() || self.turns.in_flight() == Whose::Nobodys && !self.worker.is_open();
         let progress = &self.life.progress;
         may_end
             && (progress.those(CopyState::is_followed) != self.followed

@@ -22,6 +22,11 @@ const BUSY_ROWS: usize = 16;
 /// After a busy batch more is let come together: a transaction costs the target as much as many rows.
 const BUSY_REST: Duration = Duration::from_millis(3);
 
+/// Batches that are full end anywhere, mostly within a transaction, and the target's stays open then. After so many of
+/// them it is ended with the next transaction that ends, however little that adds: nothing is visible before, and what
+/// is beside the stream has no turn.
+const OPEN_PARTS_MAX: u32 = 8;
+
 /// When a batch closes although more is waiting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BatchLimits {
@@ -130,8 +135,9 @@ pub struct Worker {
     within: Within,
     flight: Flight,
     urgency: Urgency,
-    /// Whether the target's transaction is open, because a batch without commit was handed out.
-    target_open: bool,
+    /// How many batches without commit were handed out since the last one with: the target's transaction is open where
+    /// there are any.
+    open_parts: u32,
     /// Whether nothing more was waiting when last asked.
     drained: bool,
     stored_at: Duration,
@@ -175,7 +181,7 @@ impl Worker {
             within: Within::Boundary,
             flight: Flight::Idle,
             urgency: Urgency::None,
-            target_open: false,
+            open_parts: 0,
             drained: false,
             stored_at: now,
             rest_until: now,
@@ -224,13 +230,13 @@ impl Worker {
     /// Whether the target has no transaction open and nothing to apply.
     #[must_use]
     pub fn is_at_rest(&self) -> bool {
-        self.flight == Flight::Idle && !self.target_open
+        self.flight == Flight::Idle && !self.is_open()
     }
 
     /// Whether a part of a transaction is in the target's, which is open.
     #[must_use]
     pub fn is_open(&self) -> bool {
-        self.target_open
+        self.open_parts > 0
     }
 
     /// Whether nothing more was waiting when it was last asked.
@@ -305,7 +311,7 @@ impl Worker {
         let idle = now.saturating_sub(self.stored_at) < IDLE_CHECKPOINT_INTERVAL;
         let due = match self.urgency {
             Urgency::None => false,
-            Urgency::Position => self.drained && boundary && (!idle || self.target_open),
+            Urgency::Position => self.drained && boundary && (!idle || self.is_open()),
             Urgency::Now => self.drained && boundary && now >= self.rest_until,
         };
         // A delete that was held back counts as a row, and is nothing new to apply.
@@ -329,7 +335,10 @@ impl Worker {
         self.stored_at = now;
         self.flight = Flight::Flushing;
         self.urgency = Urgency::None;
-        self.target_open = !boundary;
+        self.open_parts = match boundary {
+            true => 0,
+            false => self.open_parts.saturating_add(1),
+        };
         let steps = if boundary {
             self.fold.finish()
         } else {
@@ -353,7 +362,8 @@ impl Worker {
     /// Whether a batch is due although more is waiting.
     #[must_use]
     pub fn is_full(&self) -> bool {
-        self.fold.rows() >= self.limits.rows || self.fold.bytes() >= self.limits.bytes
+        let full = self.fold.rows() >= self.limits.rows || self.fold.bytes() >= self.limits.bytes;
+        full || self.open_parts >= OPEN_PARTS_MAX && self.within == Within::Boundary
     }
 
     fn on_event(
@@ -421,3 +431,6 @@ impl Worker {
         true
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -155,6 +155,32 @@ fn rows_in_chunks_outrank_all_that_was_applied_before() {
 }
 
 #[test]
+fn rows_from_before_an_order_are_doubted_though_the_sink_is_not_there_yet() {
+    let ordered = [order("o", "a")];
+    let before = progress(&[("a", copied()), ("b", chunks(None)), ("c", copied())]);
+    let mut next = follow_orders(&before, &ordered, at(9), NOW_US).expect("begins");
+    let begun = begun(&before, &next);
+    assert_eq!(begun, [table("a")]);
+    doubt(&mut next, &begun, at(30));
+    let uncovered = |name| next.uncovered_below(&table(name));
+    // The order may tell of rows of up to then.
+    assert!(uncovered("a") > at(30).0 && uncovered("a") < at(31).0);
+    assert_eq!(uncovered("b"), before.uncovered_below(&table("b")));
+    assert_eq!(uncovered("c"), millrace_event::Version::ZERO);
+    // What goes at the end, and which deletes are kept, is another matter.
+    let CopyState::Chunks(doubting) = &next.tables[&table("a")] else {
+        panic!("{next:?}")
+    };
+    assert_eq!(doubting.sweeps_below(), doubting.lower);
+    assert_eq!(next.forgettable(&table("a"), at(50).0), doubting.lower);
+    let stored = serde_json::to_string(&next).expect("plain JSON");
+    assert_eq!(
+        serde_json::from_str::<CopyProgress>(&stored).expect("ours"),
+        next
+    );
+}
+
+#[test]
 fn an_order_is_carried_out_once() {
     let ordered = [order("o", "a")];
     let before = progress(&[("a", copied()), ("b", copied())]);

@@ -3,6 +3,7 @@
 use async_nats::HeaderMap;
 use async_nats::jetstream::context::{GetStreamError, GetStreamErrorKind};
 use async_nats::jetstream::{self, ErrorCode, kv, stream};
+use millrace_consumer::ReadError;
 use millrace_event::{Position, decode_line, header, subject};
 
 use super::Life;
@@ -11,7 +12,7 @@ use crate::error::Error;
 
 impl Life<'_> {
     /// When the stream was created, and its newest message, once capture has begun the stream.
-    pub(super) async fn newest(&self) -> Result<(String, Checkpoint), Error> {
+    pub(crate) async fn newest(&self) -> Result<(String, Checkpoint), Error> {
         let name = subject::stream_name(self.source);
         let waiting = || Error::Waiting(format!("begin stream {name}"));
         let mut stream = self.jetstream.get_stream(&name).await.map_err(|error| {
@@ -26,7 +27,7 @@ impl Life<'_> {
             .await
             .map_err(|error| Error::retry("the stream cannot be read", error))?;
         let last = state.state.last_sequence;
-        let created = state.created.unix_timestamp_nanos().to_string();
+        let created = created(state);
         // The broker has no message of that number, and says only that it is asked wrongly.
         if last == 0 {
             return Err(waiting());
@@ -48,6 +49,19 @@ impl Life<'_> {
                 source_ts_us: 0,
             },
         ))
+    }
+
+    /// What it means that the source's stream lacks what is read next.
+    pub(crate) async fn gap(&self, gap: ReadError) -> Error {
+        let found = self
+            .jetstream
+            .get_stream(subject::stream_name(self.source))
+            .await;
+        match found {
+            Ok(found) => meaning(gap, &self.progress.stream, &created(found.cached_info())),
+            // Whatever it is: the next life finds the stream again, or the same gap.
+            Err(error) => Error::retry("the stream cannot be read", error),
+        }
     }
 
     /// Whether a stream has a message with this sequence or a later one; not where there is no such stream.
@@ -78,6 +92,21 @@ impl Life<'_> {
             .await
             .map_err(|error| Error::retry("a stream cannot be read", error))?;
         Ok(info.state.clone())
+    }
+}
+
+/// When a stream was created, as a sink remembers it.
+fn created(info: &stream::Info) -> String {
+    info.created.unix_timestamp_nanos().to_string()
+}
+
+/// What a gap means on the stream that was created at `found`, for a sink that stands on the one created at `own`. On
+/// another one its position says nothing, and it begins there as after a start.
+fn meaning(gap: ReadError, own: &str, found: &str) -> Error {
+    if own == found {
+        gap.into()
+    } else {
+        Error::retry("the stream was begun anew", gap)
     }
 }
 
@@ -131,4 +160,26 @@ fn position_of(headers: &HeaderMap, payload: &[u8]) -> Option<Position> {
         .rsplit(|byte| *byte == b'\n')
         .find(|line| !line.is_empty())?;
     Some(decode_line(line).ok()?.source.version.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use millrace_config::Code;
+
+    use super::*;
+
+    #[test]
+    fn a_gap_halts_on_the_own_stream_only() {
+        let gap = ReadError::Gap {
+            wanted: 7,
+            found: 9,
+        };
+        let same = meaning(gap.clone(), "1", "1");
+        assert!(
+            matches!(&same, Error::Halt(condition) if condition.code == Code::StreamGap),
+            "{same:?}"
+        );
+        let another = meaning(gap, "1", "2");
+        assert!(matches!(another, Error::Retry { .. }), "{another:?}");
+    }
 }
