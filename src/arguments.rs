@@ -162,8 +162,8 @@ pub(crate) struct StatusArguments {
     /// The form of the answer
     #[arg(short, long, value_enum, default_value_t = Output::Table)]
     pub(crate) output: Output,
-    /// End with exit code 3 when something is wrong: halted, retrying, parked, stopped, unreachable, or a
-    /// lag of more than 300 s
+    /// End with exit code 3 when something is wrong: halted, retrying, parked, stopped, new, unreachable, or a
+    /// lag of more than 300 s, or of more than twice source.heartbeat_interval where that is longer
     #[arg(long)]
     pub(crate) check: bool,
 }

@@ -1,5 +1,6 @@
 //! One file per verb, and what they have in common.
 
+mod attempts;
 mod backfill;
 mod bench;
 mod demo;

@@ -72,7 +72,8 @@ pub(crate) async fn nats(stream: &Stream, name: &str) -> Result<jetstream::Conte
         .map_err(|error| nats_condition(&error))
 }
 
-fn nats_condition(error: &NatsError) -> Condition {
+/// Why there is no connection to NATS, for the operator.
+pub(crate) fn nats_condition(error: &NatsError) -> Condition {
     let (code, remedy) = match error {
         NatsError::Unreachable { .. } => (
             Code::StreamUnreachable,
@@ -88,7 +89,8 @@ fn nats_condition(error: &NatsError) -> Condition {
     Condition::new(code, chain(error), remedy)
 }
 
-fn unreadable(error: &SecretError) -> Condition {
+/// A secret that cannot be read, for the operator.
+pub(crate) fn unreadable(error: &SecretError) -> Condition {
     Condition::new(
         Code::SecretUnreadable,
         chain(error),

@@ -15,7 +15,7 @@ pub const CAPTURE_QUEUE_BYTES_MAX: usize = 4 * MIB;
 pub const PUBLISH_WINDOW_BYTES_MAX: usize = 16 * MIB;
 
 /// Messages published and not yet acknowledged.
-pub const PUBLISH_WINDOW_MESSAGES_MAX: usize = 10_000;
+pub const PUBLISH_WINDOW_MESSAGES_MAX: u64 = 2_000;
 
 /// Bytes that a NATS server queues for one stream before it refuses more: a fact of the server, not a choice.
 pub const SERVER_STREAM_QUEUE_BYTES: usize = 128 * MIB;

@@ -4,6 +4,7 @@
 //! run carries it out when it does.
 
 mod bucket;
+mod held;
 mod orders;
 mod report;
 mod selection;
@@ -15,14 +16,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use futures_util::future::join_all;
 use millrace_config::{Code, Condition, Config, Exit, Sink, Table};
 use millrace_event::work::BackfillOrder;
-use millrace_sink::late::is_late;
-use millrace_sink::progress::CopyProgress;
 
+use super::status::SinkSeen;
 use crate::admin::now_us;
 use crate::arguments::{
     BackfillResume, BackfillStart, BackfillStatus, BackfillTables, BackfillVerb, Output,
 };
 use bucket::{Bucket, Told};
+use held::{held, is_stopped};
 use orders::{At, Change, Decided};
 use report::{Known, Report, Unreachable};
 use selection::Pair;
@@ -93,38 +94,12 @@ fn by_sink<'c>(pairs: &[Pair<'c>]) -> BySink<'c> {
     sinks
 }
 
-/// What each sink's target says: how its tables stand, or why that is not known.
-type Standings<'c> = BTreeMap<&'c str, Result<Option<CopyProgress>, Condition>>;
+/// What each sink's target says, or why that is not known.
+type Standings<'c> = BTreeMap<&'c str, Result<SinkSeen, Condition>>;
 
-/// Why a sink does nothing beside its stream for now.
-type Held<'c> = BTreeMap<&'c str, &'static str>;
-
-/// No process holds the sink.
-const STOPPED: &str = "no process runs the sink now";
-const LATE: &str = "the sink is more than 30 s behind the source: its stream comes first";
-
-async fn standings<'c>(sinks: &BySink<'c>) -> (Standings<'c>, Held<'c>) {
+async fn standings<'c>(sinks: &BySink<'c>) -> Standings<'c> {
     let seen = sinks.values().map(|(sink, _)| super::status::target(sink));
-    let seen = join_all(seen).await;
-    let now_us = now_us();
-    let mut held = Held::new();
-    let mut standings = Standings::new();
-    for (name, seen) in sinks.keys().zip(seen) {
-        if let Ok(seen) = &seen {
-            let newest_us = seen
-                .row
-                .as_ref()
-                .map_or(0, |row| row.checkpoint.source_ts_us);
-            if seen.part.state == "stopped" {
-                held.insert(*name, STOPPED);
-            } else if is_late(newest_us, now_us) {
-                held.insert(*name, LATE);
-            }
-        }
-        let progress = seen.map(|seen| seen.row.map(|row| row.copy));
-        standings.insert(*name, progress);
-    }
-    (standings, held)
+    sinks.keys().copied().zip(join_all(seen).await).collect()
 }
 
 fn at<'a>(sink: &'a str, table: &'a Table, standings: &'a Standings<'_>) -> At<'a> {
@@ -132,7 +107,7 @@ fn at<'a>(sink: &'a str, table: &'a Table, standings: &'a Standings<'_>) -> At<'
         sink,
         table: &table.name,
         progress: match &standings[sink] {
-            Ok(progress) => Ok(progress.as_ref()),
+            Ok(seen) => Ok(seen.row.as_ref().map(|row| &row.copy)),
             Err(condition) => Err(condition),
         },
     }
@@ -146,10 +121,10 @@ async fn start(config: &Config, asked: &BackfillStart) -> Result<Exit, Refusal> 
         .filter(|table| pairs.iter().any(|pair| pair.table.name == table.name))
         .cloned()
         .collect();
-    let warnings = source::check(config, &tables, asked.filter.as_deref()).await?;
+    let warning = source::check(config, &tables, asked.filter.as_deref()).await?;
     let sinks = by_sink(&pairs);
     let bucket = Bucket::open(config).await?;
-    let (standings, held) = standings(&sinks).await;
+    let standings = standings(&sinks).await;
 
     let wanted: Vec<(&str, BackfillOrder)> = pairs
         .iter()
@@ -181,7 +156,7 @@ async fn start(config: &Config, asked: &BackfillStart) -> Result<Exit, Refusal> 
     if !refused.is_empty() {
         return Err(Refusal::Conditions(refused));
     }
-    for warning in warnings {
+    if let Some(warning) = warning {
         super::say(&format!("warning: {warning}\n  do: {}", warning.remedy));
     }
     let mut followed = Vec::new();
@@ -192,7 +167,7 @@ async fn start(config: &Config, asked: &BackfillStart) -> Result<Exit, Refusal> 
             return Err(Refusal::Conditions(decided.refused));
         }
         super::answer(&decided.lines());
-        if held.get(sink) == Some(&STOPPED) {
+        if standings[sink].as_ref().is_ok_and(is_stopped) {
             super::say(&format!(
                 "no process runs sink {sink} now: it begins when one does"
             ));
@@ -210,7 +185,7 @@ async fn change(config: &Config, asked: &BackfillTables, change: Change) -> Resu
     let pairs = selection::tables(config, asked).map_err(Refusal::Usage)?;
     let sinks = by_sink(&pairs);
     let bucket = Bucket::open(config).await?;
-    let (standings, _) = standings(&sinks).await;
+    let standings = standings(&sinks).await;
     let decide = |sink: &str, listed: &[BackfillOrder]| {
         let mut decided = Decided::from(listed);
         for (index, table) in sinks[sink].1.iter().enumerate() {
@@ -277,9 +252,9 @@ async fn look(config: &Config, pairs: &[Pair<'_>]) -> Report {
     let sinks = by_sink(pairs);
     let names: Vec<&str> = sinks.keys().copied().collect();
     let tables: BTreeSet<_> = pairs.iter().map(|pair| &pair.table.name).collect();
-    let ((standings, held), told, estimates) = tokio::join!(
+    let (standings, stored, estimates) = tokio::join!(
         standings(&sinks),
-        told(config, &names),
+        stored(config, &names),
         source::estimates(config, &tables),
     );
     let mut unreachable = Vec::new();
@@ -288,9 +263,9 @@ async fn look(config: &Config, pairs: &[Pair<'_>]) -> Report {
             unreachable.push(Unreachable::new(&format!("sink {sink}"), condition));
         }
     }
-    let told = told.unwrap_or_else(|condition| {
+    let Stored { told, last_seq } = stored.unwrap_or_else(|condition| {
         unreachable.push(Unreachable::new("stream", &condition));
-        BTreeMap::new()
+        Stored::default()
     });
     let estimates = estimates.unwrap_or_else(|condition| {
         unreachable.push(Unreachable::new("source", &condition));
@@ -300,12 +275,13 @@ async fn look(config: &Config, pairs: &[Pair<'_>]) -> Report {
     let now_us = now_us();
     let lines = pairs.iter().map(|pair| {
         let sink = pair.sink.name.as_str();
+        let seen = standings[sink].as_ref().ok();
         Known {
             at: at(sink, pair.table, &standings),
             told: told.get(sink).unwrap_or(&nothing),
             estimate: estimates.get(&pair.table.name).copied(),
             filtered: pair.table.filter.is_some(),
-            held: held.get(sink).copied(),
+            held: seen.and_then(|seen| held(seen, last_seq, now_us)),
             now_us,
         }
         .line()
@@ -316,19 +292,26 @@ async fn look(config: &Config, pairs: &[Pair<'_>]) -> Report {
     }
 }
 
-async fn told<'c>(
-    config: &Config,
-    sinks: &[&'c str],
-) -> Result<BTreeMap<&'c str, Told>, Condition> {
-    let mut told = BTreeMap::new();
+/// What is stored beside the source's stream, and up to where that goes.
+#[derive(Default)]
+struct Stored<'c> {
+    /// What is told about each sink's copies.
+    told: BTreeMap<&'c str, Told>,
+    /// The newest message's stream sequence, where it is known.
+    last_seq: Option<u64>,
+}
+
+async fn stored<'c>(config: &Config, sinks: &[&'c str]) -> Result<Stored<'c>, Condition> {
+    let mut stored = Stored::default();
     let bucket = match Bucket::open(config).await {
         Ok(bucket) => bucket,
         // Capture has never run: nothing was ever told.
-        Err(condition) if condition.code == Code::BackfillNotReady => return Ok(told),
+        Err(condition) if condition.code == Code::BackfillNotReady => return Ok(stored),
         Err(condition) => return Err(condition),
     };
+    stored.last_seq = bucket.last_seq().await?;
     for sink in sinks {
-        told.insert(*sink, bucket.told(sink).await?);
+        stored.told.insert(*sink, bucket.told(sink).await?);
     }
-    Ok(told)
+    Ok(stored)
 }

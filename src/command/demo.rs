@@ -12,6 +12,7 @@ use millrace_lab::{
     Compared, Comparison, ConfigDir, ConfigFolder, LabError, Nats, NatsOptions, Pipeline, Postgres,
     PostgresOptions, Traffic, compare, shop,
 };
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use self::screen::Screen;
 use super::say;
@@ -37,6 +38,12 @@ const SHOW_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How many characters of a value are shown.
 const SHOWN_CHARS_MAX: usize = 24;
+
+/// What the pipeline may take to work again after a kill.
+const RETURN_LIMIT: Duration = Duration::from_secs(60);
+
+/// How often it is asked whether it does.
+const RETURN_POLL: Duration = Duration::from_millis(100);
 
 /// What draining may take.
 const DRAIN_LIMIT: Duration = Duration::from_secs(120);
@@ -75,6 +82,9 @@ struct Servers {
 }
 
 async fn perform(screen: &Screen, seconds: Option<Duration>) -> Result<Comparison, LabError> {
+    // From here on Ctrl-C ends the traffic, however early it comes: what was started is stopped and compared.
+    let mut interrupts =
+        signal(SignalKind::interrupt()).map_err(LabError::io("listening to signals"))?;
     screen.line("starting two Postgres servers and a NATS server");
     let servers = start().await?;
     let bin = std::env::current_exe().map_err(LabError::io("finding this program"))?;
@@ -84,7 +94,14 @@ async fn perform(screen: &Screen, seconds: Option<Duration>) -> Result<Compariso
     ));
     let mut pipeline = spawn(&bin, servers.folder.path(), &["run"])?;
     let traffic = Traffic::start(&servers.source.url(DATABASE), 1, RATE).await?;
-    show(screen, &servers, &bin, &mut pipeline, &traffic, seconds).await?;
+    let shown = Shown {
+        screen,
+        servers: &servers,
+        bin: &bin,
+        traffic: &traffic,
+    };
+    shown.show(&mut pipeline, &mut interrupts, seconds).await?;
+    returned(&mut pipeline).await?;
 
     let report = traffic.stop().await?;
     screen.line(&format!(
@@ -96,6 +113,12 @@ async fn perform(screen: &Screen, seconds: Option<Duration>) -> Result<Compariso
     screen.line(&format!(
         "SIGTERM: the pipeline ended with exit code {code}"
     ));
+    if code != 0 {
+        return Err(LabError::Process {
+            what: format!("the pipeline, which ended with exit code {code} instead of 0,"),
+            output: pipeline.logs(),
+        });
+    }
     let mut once = spawn(
         &bin,
         servers.folder.path(),
@@ -155,64 +178,111 @@ struct Seen {
     sample: Option<String>,
 }
 
-/// Shows changes and lag until the time is over or Ctrl-C, and kills the pipeline once in the middle.
-async fn show(
-    screen: &Screen,
-    servers: &Servers,
-    bin: &Path,
-    pipeline: &mut Pipeline,
-    traffic: &Traffic,
-    seconds: Option<Duration>,
-) -> Result<(), LabError> {
-    let began = Instant::now();
-    let kill_at = seconds.map_or(KILL_AFTER, |seconds| seconds / 2);
-    let mut killed = false;
-    let mut reader = reader(servers).await?;
-    let mut seen = Seen::default();
-    let mut first = true;
-    let mut shows = tokio::time::interval(SHOW_INTERVAL);
-    shows.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    shows.tick().await;
-    loop {
-        tokio::select! {
-            _ = tokio::signal::ctrl_c() => return Ok(()),
-            delivery = reader.next() => {
-                let delivery = delivery.map_err(|error| LabError::Unexpected(error.to_string()))?;
-                if matches!(delivery.body, Body::Control(_)) {
-                    continue;
-                }
-                for event in delivery.changes().flatten() {
-                    seen.note(&event);
-                }
-                if first && seen.events > 0 {
-                    first = false;
-                    screen.line(&format!("first change: {}", seen.sample.as_deref().unwrap_or("")));
-                }
-            }
-            _ = shows.tick() => {
-                let lag = lag(pipeline).await;
-                let transactions = traffic.progress().transactions;
-                let Seen { events, by_op: [creates, updates, deletes, ..], sample } =
-                    std::mem::take(&mut seen);
-                screen.status(&format!(
-                    "{transactions} transactions; {events:>5} changes/s ({creates} c, {updates} u, {deletes} d); \
-                     lag {lag}"
-                ));
-                if let Some(sample) = sample {
-                    screen.line(&format!("  {sample}"));
-                }
-                if !killed && began.elapsed() >= kill_at {
-                    killed = true;
-                    pipeline.kill9();
-                    screen.line("kill -9: the pipeline is dead; traffic goes on; starting it again");
-                    *pipeline = spawn(bin, servers.folder.path(), &["run"])?;
-                }
-                if seconds.is_some_and(|seconds| began.elapsed() >= seconds) {
+/// What is shown while traffic runs.
+struct Shown<'s> {
+    screen: &'s Screen,
+    servers: &'s Servers,
+    bin: &'s Path,
+    traffic: &'s Traffic,
+}
+
+impl Shown<'_> {
+    /// Shows changes and lag until the time is over or Ctrl-C, and kills the pipeline once: in the middle, or at
+    /// Ctrl-C where that comes first.
+    async fn show(
+        &self,
+        pipeline: &mut Pipeline,
+        interrupts: &mut Signal,
+        seconds: Option<Duration>,
+    ) -> Result<(), LabError> {
+        let began = Instant::now();
+        let kill_at = seconds.map_or(KILL_AFTER, |seconds| seconds / 2);
+        let mut killed = false;
+        let mut reader = reader(self.servers).await?;
+        let mut seen = Seen::default();
+        let mut first = true;
+        let mut shows = tokio::time::interval(SHOW_INTERVAL);
+        shows.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        shows.tick().await;
+        loop {
+            tokio::select! {
+                _ = interrupts.recv() => {
+                    if !killed {
+                        self.kill(pipeline)?;
+                    }
                     return Ok(());
+                }
+                delivery = reader.next() => {
+                    let delivery = delivery.map_err(|error| LabError::Unexpected(error.to_string()))?;
+                    if matches!(delivery.body, Body::Control(_)) {
+                        continue;
+                    }
+                    for event in delivery.changes().flatten() {
+                        seen.note(&event);
+                    }
+                    if first && seen.events > 0 {
+                        first = false;
+                        let sample = seen.sample.as_deref().unwrap_or("");
+                        self.screen.line(&format!("first change: {sample}"));
+                    }
+                }
+                _ = shows.tick() => {
+                    self.tell(pipeline, std::mem::take(&mut seen)).await;
+                    if !killed && began.elapsed() >= kill_at {
+                        killed = true;
+                        self.kill(pipeline)?;
+                    }
+                    if seconds.is_some_and(|seconds| began.elapsed() >= seconds) {
+                        return Ok(());
+                    }
                 }
             }
         }
     }
+
+    /// The numbers, and one of the changes.
+    async fn tell(&self, pipeline: &mut Pipeline, seen: Seen) {
+        let lag = lag(pipeline).await;
+        let transactions = self.traffic.progress().transactions;
+        let Seen {
+            events,
+            by_op: [creates, updates, deletes, ..],
+            sample,
+        } = seen;
+        self.screen.status(&format!(
+            "{transactions} transactions; {events:>5} changes/s ({creates} c, {updates} u, {deletes} d); \
+             lag {lag}"
+        ));
+        if let Some(sample) = sample {
+            self.screen.line(&format!("  {sample}"));
+        }
+    }
+
+    /// Ends the pipeline as a crash would, and starts it again.
+    fn kill(&self, pipeline: &mut Pipeline) -> Result<(), LabError> {
+        pipeline.kill9();
+        self.screen
+            .line("kill -9: the pipeline is dead; traffic goes on; starting it again");
+        *pipeline = spawn(self.bin, self.servers.folder.path(), &["run"])?;
+        Ok(())
+    }
+}
+
+/// Waits until the pipeline works after its kill, or has ended: one that does not listen to signals yet would not
+/// drain.
+async fn returned(pipeline: &mut Pipeline) -> Result<(), LabError> {
+    let deadline = Instant::now() + RETURN_LIMIT;
+    while pipeline.is_running() && !matches!(pipeline.get("/readyz").await, Ok((200, _))) {
+        if Instant::now() >= deadline {
+            return Err(LabError::Timeout {
+                what: "the pipeline that was started again".to_owned(),
+                seconds: RETURN_LIMIT.as_secs(),
+                output: pipeline.logs(),
+            });
+        }
+        tokio::time::sleep(RETURN_POLL).await;
+    }
+    Ok(())
 }
 
 async fn reader(servers: &Servers) -> Result<Reader, LabError> {

@@ -2,14 +2,13 @@
 
 use std::time::Duration;
 
-use millrace_config::{Code, Condition, State};
+use millrace_config::{Code, Condition, State, chain};
 use millrace_connect::postgres::{ConnectError, Dsn, Session, connect};
 use millrace_event::{Lsn, Position, TableName};
 
+use super::attempts::Attempts;
 use super::run::Parts;
-
-/// How often an unreachable server is tried again.
-const RETRY_INTERVAL: Duration = Duration::from_millis(500);
+use crate::connection::{nats_condition, unreadable};
 
 /// When the process has done what it was started for.
 #[derive(Clone, Copy, Debug)]
@@ -114,81 +113,79 @@ fn done(goal: &Goal, changes: Option<u64>, sinks: Option<(u64, u64)>, took: Dura
     )
 }
 
+/// Why there is no goal.
+enum NoGoal {
+    /// An operator must act.
+    Never(Condition),
+    /// It passes, or may: the reason.
+    NotYet(String),
+}
+
 /// Reads the goal: from the source where capture runs here, else from the stream.
 pub(super) async fn goal(parts: &Parts) -> Result<Goal, Condition> {
+    let began = tokio::time::Instant::now();
+    let mut attempts = Attempts::default();
     loop {
-        let goal = match parts.capture {
-            Some(_) => source_goal(parts).await,
-            None => stream_goal(parts).await,
+        let (server, goal) = match parts.capture {
+            Some(_) => ("the source", source_goal(parts).await),
+            None => ("NATS", stream_goal(parts).await),
         };
-        match goal {
-            Ok(Some(goal)) => return Ok(goal),
-            Ok(None) => tokio::time::sleep(RETRY_INTERVAL).await,
-            Err(condition) => return Err(condition),
+        let error = match goal {
+            Ok(goal) => return Ok(goal),
+            Err(NoGoal::Never(condition)) => return Err(condition),
+            Err(NoGoal::NotYet(error)) => error,
+        };
+        let failed = attempts.failed(&error, began.elapsed());
+        if failed.tell {
+            tracing::warn!(%error, "waiting for {server}");
         }
+        tokio::time::sleep(failed.pause).await;
     }
 }
 
-async fn source_goal(parts: &Parts) -> Result<Option<Goal>, Condition> {
-    let unusable = |message: String| {
-        Condition::new(
+async fn source_goal(parts: &Parts) -> Result<Goal, NoGoal> {
+    let url = parts.config.source.url.read();
+    let url = url.map_err(|error| NoGoal::Never(unreadable(&error)))?;
+    let dsn = Dsn::parse(url.expose()).map_err(|error| {
+        NoGoal::Never(Condition::new(
             Code::ConfigInvalid,
-            message,
+            error.to_string(),
             "correct the URL that source.url refers to",
-        )
-    };
-    let url = parts
-        .config
-        .source
-        .url
-        .read()
-        .map_err(|error| unusable(error.to_string()))?;
-    let dsn = Dsn::parse(url.expose()).map_err(|error| unusable(error.to_string()))?;
+        ))
+    })?;
     let session = Session {
         application_name: "millrace once".to_owned(),
         options: Vec::new(),
     };
-    match connect(&dsn, session).await {
-        Ok(client) => Ok(millrace_cdc::source::wal_position(&client)
-            .await
-            .ok()
-            .map(Goal::Source)),
-        Err(error @ ConnectError::Auth { .. }) => Err(Condition::new(
+    let client = connect(&dsn, session).await.map_err(|error| match error {
+        ConnectError::Auth { .. } => NoGoal::Never(Condition::new(
             Code::SourceAuth,
             error.to_string(),
             "correct the user or password that source.url refers to",
         )),
-        Err(error) => {
-            tracing::warn!(%error, "waiting for the source");
-            Ok(None)
-        }
-    }
+        error => NoGoal::NotYet(chain(&error)),
+    })?;
+    let lsn = millrace_cdc::source::wal_position(&client).await;
+    let lsn = lsn.map_err(|error| NoGoal::NotYet(chain(&error)))?;
+    Ok(Goal::Source(lsn))
 }
 
-async fn stream_goal(parts: &Parts) -> Result<Option<Goal>, Condition> {
-    use millrace_connect::nats::{self, Reconnect};
+async fn stream_goal(parts: &Parts) -> Result<Goal, NoGoal> {
+    use millrace_connect::nats::{self, NatsError, Reconnect};
     let inbox = "_INBOX_millrace_once";
-    let client = match nats::connect(
-        &parts.config.stream,
-        "millrace once",
-        inbox,
-        Reconnect::Never,
-    )
-    .await
-    {
-        Ok(client) => client,
-        Err(error) => {
-            tracing::warn!(%error, "waiting for NATS");
-            return Ok(None);
-        }
-    };
+    let stream = &parts.config.stream;
+    let client = nats::connect(stream, "millrace once", inbox, Reconnect::Never).await;
+    let client = client.map_err(|error| match &error {
+        NatsError::Auth { .. } | NatsError::Secret(_) => NoGoal::Never(nats_condition(&error)),
+        NatsError::Unreachable { .. } | NatsError::Tls { .. } => NoGoal::NotYet(chain(&error)),
+    })?;
     let jetstream = async_nats::jetstream::new(client);
     let name = millrace_event::subject::stream_name(&parts.config.source.name);
-    let tail = millrace_cdc::stream::tail(&jetstream, &name)
-        .await
-        .ok()
-        .flatten();
-    Ok(tail.map(|tail| Goal::Stream(tail.position)))
+    match millrace_cdc::stream::tail(&jetstream, &name).await {
+        Ok(Some(tail)) => Ok(Goal::Stream(tail.position)),
+        Ok(None) => Err(NoGoal::NotYet(format!("stream {name} holds nothing yet"))),
+        Err(error) => Err(NoGoal::NotYet(chain(&error))),
+    }
 }
 
 #[cfg(test)]

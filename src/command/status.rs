@@ -13,7 +13,7 @@ use millrace_config::{Config, Exit};
 use crate::admin::now_us;
 use crate::arguments::{Output, StatusArguments};
 pub(super) use probe::{
-    Found, Method, ask, find, in_time, source_condition, stream_condition, target,
+    Found, Method, SinkSeen, ask, find, in_time, source_condition, stream_condition, target,
 };
 pub(super) use report::trimmed;
 use report::{Report, SinkReport};
@@ -34,7 +34,7 @@ pub(crate) async fn status(config: &Config, arguments: StatusArguments) -> Exit 
         },
     }
     let findings = if arguments.check {
-        report.findings()
+        report.findings(config.source.heartbeat_interval)
     } else {
         Vec::new()
     };

@@ -15,9 +15,9 @@ use super::{Acked, PublishError};
 
 /// Messages that the server acknowledges at once. Smaller means quicker acknowledgements, larger means fewer.
 pub(super) const FLOW: u16 = 100;
-/// Acknowledgements that may be outstanding: 2,000 messages are on their way at most.
-const FLOWS_OUTSTANDING_MAX: u64 = 20;
-const _: () = assert!(FLOW as u64 * FLOWS_OUTSTANDING_MAX <= PUBLISH_WINDOW_MESSAGES_MAX as u64);
+/// Acknowledgements that may be outstanding: those of as many messages as may be on their way.
+const FLOWS_OUTSTANDING_MAX: u64 = PUBLISH_WINDOW_MESSAGES_MAX / FLOW as u64;
+const _: () = assert!(FLOW as u64 * FLOWS_OUTSTANDING_MAX == PUBLISH_WINDOW_MESSAGES_MAX);
 /// A message that the server will not acknowledge by itself waits this long for company.
 const COMMIT_DELAY: Duration = Duration::from_millis(20);
 /// A batch is committed after this time, whatever its rate: a foreign message in its midst is noticed then.

@@ -51,8 +51,10 @@ codes! {
         read by this user. Secrets are read again at each connect, so no restart is needed once it is there. \
         The paths of secret files are relative to the configuration directory.";
     AdminPortInUse = "E1003", "the admin address is in use",
-        "Another process listens on `admin.listen`, often a second Millrace. A process that is only standing \
-        by goes on without its endpoint and warns. Choose another port, or port 0 for any free one.";
+        "Another process listens on `admin.listen`, often a second Millrace. This one warns and goes on \
+        without its endpoint, because one that only stands by must not fail for it. What asks at this address, \
+        `millrace status` and `millrace reload` included, meets the other process. To have this one's endpoint \
+        choose another port, or port 0 for any free one, and start it again.";
 
     SourceUnreachable = "E1101", "the source cannot be reached",
         "No connection to the source database could be made, or it broke. Millrace tries again for ever with \
@@ -283,13 +285,8 @@ codes! {
     TargetPrivilege = "E1308", "the target user lacks a privilege",
         "The user of the sink may not write a table, or not create what `create = \"auto\"` asks for. `millrace \
         init-sql` prints the least-privilege roles and grants. The missing privilege is named beside this code.";
-    SinkFenced = "E1309", "another worker holds the sink",
-        "Another process has taken over this sink and its position. This one stands by and takes over when \
-        that one ends; nothing needs to be done. Each commit compares the fence, so the two never mix.";
-    SinkAhead = "E1310", "the sink is ahead of the stream",
-        "The target has applied changes that the stream does not hold: the broker lost its tail, or the sink \
-        was pointed at another stream. The sink waits for capture to publish them again from the slot. If it \
-        stays so, check `stream.servers` and `source.name`, and that capture runs.";
+    // E1309 and E1310 are reserved: a sink that another worker holds stands by, and one that is ahead of the stream
+    // waits for capture; neither is an operator's concern.
     RowRefused = "E1311", "the target refuses a row",
         "A constraint or a type of the target does not admit one row. The row was set aside with its reason in \
         `millrace.dead_letter` of the target; all others flow on. Mend the constraint or the row: a later \

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use async_nats::jetstream::Context;
 use async_nats::jetstream::kv::{self, Operation, UpdateErrorKind};
 use millrace_cdc::{stream, understood};
 use millrace_config::{Code, Condition, Config};
@@ -20,6 +21,9 @@ const PAUSE: Duration = Duration::from_millis(20);
 /// The bucket of a source.
 pub(super) struct Bucket {
     store: kv::Store,
+    jetstream: Context,
+    /// The name of the source's stream.
+    stream: String,
 }
 
 /// A sink's orders as they are stored.
@@ -59,7 +63,24 @@ impl Bucket {
             }
             let store = jetstream.get_key_value(&name).await;
             let store = store.map_err(|error| unreachable(&error))?;
-            Ok(Self { store })
+            Ok(Self {
+                store,
+                jetstream,
+                stream: subject::stream_name(&config.source.name),
+            })
+        })
+        .await
+    }
+
+    /// The stream sequence of the newest message of the source's stream; `None`: there is no stream.
+    ///
+    /// # Errors
+    /// It cannot be looked at.
+    pub(super) async fn last_seq(&self) -> Result<Option<u64>, Condition> {
+        in_time(Code::StreamUnreachable, async {
+            let found = stream::find_stream(&self.jetstream, &self.stream).await;
+            let found = found.map_err(|error| stream_condition(&error))?;
+            Ok(found.map(|found| found.last_seq))
         })
         .await
     }
@@ -180,7 +201,10 @@ mod tests {
         let store = stream::bucket(&jetstream, "shop", work::COPIES, 1).await;
         let bucket = Bucket {
             store: store.expect("bucket"),
+            jetstream,
+            stream: subject::stream_name("shop"),
         };
+        assert_eq!(bucket.last_seq().await, Ok(None));
         let operators = ["a", "b", "c", "d"];
         let change = |name: &'static str| {
             bucket.change("wh", move |listed| {

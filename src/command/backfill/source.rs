@@ -21,7 +21,7 @@ pub(super) async fn check(
     config: &Config,
     tables: &[Table],
     filter: Option<&str>,
-) -> Result<Vec<Condition>, Refusal> {
+) -> Result<Option<Condition>, Refusal> {
     let checked = in_time(Code::SourceUnreachable, async {
         Ok(Box::pin(check_now(config, tables, filter)).await)
     });
@@ -32,7 +32,7 @@ async fn check_now(
     config: &Config,
     tables: &[Table],
     filter: Option<&str>,
-) -> Result<Vec<Condition>, Refusal> {
+) -> Result<Option<Condition>, Refusal> {
     let mut client = connection::postgres(&config.source.url, Side::Source, NAME).await?;
     let facts = source::inspect(&client).await;
     let facts = facts.map_err(|error| source_condition(&error))?;
@@ -49,12 +49,10 @@ async fn check_now(
             check_filter(&transaction, &table.name, filter).await?;
         }
     }
-    let mut warnings = Vec::new();
-    for table in tables {
-        let warning = source::room_for(&client, &config.source.name, &[&table.name]).await;
-        warnings.extend(warning.map_err(|error| source_condition(&error))?);
-    }
-    Ok(warnings)
+    // Together, as capture reads them: while it does the slot may have to keep as much as all of them have.
+    let together: Vec<_> = tables.iter().map(|table| &table.name).collect();
+    let warning = source::room_for(&client, &config.source.name, &together).await;
+    warning.map_err(|error| source_condition(&error).into())
 }
 
 fn unreachable(error: &tokio_postgres::Error) -> Condition {

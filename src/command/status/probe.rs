@@ -334,7 +334,7 @@ pub(in crate::command) struct SinkSeen {
     /// Its position row; none where it never ran.
     pub(in crate::command) row: Option<PositionRow>,
     /// Open dead letters by target table.
-    pub(super) dead_letters: BTreeMap<String, u64>,
+    pub(in crate::command) dead_letters: BTreeMap<String, u64>,
 }
 
 /// One sink's target.

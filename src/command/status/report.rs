@@ -13,8 +13,12 @@ use serde::Serialize;
 use super::probe::SinkSeen;
 use crate::admin::{Live, LivePart, lag_seconds};
 
-/// A lag that `--check` finds too long, in seconds.
-const LAG_SECONDS_MAX: f64 = 300.0;
+/// A lag beyond this is one that `--check` finds, where heartbeats come often.
+const LAG_MAX: Duration = Duration::from_secs(300);
+
+/// Where they come seldom: beyond so many heartbeat intervals. The lag of a sink that has everything rises to one
+/// interval, because only heartbeats are newer than an idle source's last change.
+const LAG_HEARTBEATS_MAX: u32 = 2;
 
 /// States that `--check` finds: what should be running does not do its work.
 const WRONG: [&str; 6] = [
@@ -152,9 +156,15 @@ pub(super) struct TableReport {
     pub(super) dead_letters: u64,
 }
 
+/// A lag beyond this is one that `--check` finds.
+fn lag_max(heartbeat_interval: Duration) -> Duration {
+    LAG_MAX.max(heartbeat_interval.saturating_mul(LAG_HEARTBEATS_MAX))
+}
+
 impl Report {
-    /// What is wrong, a line each.
-    pub(super) fn findings(&self) -> Vec<String> {
+    /// What is wrong, a line each, with a source that writes a heartbeat at this interval.
+    pub(super) fn findings(&self, heartbeat_interval: Duration) -> Vec<String> {
+        let lag_max = lag_max(heartbeat_interval).as_secs_f64();
         let source = ("source".to_owned(), &self.source.part);
         let parts = [source, ("stream".to_owned(), &self.stream.part)].into_iter();
         let sinks = self
@@ -173,7 +183,7 @@ impl Report {
             .map(|(name, part)| format!("{name}: {}", explained(part)))
             .collect();
         for sink in &self.sinks {
-            if let Some(lag) = sink.lag_seconds.filter(|lag| *lag > LAG_SECONDS_MAX) {
+            if let Some(lag) = sink.lag_seconds.filter(|lag| *lag > lag_max) {
                 findings.push(format!("sink {}: {} behind", sink.name, seconds(lag)));
             }
         }
@@ -363,11 +373,22 @@ mod tests {
     #[test]
     fn a_check_finds_bad_states_and_long_lags() {
         let mut report = report();
-        assert!(report.findings().is_empty());
+        let often = Duration::from_secs(5);
+        assert!(report.findings(often).is_empty());
         report.sinks[0].lag_seconds = Some(301.0);
-        assert_eq!(report.findings(), ["sink wh: 5m 1s behind"]);
+        assert_eq!(report.findings(often), ["sink wh: 5m 1s behind"]);
         report.tables[0].part = LivePart::of("parked");
-        assert_eq!(report.findings().len(), 2);
+        assert_eq!(report.findings(often).len(), 2);
+    }
+
+    #[test]
+    fn a_lag_that_comes_of_rare_heartbeats_is_no_finding() {
+        let mut report = report();
+        let rarely = Duration::from_secs(600);
+        for (lag, found) in [(301.0, 0), (1_200.0, 0), (1_201.0, 1)] {
+            report.sinks[0].lag_seconds = Some(lag);
+            assert_eq!(report.findings(rarely).len(), found, "{lag}");
+        }
     }
 
     #[test]

@@ -62,6 +62,8 @@ pub struct Nats {
     // Declared before the folder: the server ends first.
     process: Option<Process>,
     bin: PathBuf,
+    /// What its configuration file says of JetStream.
+    jetstream: String,
     port: u16,
     place: Place,
 }
@@ -81,25 +83,24 @@ impl Nats {
         check_version(&bin, options.too_old)?;
         let place = Place::new()?;
         fs::create_dir(place.path().join("store")).map_err(LabError::io("make the store"))?;
-        let mut text = options.config;
-        if options.jetstream {
+        let jetstream = options.jetstream.then(|| {
             let most = options.max_file_store;
             let most = most.map_or(String::new(), |most| format!(", max_file_store: {most}"));
-            text.push_str(&format!(
+            format!(
                 "\njetstream {{ store_dir: \"{}\", sync_interval: {}{most} }}\n",
                 place.path().join("store").display(),
                 options.sync_interval
-            ));
-        }
-        fs::write(place.path().join("nats.conf"), text)
-            .map_err(LabError::io("write the broker's configuration"))?;
+            )
+        });
         // The broker itself takes a free port the first time.
         let mut broker = Self {
             process: None,
             bin,
+            jetstream: jetstream.unwrap_or_default(),
             port: 0,
             place,
         };
+        broker.configure(&options.config)?;
         broker.start_again().await?;
         Ok(broker)
     }
@@ -133,6 +134,17 @@ impl Nats {
             .connect(self.url())
             .await
             .map_err(LabError::Nats)
+    }
+
+    /// Gives it other further lines of its configuration file, which it reads when it starts again.
+    ///
+    /// # Errors
+    ///
+    /// Fails when the file cannot be written.
+    pub fn configure(&self, config: &str) -> Result<(), LabError> {
+        let text = format!("{config}{}", self.jetstream);
+        fs::write(self.place.path().join("nats.conf"), text)
+            .map_err(LabError::io("write the broker's configuration"))
     }
 
     /// SIGKILL.

@@ -81,6 +81,17 @@ impl Pipeline {
             .map_err(LabError::io("terminate the pipeline"))
     }
 
+    /// SIGINT: what Ctrl-C on a terminal sends.
+    ///
+    /// # Errors
+    ///
+    /// Fails when the signal cannot be sent.
+    pub fn interrupt(&mut self) -> Result<(), LabError> {
+        self.process
+            .signal(Signal::SIGINT)
+            .map_err(LabError::io("interrupt the pipeline"))
+    }
+
     /// SIGHUP: asks it to read its configuration again.
     ///
     /// # Errors

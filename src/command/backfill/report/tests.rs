@@ -218,7 +218,7 @@ fn a_sink_that_is_far_behind_says_why_nothing_comes() {
     let told = told(&[], 0, Some("a transaction is open"));
     let late = |state, told: &Told| {
         line_where(Some(state), told, None, |known| {
-            known.held = Some(super::super::LATE);
+            known.held = Some(super::super::held::LATE);
         })
     };
     let nothing = Told::default();
@@ -226,11 +226,11 @@ fn a_sink_that_is_far_behind_says_why_nothing_comes() {
     let began_us = BEGAN_US;
     for waiting in [chunks(5, None), CopyState::Pending { claim, began_us }] {
         let waiting = late(waiting, &nothing);
-        assert_eq!(waiting.reason.as_deref(), Some(super::super::LATE));
+        assert_eq!(waiting.reason.as_deref(), Some(super::super::held::LATE));
         assert!(waiting.in_words().contains("30 s behind"));
     }
     let bound = format!("{} s", millrace_sink::late::LAG_MAX_US / 1_000_000);
-    assert!(super::super::LATE.contains(&bound), "{bound}");
+    assert!(super::super::held::LATE.contains(&bound), "{bound}");
     // What the table itself waits for says more.
     let own = late(chunks(5, None), &told);
     assert_eq!(own.reason.as_deref(), Some("a transaction is open"));
