@@ -4,7 +4,7 @@
 //! becomes one [`Bytes`] that all its messages share.
 
 use bytes::Bytes;
-use millrace_event::{LineEnd, Lsn, Position, write_line_end};
+use millrace_event::{LineEnd, Lsn, Position, decode_line, write_line_end};
 
 use crate::relation::SubjectId;
 
@@ -43,10 +43,15 @@ pub struct MessageLimits {
     pub row_bytes: usize,
 }
 
+/// So much of each key column's value is shown of a row that is too large, in characters.
+const KEY_CHARS_SHOWN: usize = 100;
+
 /// A row that exceeds even what chunks may carry.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a row needs {bytes} bytes on the stream and may have {limit}")]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a row{row} needs {bytes} bytes on the stream and may have {limit}")]
 pub struct RowTooLarge {
+    /// Its table and key, as a part of a sentence; empty where they cannot be told.
+    pub row: String,
     /// What it needs.
     pub bytes: usize,
     /// What it may have.
@@ -254,6 +259,26 @@ impl Assembler {
     }
 }
 
+/// The table and the key of a line, as a part of a sentence.
+fn row_of(line: &[u8]) -> String {
+    let Ok(event) = decode_line(line) else {
+        return String::new();
+    };
+    let key = event.key.iter().flat_map(|key| key.iter());
+    let key: Vec<String> = key
+        .map(|(name, value)| {
+            let value = value.as_text().unwrap_or_default();
+            let shown: String = value.chars().take(KEY_CHARS_SHOWN).collect();
+            format!("{name} = {shown}")
+        })
+        .collect();
+    format!(
+        " of {} with the key {}",
+        event.source.table_name(),
+        key.join(", ")
+    )
+}
+
 fn emit_chunks(
     limits: MessageLimits,
     message: &Pending,
@@ -279,6 +304,7 @@ fn emit_chunks(
     }
     if size > limits.row_bytes {
         return Err(RowTooLarge {
+            row: row_of(&payload),
             bytes: size,
             limit: limits.row_bytes,
         });

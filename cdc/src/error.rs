@@ -178,13 +178,14 @@ impl From<WalError> for Error {
 
 impl From<NatsError> for Error {
     fn from(error: NatsError) -> Self {
-        match &error {
+        match error {
             NatsError::Auth { .. } => Self::Refused(Condition::new(
                 Code::StreamAuth,
                 millrace_config::chain(&error),
                 "correct the credentials under [stream]",
             )),
-            _ => Self::retry(error.to_string(), error),
+            NatsError::Secret(error) => error.into(),
+            error => Self::retry(error.to_string(), error),
         }
     }
 }

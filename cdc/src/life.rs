@@ -114,7 +114,7 @@ struct Reached {
 }
 
 async fn reach(config: &Config) -> Result<Reached, Error> {
-    let admin = nats::connect(&config.stream, "millrace capture", INBOX, Reconnect::Always).await?;
+    let admin = nats::connect(&config.stream, "millrace capture", INBOX, Reconnect::Itself).await?;
     let max_payload = admin.server_info().max_payload;
     let jetstream = jetstream::new(admin);
     stream::require_level(&jetstream).await?;

@@ -66,6 +66,7 @@ pub async fn run(config: &Config, status: &Status, stop: &CancellationToken) -> 
                 let reason = error.chain();
                 tracing::warn!(part = "capture", %reason, "trying again");
                 let condition = match error {
+                    Error::Refused(condition) => Some(condition),
                     Error::Retry { condition, .. } => condition,
                     _ => None,
                 };

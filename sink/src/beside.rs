@@ -122,7 +122,13 @@ impl Beside {
         let Some(behind) = &mut self.behind else {
             return Ok(None);
         };
-        while behind.reached.position < life.checkpoint.position {
+        for _ in 0..MESSAGES_MAX {
+            if behind.reached.position >= life.checkpoint.position {
+                let part = behind.flush();
+                let batch = part.map(|part| behind.batch(life, part));
+                self.behind = None;
+                return Ok(batch);
+            }
             let delivery = match behind.reader.try_next() {
                 Ok(Some(delivery)) => delivery,
                 Ok(None) => {
@@ -140,10 +146,7 @@ impl Beside {
                 return Ok(Some(behind.batch(life, part)));
             }
         }
-        let part = behind.flush();
-        let batch = part.map(|part| behind.batch(life, part));
-        self.behind = None;
-        Ok(batch)
+        Ok(None)
     }
 
     async fn gap(
@@ -161,6 +164,9 @@ impl Beside {
         Ok(Some(rejoin::batch(life, progress, Vec::new())))
     }
 }
+
+/// So many messages are looked through at once for those of tables that catch up: the stream waits meanwhile.
+const MESSAGES_MAX: usize = 5_000;
 
 /// How long the main loop waits for messages of a table that catches up.
 const BEHIND_INTERVAL: std::time::Duration = std::time::Duration::from_millis(5);

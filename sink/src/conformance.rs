@@ -202,7 +202,7 @@ async fn floors_and_tombstones<T: Target>(target: &T) {
     for (lsn, forgotten) in [(6, 0), (7, 1), (9, 0)] {
         let version = Version::new(1, Lsn(lsn), 1);
         let up_to = BTreeMap::from([(bench.layout.target.clone(), version)]);
-        let dropped = bench.sink.clean_up(&up_to, Duration::ZERO).await;
+        let dropped = bench.sink.clean_up(&up_to, Duration::ZERO, 10).await;
         assert_eq!(dropped.expect("cleans up"), forgotten, "{up_to:?}");
     }
     other.push(1, 1, put(1, 1, text("a")));

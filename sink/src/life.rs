@@ -1,5 +1,6 @@
 //! What a sink works with, and how it comes by it: the target, the stream, and the tables' layouts.
 
+mod broker;
 mod layouts;
 mod stream;
 
@@ -14,6 +15,7 @@ use millrace_event::work::{self, ParkedClaim, SinkReport};
 use millrace_event::{Position, TableName, Version};
 use tokio::task::JoinHandle;
 
+use self::broker::Broker;
 use self::layouts::Layouts;
 use self::stream::bucket;
 use crate::batch::{Batch, Checkpoint, PositionRow};
@@ -48,6 +50,7 @@ pub(crate) struct Life<'l> {
     pub(crate) tables: HashMap<TableName, &'l Table>,
     pub(crate) status: &'l Status,
     pub(crate) jetstream: jetstream::Context,
+    broker: Broker,
     pub(crate) copies: kv::Store,
     schemas: kv::Store,
     reports: kv::Store,
@@ -86,8 +89,8 @@ impl<'l> Life<'l> {
         };
         let inbox = format!("_INBOX_millrace_sink_{}", settings.name);
         let name = format!("millrace sink {}", settings.name);
-        let client = nats::connect(&config.stream, &name, &inbox, Reconnect::Always).await?;
-        let jetstream = jetstream::new(client);
+        let client = nats::connect(&config.stream, &name, &inbox, Reconnect::Itself).await?;
+        let jetstream = jetstream::new(client.clone());
         let source = config.source.name.as_str();
         let PositionRow {
             checkpoint, copy, ..
@@ -104,6 +107,7 @@ impl<'l> Life<'l> {
             schemas: bucket(&jetstream, source, work::SCHEMAS).await?,
             reports: bucket(&jetstream, source, work::SINKS).await?,
             jetstream,
+            broker: Broker::new(client),
             unread_request: Unread::default(),
             reported_at: None,
             reported: None,
@@ -121,6 +125,11 @@ impl<'l> Life<'l> {
         };
         life.register().await?;
         Ok(life)
+    }
+
+    /// Fails where the connection to the broker has been broken for a while.
+    pub(crate) fn look_at_broker(&mut self) -> Result<(), Error> {
+        self.broker.look(tokio::time::Instant::now())
     }
 
     /// Finds the stream and, for a sink or a table that is new, stores where it begins: behind everything that

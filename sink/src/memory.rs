@@ -289,11 +289,12 @@ impl Sink for MemorySink {
         Ok(keys.into_iter().take(max).collect())
     }
 
-    /// In the model every delete is an old one.
+    /// In the model every delete is an old one, and there are few.
     async fn clean_up(
         &mut self,
         up_to: &BTreeMap<TableName, Version>,
         _kept: Duration,
+        _max: u32,
     ) -> Result<u64, SinkError> {
         let mut shared = self.target.lock();
         if shared

@@ -257,6 +257,7 @@ impl Sink for PostgresSink {
         &mut self,
         up_to: &BTreeMap<TableName, Version>,
         kept: Duration,
+        max: u32,
     ) -> Result<u64, SinkError> {
         let name = self.name.clone();
         let session = self.session.as_mut().ok_or_else(apply::broken)?;
@@ -291,7 +292,10 @@ impl Sink for PostgresSink {
             }
             let kept = kept.as_secs_f64();
             let rows = transaction
-                .query(sql::FORGET_DELETES, &[&relations, &versions, &kept])
+                .query(
+                    sql::FORGET_DELETES,
+                    &[&relations, &versions, &kept, &i64::from(max)],
+                )
                 .await?;
             let mut forgotten = Vec::new();
             let mut deleted = 0;

@@ -52,9 +52,10 @@ pub async fn run(
     let mut parking = None;
     let started = Instant::now();
     let mut waiting = Waiting::default();
+    let mut upkeep = Upkeep::begin(started);
     loop {
         let began = started.elapsed();
-        let error = match live(config, settings, status, parking.take(), stop).await {
+        let error = match live(config, settings, status, parking.take(), &mut upkeep, stop).await {
             Ok(Ended::Stopped) => return Ok(()),
             Ok(Ended::Rejoin) => continue,
             Err(error) => error,
@@ -130,6 +131,7 @@ async fn live(
     settings: &Settings,
     status: &Status,
     parking: Option<(TableName, Condition)>,
+    upkeep: &mut Upkeep,
     stop: &CancellationToken,
 ) -> Result<Ended, Error> {
     let mut life = tokio::select! {
@@ -146,7 +148,7 @@ async fn live(
     }
     let state = state_of(&life.progress);
     status.set_state(&settings.name, state, None);
-    Box::pin(follow(life, stop)).await
+    Box::pin(follow(life, upkeep, stop)).await
 }
 
 /// A sink of which no table has its rows yet is not streaming, though its stream is read.
@@ -179,7 +181,11 @@ struct Following<'l> {
     began: Instant,
 }
 
-async fn follow(life: Life<'_>, stop: &CancellationToken) -> Result<Ended, Error> {
+async fn follow(
+    life: Life<'_>,
+    upkeep: &mut Upkeep,
+    stop: &CancellationToken,
+) -> Result<Ended, Error> {
     let began = Instant::now();
     let checkpoint = life.checkpoint;
     let token = Token {
@@ -208,7 +214,6 @@ async fn follow(life: Life<'_>, stop: &CancellationToken) -> Result<Ended, Error
     };
     let mut ticks = tokio::time::interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut upkeep = Upkeep::begin(began);
     loop {
         // Before anything is handed out: where changes never pause, the next batch follows the last one at once.
         let now = Instant::now();
@@ -221,6 +226,10 @@ async fn follow(life: Life<'_>, stop: &CancellationToken) -> Result<Ended, Error
         // Where every batch is full the stream is never drained, and what is beside it would never have its turn.
         if line.turns.is_beside_due() && line.is_besides_turn() {
             line.turn().await?;
+        }
+        // Before more is collected: a batch that ends with a transaction of the source ends the target's.
+        if line.worker.is_full() {
+            line.hand_out().await?;
         }
         // Everything that has arrived already, as far as there is room.
         while line.wants_delivery() && !stop.is_cancelled() {
@@ -282,6 +291,7 @@ async fn follow(life: Life<'_>, stop: &CancellationToken) -> Result<Ended, Error
             }
             Turn::Delivery(delivery) => line.take(&delivery).await?,
             Turn::Tick => {
+                line.life.look_at_broker()?;
                 // A stream that is full brings nothing more before this is known.
                 line.life.report(false).await?;
                 if line.has_turned() {

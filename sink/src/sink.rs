@@ -46,12 +46,13 @@ pub trait Sink: Send {
     ) -> impl Future<Output = Result<Vec<String>, SinkError>> + Send;
 
     /// Forgets deletes of these target tables at or below a version each, which no older row can follow any more, and
-    /// that were applied longer ago than `kept`. The tables are this sink's own: versions of others cannot be compared
-    /// with its. Returns how many.
+    /// that were applied longer ago than `kept`: `max` of them at most. The tables are this sink's own: versions of others
+    /// cannot be compared with its. Returns how many.
     fn clean_up(
         &mut self,
         up_to: &BTreeMap<TableName, Version>,
         kept: Duration,
+        max: u32,
     ) -> impl Future<Output = Result<u64, SinkError>> + Send;
 }
 

@@ -44,16 +44,18 @@ pub const DROP_LETTERS: &str = "DELETE FROM millrace.dead_letter WHERE id = ANY 
     AND resolved_at < now() - $2::float8 * interval '1 second' LIMIT $3::bigint))";
 
 /// Forgets old tombstones, and remembers how far: relation, clean-up floor and how many, of each relation that had some.
-/// Parameters: relations, a version each, seconds that a tombstone is kept.
-pub const FORGET_DELETES: &str = "WITH dropped AS (DELETE FROM millrace.tombstone t \
-    USING unnest($1::text[], $2::uuid[]) AS u (relation, version) \
-    WHERE t.relation = u.relation AND t.version <= u.version \
-    AND t.deleted_at <= now() - $3::float8 * interval '1 second' RETURNING t.relation, t.version), \
-    raised AS (INSERT INTO millrace.table_floor AS f (relation, cleanup_floor) \
-    SELECT relation, max(version::text COLLATE \"C\")::uuid FROM dropped GROUP BY relation \
+/// Parameters: relations, a version each, seconds that a tombstone is kept, how many at most.
+pub const FORGET_DELETES: &str = "WITH dropped AS (DELETE FROM millrace.tombstone WHERE ctid = ANY (ARRAY( \
+    SELECT t.ctid FROM unnest($1::text[], $2::uuid[]) AS u (relation, version) \
+    JOIN millrace.tombstone t ON t.relation = u.relation AND t.version <= u.version \
+    AND t.deleted_at <= now() - $3::float8 * interval '1 second' LIMIT $4::bigint)) \
+    RETURNING relation, version), \
+    of AS (SELECT relation, max(version::text COLLATE \"C\")::uuid AS version, count(*) AS deletes \
+    FROM dropped GROUP BY relation), \
+    raised AS (INSERT INTO millrace.table_floor AS f (relation, cleanup_floor) SELECT relation, version FROM of \
     ON CONFLICT (relation) DO UPDATE SET \
     cleanup_floor = greatest(f.cleanup_floor, excluded.cleanup_floor) RETURNING relation, cleanup_floor) \
-    SELECT r.relation, r.cleanup_floor, (SELECT count(*) FROM dropped d WHERE d.relation = r.relation) FROM raised r";
+    SELECT r.relation, r.cleanup_floor, o.deletes FROM raised r JOIN of o USING (relation)";
 
 /// Raises a relation's truncate floor. Parameters: relation, version.
 pub const TRUNCATE_FLOOR: &str = "INSERT INTO millrace.table_floor AS f (relation, truncate_floor) \

@@ -22,6 +22,9 @@ const CLEAN_UP_INTERVAL: Duration = Duration::from_secs(60);
 /// so that the next copy of its table, whose rows are a little older than the stream, need not be read again.
 const DELETES_KEPT: Duration = Duration::from_secs(600);
 
+/// So many deletes are forgotten at once, while changes wait. More go right after the next batch.
+const DELETES_MAX: u32 = 50_000;
+
 /// How often resolved dead letters are looked through: nothing but a search of all letters finds the old ones.
 const LETTERS_INTERVAL: Duration = Duration::from_secs(3600);
 
@@ -31,12 +34,12 @@ const LETTERS_KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
 /// So many letters are dropped at once, while changes wait. More go with the next clean-up.
 const LETTERS_MAX: u32 = 10_000;
 
-/// When what was done last.
+/// When what was done last, over all lives of a process.
 pub(crate) struct Upkeep {
     /// Up to where deletes of each target table may be forgotten, and since when: what stands still is not searched again
     /// once all of its deletes are old.
     forgettable: BTreeMap<TableName, (Version, Instant)>,
-    /// `None` before the first: a process may not live for long.
+    /// `None` before the first, with which a process begins: it may not live for long.
     cleaned_at: Option<Instant>,
     probed_at: Instant,
     /// `None` before all old letters were dropped once.
@@ -73,9 +76,8 @@ impl Upkeep {
     /// # Errors
     /// A server is away.
     pub(crate) async fn turn(&mut self, life: &mut Life<'_>, now: Instant) -> Result<bool, Error> {
-        if self.cleans(now) {
+        if self.cleans(now) && self.forget_deletes(life, now).await? {
             self.cleaned_at = Some(now);
-            self.forget_deletes(life, now).await?;
             self.drop_letters(life, now).await?;
         }
         if self.probes(life, now) {
@@ -85,8 +87,8 @@ impl Upkeep {
         Ok(false)
     }
 
-    /// Forgets old deletes, of each table as far as nothing older is to come of it.
-    async fn forget_deletes(&mut self, life: &mut Life<'_>, now: Instant) -> Result<(), Error> {
+    /// Forgets old deletes, of each table as far as nothing older is to come of it. Returns whether those were all.
+    async fn forget_deletes(&mut self, life: &mut Life<'_>, now: Instant) -> Result<bool, Error> {
         let passed = life.passed();
         let mut up_to: BTreeMap<TableName, Version> = BTreeMap::new();
         let is_ours = |table: &TableName| {
@@ -102,11 +104,12 @@ impl Upkeep {
         }
         up_to.retain(|target, up_to| self.searches(target, *up_to, now));
         if up_to.is_empty() {
-            return Ok(());
+            return Ok(true);
         }
-        let forgotten = life.sink().clean_up(&up_to, DELETES_KEPT).await?;
+        let forgotten = life.sink().clean_up(&up_to, DELETES_KEPT, DELETES_MAX);
+        let forgotten = forgotten.await?;
         tracing::debug!(sink = %life.settings.name, forgotten, "old deletes forgotten");
-        Ok(())
+        Ok(forgotten < u64::from(DELETES_MAX))
     }
 
     /// Whether a table has old deletes up to this version that were not seen yet.

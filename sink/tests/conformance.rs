@@ -292,8 +292,10 @@ async fn a_copy_from_before_forgotten_deletes_is_refused_aloud() {
     let version = |lsn| Version::new(1, Lsn(lsn), 1);
     let up_to = std::collections::BTreeMap::from([(layout.target.clone(), version(6))]);
     let hour = Duration::from_secs(3600);
-    assert_eq!(sink.clean_up(&up_to, hour).await.expect("cleans up"), 0);
-    let dropped = sink.clean_up(&up_to, Duration::ZERO).await;
+    assert_eq!(sink.clean_up(&up_to, hour, 10).await.expect("cleans up"), 0);
+    let none = sink.clean_up(&up_to, Duration::ZERO, 0).await;
+    assert_eq!(none.expect("cleans up"), 0);
+    let dropped = sink.clean_up(&up_to, Duration::ZERO, 10).await;
     assert_eq!(dropped.expect("cleans up"), 1);
 
     let copied = |lsn| {

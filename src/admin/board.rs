@@ -142,6 +142,16 @@ impl Board {
         self.update_sink(name, |sink| sink.part = Part::new(state));
     }
 
+    /// A sink's state, and what an operator is told of it.
+    pub(crate) fn set_sink_with(&self, name: &str, state: State, condition: Condition) {
+        self.update_sink(name, |sink| {
+            sink.part = Part {
+                state,
+                condition: Some(condition),
+            };
+        });
+    }
+
     /// A sink met a condition that an operator must resolve.
     pub(crate) fn halt_sink(&self, name: &str, condition: Condition) {
         self.update_sink(name, |sink| sink.part = halted(condition));

@@ -16,6 +16,7 @@ async fn a_row_above_the_limit_halts_capture_with_its_code() {
     assert!(body.contains("halted"), "{body}");
     assert!(body.contains("millrace drop"), "{body}");
     assert!(body.contains("67108864"), "{body}");
+    assert!(body.contains("public.t with the key id = 2"), "{body}");
     assert!(pipeline.is_running(), "{}", pipeline.logs());
     let rows = stage.target_text("SELECT count(*)::text FROM t").await;
     assert_eq!(rows, "1");

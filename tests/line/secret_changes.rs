@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::PathBuf;
 
-use millrace_lab::NatsOptions;
+use millrace_lab::{NatsOptions, Pipeline};
 
 use crate::bad_input::edit;
 use crate::stage::{Setting, Stage};
@@ -79,8 +79,10 @@ async fn a_secret_that_cannot_be_read_at_start_is_named() {
     let missing = format!("{stream}\ntoken = {{ file = \"nowhere\" }}");
     edit(&stage.folder, stream, &missing);
     let once = ["run", "--once", "--only", "sink:replica"];
-    let run = stage.start_with(&once);
-    stage.ends(run, 4, &["error: E1002", "nowhere"]).await;
+    for arguments in [&once[..], &["run"]] {
+        let run = stage.start_with(arguments);
+        stage.ends(run, 4, &["error: E1002", "nowhere"]).await;
+    }
 }
 
 #[tokio::test]
@@ -145,9 +147,9 @@ fn token(token: &str) -> String {
     format!("authorization {{ token: \"{token}\" }}\n")
 }
 
-#[tokio::test]
-async fn a_token_of_the_broker_that_changes_is_read_again_by_capture() {
-    let mut stage = Stage::set(Setting {
+/// A broker that asks for a token, and where the product reads it.
+async fn with_token() -> (Stage, Kept) {
+    let stage = Stage::set(Setting {
         nats: NatsOptions {
             config: token("firsttoken"),
             ..NatsOptions::default()
@@ -159,24 +161,58 @@ async fn a_token_of_the_broker_that_changes_is_read_again_by_capture() {
     let stream = "confirm = \"acked\"";
     let with_token = format!("{stream}\ntoken = {}", kept.reference());
     edit(&stage.folder, stream, &with_token);
-    let mut capture = stage.start_with(&["run", "--only", "capture"]);
-    stage.sql("INSERT INTO t VALUES (1, 'one')").await;
-    Stage::readyz(&mut capture, 200, "streaming").await;
+    (stage, kept)
+}
+
+/// The broker comes back with another token.
+async fn changes_token(stage: &mut Stage) {
     stage.nats.stop().await.expect("stopped");
     stage
         .nats
         .configure(&token("secondtoken"))
         .expect("written");
     stage.nats.start_again().await.expect("broker");
-    let body = Stage::readyz(&mut capture, 503, "E1207").await;
+}
+
+fn shows_no_token(pipeline: &Pipeline) {
+    let logs = pipeline.logs();
+    for token in ["firsttoken", "secondtoken"] {
+        assert!(!logs.contains(token), "{logs}");
+    }
+}
+
+#[tokio::test]
+async fn a_token_of_the_broker_that_changes_is_read_again_by_capture() {
+    let (mut stage, kept) = with_token().await;
+    let mut capture = stage.start_with(&["run", "--only", "capture"]);
+    stage.sql("INSERT INTO t VALUES (1, 'one')").await;
+    Stage::readyz(&mut capture, 200, "streaming").await;
+    changes_token(&mut stage).await;
+    let body = Stage::readyz(&mut capture, 503, "\"code\":\"E1207\"").await;
     assert!(body.contains("retrying"), "{body}");
     stage.sql("INSERT INTO t VALUES (2, 'meanwhile')").await;
     kept.write("secondtoken");
     Stage::readyz(&mut capture, 200, "streaming").await;
     let sink = stage.start_with(&["run", "--only", "sink:replica"]);
     assert_eq!(stage.equal(&sink).await.rows, 2);
-    let logs = capture.logs();
-    for token in ["firsttoken", "secondtoken"] {
-        assert!(!logs.contains(token), "{logs}");
-    }
+    shows_no_token(&capture);
+}
+
+#[tokio::test]
+async fn a_token_of_the_broker_that_changes_is_read_again_by_a_sink() {
+    let (mut stage, kept) = with_token().await;
+    let capture = stage.start_with(&["run", "--only", "capture"]);
+    let mut sink = stage.start_with(&["run", "--only", "sink:replica"]);
+    stage.sql("INSERT INTO t VALUES (1, 'one')").await;
+    stage.equal(&sink).await;
+    Stage::readyz(&mut sink, 200, "streaming").await;
+    changes_token(&mut stage).await;
+    let body = Stage::readyz(&mut sink, 503, "\"code\":\"E1207\"").await;
+    assert!(body.contains("retrying"), "{body}");
+    stage.sql("INSERT INTO t VALUES (2, 'meanwhile')").await;
+    kept.write("secondtoken");
+    assert_eq!(stage.equal(&sink).await.rows, 2);
+    Stage::readyz(&mut sink, 200, "streaming").await;
+    shows_no_token(&sink);
+    drop(capture);
 }

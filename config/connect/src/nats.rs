@@ -9,14 +9,18 @@ use millrace_config::{Auth, SecretError, Stream};
 
 use crate::percent;
 
+/// How often a client tries each server by itself: for about two minutes.
+const RECONNECTS_MAX: usize = 30;
+
 /// What a client does when its connection breaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reconnect {
     /// It gives up after at most one round over the servers; async-nats cannot be told less. Its owner drops it
     /// at the first sign of a disconnect, connects anew, and looks at what the server has.
     Never,
-    /// It connects again by itself, for ever, with the secrets it was made with.
-    Always,
+    /// It connects again by itself, with the secrets it was made with, for longer than its owner waits for it: an owner
+    /// that has dropped it cannot tell it to stop.
+    Itself,
 }
 
 /// Why there is no connection. Addresses are shown without user and password.
@@ -74,7 +78,7 @@ pub async fn connect(
     // The limit also holds for the first connect, which must try every server; zero would mean no limit.
     let options = match reconnect {
         Reconnect::Never => options.max_reconnects(Some(stream.servers.len())),
-        Reconnect::Always => options.max_reconnects(None),
+        Reconnect::Itself => options.max_reconnects(Some(stream.servers.len() * RECONNECTS_MAX)),
     };
     let options = authenticate(encrypt(options, stream), stream)?;
     // Without user and password, which the options have: the client logs the addresses that it tries.

@@ -242,6 +242,9 @@ impl Parts {
                     board.halt_sink(name, condition);
                 }
                 (State::Halted(_), Some(condition)) => board.halt_sink(name, condition),
+                (state @ State::Retrying(_), Some(condition)) => {
+                    board.set_sink_with(name, state, condition);
+                }
                 (state, _) => board.set_sink(name, state),
             }
             for (table, state, condition) in snapshot.tables {
