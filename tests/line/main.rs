@@ -71,6 +71,7 @@ mod schema_changes;
 mod schema_history;
 mod schema_policies;
 mod secrets;
+mod sequences_without_messages;
 mod slow_link;
 mod small_tables;
 mod source_replaced;
