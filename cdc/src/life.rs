@@ -144,7 +144,10 @@ pub(crate) async fn open(config: &Config, now: Duration, away: &mut Away) -> Res
     let reached = match reach(config).await {
         Ok(reached) => reached,
         Err(error) => {
-            let refused = &inspected.refused;
+            let refused = match away.outlasts(&error) {
+                true => inspected.refused.as_slice(),
+                false => &[],
+            };
             let relieved = away.relieve(config, &client, facts.version, refused).await;
             if let Err(error) = relieved {
                 tracing::warn!(reason = %error.chain(), "tables stay published that their application cannot change");

@@ -49,6 +49,7 @@ impl Fullness {
 /// Purges a stream by the reports of its required sinks.
 pub(crate) struct Retention<'r> {
     jetstream: &'r Context,
+    source: &'r str,
     name: &'r str,
     reports: &'r kv::Store,
     sinks: &'r [Sink],
@@ -72,6 +73,7 @@ impl<'r> Retention<'r> {
         let confirm_age = synced.map_or(Duration::ZERO, |age| age + CONFIRM_SLACK);
         Self {
             jetstream: &stream.jetstream,
+            source: &config.source.name,
             name: &stream.name,
             reports: &stream.sinks,
             sinks: &config.sinks,
@@ -143,7 +145,9 @@ impl<'r> Retention<'r> {
             self.max_age.max(self.confirm_age)
         };
         let before = state.now.checked_sub(age).unwrap_or(SystemTime::UNIX_EPOCH);
-        if let Some(stream_seq) = self.newest_before(before, state.first_seq, may_go).await? {
+        let (first, source) = (state.first_seq, self.source);
+        let aged = stream::newest_before(self.jetstream, source, before, first, may_go).await?;
+        if let Some(stream_seq) = aged {
             tracing::debug!(stream_seq, "purging the stream");
             stream::purge(self.jetstream, self.name, stream_seq).await?;
             for (sink, claim) in lapsing(&reports, state.first_seq, stream_seq) {
@@ -206,28 +210,6 @@ impl<'r> Retention<'r> {
             );
         }
         None
-    }
-
-    /// The newest message in a range of sequences that was stored before a time: by bisection, because times
-    /// rise with sequences.
-    async fn newest_before(
-        &self,
-        before: SystemTime,
-        first: u64,
-        last: u64,
-    ) -> Result<Option<u64>, Error> {
-        let (mut low, mut high) = (first, last + 1);
-        while low < high {
-            let middle = low + (high - low) / 2;
-            let message = stream::message(self.jetstream, self.name, middle).await?;
-            // A sequence without a message was purged: it is older than what is asked for.
-            if message.is_none_or(|message| message.stored_at < before) {
-                low = middle + 1;
-            } else {
-                high = middle;
-            }
-        }
-        Ok((low > first).then(|| low - 1))
     }
 }
 

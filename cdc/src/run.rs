@@ -2,6 +2,7 @@
 //! what a failure means.
 
 mod perform;
+mod undescribed;
 
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -13,6 +14,7 @@ use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use self::perform::Mark;
+use self::undescribed::Undescribed;
 use crate::capture::{Capture, CaptureError, Input, Output};
 use crate::commits::Commits;
 use crate::copy::Copier;
@@ -132,6 +134,7 @@ async fn live(
         commits: &commits,
         subjects: Vec::new(),
         pending: VecDeque::new(),
+        undescribed: Undescribed::default(),
         heartbeats: VecDeque::new(),
         published: 0,
         changes_seen: 0,
@@ -173,6 +176,7 @@ struct Line<'l> {
     /// What the machine's subject ids stand for.
     subjects: Vec<Subject>,
     pending: VecDeque<Output>,
+    undescribed: Undescribed,
     /// Heartbeats on their way: the number of the message, and what to show once it is acknowledged.
     heartbeats: VecDeque<(u64, Mark)>,
     published: u64,
@@ -219,7 +223,10 @@ impl Line<'_> {
                 Turn::Stop => return self.drain(acks).await,
                 Turn::Acked(acked) => self.acked(acked)?,
                 Turn::Sent => self.sent(),
-                Turn::Tick => self.tick()?,
+                Turn::Tick => {
+                    self.tick()?;
+                    self.describe_undescribed().await;
+                }
                 Turn::Batch(None) => return Err(Error::retry_because("the WAL stream ended")),
                 Turn::Batch(Some(batch)) => self.batch(&batch)?,
             }

@@ -19,7 +19,9 @@ use tokio_postgres::Client;
 pub(crate) use catalog::together;
 pub use catalog::{Harm, Inspected, Refused, SourceTable, estimate_rows, inspect_tables};
 pub use describe::describe;
-pub(crate) use describe::{describe_now, describe_selected, is_as_announced, settled};
+pub(crate) use describe::{
+    SETTLING_MAX, describe_now, describe_selected, is_as_announced, settled,
+};
 pub(crate) use membership::locked_out;
 pub use membership::{
     Alteration, Clause, Member, harmed_children, is_free, left_publication, parked_refused,

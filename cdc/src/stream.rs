@@ -233,16 +233,19 @@ pub async fn purge(jetstream: &Context, name: &str, stream_seq: u64) -> Result<(
     Ok(())
 }
 
-/// The message at a stream sequence, read through the leader; `None` where the stream holds none there.
+/// The newest sequence from `first` to `last` of a source's stream whose message was stored before a time, by the
+/// server's clock; `None` where there is none. A sequence without a message counts as old as the next one that has one.
 ///
 /// # Errors
 /// What JetStream answers.
-pub async fn message(
+pub async fn newest_before(
     jetstream: &Context,
-    name: &str,
-    stream_seq: u64,
-) -> Result<Option<StoredMessage>, StreamError> {
-    tail::message(jetstream, name, stream_seq).await
+    source: &str,
+    before: SystemTime,
+    first: u64,
+    last: u64,
+) -> Result<Option<u64>, StreamError> {
+    tail::newest_before(jetstream, source, before, first, last).await
 }
 
 /// The position of the message at a stream sequence; `None` where there is no message of ours.

@@ -175,32 +175,22 @@ async fn lost(store: &Store, key: &str) {
     assert!(store.entry(key).await.expect("read").is_none());
 }
 
-#[tokio::test]
-async fn an_older_schema_that_the_broker_lost_is_described_again_though_the_stream_has_its_changes()
-{
-    let stage = Stage::set(Setting {
-        stream: SYNCED,
-        ..Setting::default()
-    })
-    .await;
-    let pipeline = stage.start();
-    stage.sql("INSERT INTO t VALUES (1, 'one')").await;
-    stage.equal(&pipeline).await;
-    Stage::stopped(pipeline).await;
+async fn versions(schemas: &Store) -> BTreeSet<String> {
+    let keys = schemas.keys().await.expect("keys");
+    let keys: Vec<String> = keys.try_collect().await.expect("keys");
+    keys.into_iter().collect()
+}
+
+/// Has only capture see a table in three shapes, ends it, and has the broker lose the second one. Says its key.
+async fn older_schema_lost(stage: &Stage, schemas: &Store) -> String {
     let mut capture = stage.start_with(CAPTURE);
     Stage::readyz(&mut capture, 200, "streaming").await;
-    let schemas = bucket(&stage, SCHEMAS).await;
-    let versions = async || {
-        let keys = schemas.keys().await.expect("keys");
-        let keys: Vec<String> = keys.try_collect().await.expect("keys");
-        keys.into_iter().collect::<BTreeSet<_>>()
-    };
-    let first = versions().await;
+    let first = versions(schemas).await;
     let added = async |sql: &str, known: &BTreeSet<String>| {
         stage.sql(sql).await;
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let now = versions().await;
+            let now = versions(schemas).await;
             if now != *known {
                 break now;
             }
@@ -222,17 +212,83 @@ async fn an_older_schema_that_the_broker_lost_is_described_again_though_the_stre
     tokio::time::sleep(Duration::from_secs(2)).await;
     capture.kill9();
     let superseded = second.difference(&first).next().expect("another one");
-    lost(&schemas, superseded).await;
+    lost(schemas, superseded).await;
+    superseded.clone()
+}
+
+/// What capture says of a schema that the broker lost.
+const NOT_KEPT: &str = "a table's schema that the stream names is not kept";
+
+#[tokio::test]
+async fn an_older_schema_that_the_broker_lost_is_described_again_though_the_stream_has_its_changes()
+{
+    let stage = Stage::set(Setting {
+        stream: SYNCED,
+        ..Setting::default()
+    })
+    .await;
+    let pipeline = stage.start();
+    stage.sql("INSERT INTO t VALUES (1, 'one')").await;
+    stage.equal(&pipeline).await;
+    Stage::stopped(pipeline).await;
+    let schemas = bucket(&stage, SCHEMAS).await;
+    let superseded = older_schema_lost(&stage, &schemas).await;
     let pipeline = stage.start();
     stage.equal(&pipeline).await;
-    let said = "the broker lost a table's schema";
-    assert!(pipeline.logs().contains(said), "{}", pipeline.logs());
-    assert!(versions().await.contains(superseded));
+    assert!(pipeline.logs().contains(NOT_KEPT), "{}", pipeline.logs());
+    assert!(versions(&schemas).await.contains(&superseded));
     Stage::stopped(pipeline).await;
     let pipeline = stage.start();
     stage.sql("INSERT INTO t VALUES (4, 'four', 4, 4)").await;
     stage.equal(&pipeline).await;
-    assert!(!pipeline.logs().contains(said), "{}", pipeline.logs());
+    assert!(!pipeline.logs().contains(NOT_KEPT), "{}", pipeline.logs());
+}
+
+#[tokio::test]
+async fn an_older_schema_that_cannot_be_described_while_its_table_is_locked_holds_no_table_up() {
+    let stage = Stage::set(Setting {
+        schema: "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE TABLE u (id int PRIMARY KEY, v text)",
+        tables: &[("public.t", ""), ("public.u", "")],
+        stream: SYNCED,
+        ..Setting::default()
+    })
+    .await;
+    let pipeline = stage.start();
+    stage.sql("INSERT INTO t VALUES (1, 'one')").await;
+    stage.equal(&pipeline).await;
+    Stage::stopped(pipeline).await;
+    let schemas = bucket(&stage, SCHEMAS).await;
+    let superseded = older_schema_lost(&stage, &schemas).await;
+    let lock = stage.postgres.connect("source").await.expect("connects");
+    let locked = "BEGIN; LOCK TABLE t IN ACCESS EXCLUSIVE MODE";
+    lock.batch_execute(locked).await.expect("locked");
+    let capture = stage.start_with(CAPTURE);
+    Stage::logs(&capture, "an older schema cannot be described yet").await;
+    stage.sql("INSERT INTO u VALUES (1, 'on')").await;
+    let jetstream = jetstream::new(stage.nats.client().await.expect("client"));
+    let stream = jetstream.get_stream("CDC_shop").await.expect("a stream");
+    let deadline = Instant::now() + Duration::from_secs(8);
+    let inserts = "cdc.shop.public.u.c";
+    while stream
+        .get_last_raw_message_by_subject(inserts)
+        .await
+        .is_err()
+    {
+        assert!(Instant::now() < deadline, "{}", capture.logs());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!(!versions(&schemas).await.contains(&superseded));
+    drop(lock);
+    let deadline = Instant::now() + PATIENCE;
+    while !versions(&schemas).await.contains(&superseded) {
+        assert!(Instant::now() < deadline, "{}", capture.logs());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let again = "trying again";
+    assert!(!capture.logs().contains(again), "{}", capture.logs());
+    Stage::stopped(capture).await;
+    let pipeline = stage.start();
+    stage.equal(&pipeline).await;
 }
 
 #[tokio::test]

@@ -126,6 +126,28 @@ async fn a_credentials_file_logs_in_and_another_operators_is_refused() {
     refused(&stage, "not a NATS credentials file", &secrets).await;
 }
 
+#[tokio::test]
+async fn a_process_that_ends_with_a_refused_login_takes_no_table_out_of_the_publication() {
+    let (user, other) = (KeyPair::new_user(), KeyPair::new_user());
+    let config = format!(
+        "authorization {{ users: [ {{ nkey: {} }} ] }}\n",
+        user.public_key()
+    );
+    let (seed, other) = (user.seed().expect("seed"), other.seed().expect("seed"));
+    let login = Login::new(&seed);
+    let stage = login.stage(config, "nkey").await;
+    works(&stage, &[&seed]).await;
+    stage.sql("ALTER TABLE t REPLICA IDENTITY NOTHING").await;
+    login.write(&other);
+    // Nothing but capture, which would have the time.
+    let run = stage.start_with(&["run", "--only", "capture"]);
+    stage
+        .ends(run, 4, &["E1207", "authorization violation"])
+        .await;
+    let members = "SELECT count(*)::text FROM pg_publication_tables WHERE tablename = 't'";
+    assert_eq!(stage.source_text(members).await, "1");
+}
+
 /// The secret lines of a credentials file.
 fn lines(credentials: &str) -> Vec<&str> {
     let lines = credentials.lines();

@@ -359,7 +359,7 @@ async fn where_the_publication_is_not_ours_its_owner_is_told() {
 
 #[tokio::test]
 async fn an_identity_that_does_not_fit_the_selected_columns_parks_its_table() {
-    let stage = stage(
+    let mut stage = stage(
         "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE TABLE u (id int PRIMARY KEY, v text, card text); \
          INSERT INTO u SELECT i, 'old', 'x' FROM generate_series(1, 500) i",
         SOURCE,
@@ -381,6 +381,22 @@ async fn an_identity_that_does_not_fit_the_selected_columns_parks_its_table() {
     stage.sql("ALTER TABLE u REPLICA IDENTITY DEFAULT").await;
     stage.target_shows(&pipeline, shown, "400 300").await;
     let list = "SELECT attnames::text FROM pg_publication_tables WHERE tablename = 'u'";
+    assert_eq!(stage.source_text(list).await, "{id,v}");
+
+    // A process that took it out and ends before the broker is back has stored nothing of it: the next one parks it.
+    pipeline.kill9();
+    stage.nats.stop().await.expect("stopped");
+    stage.sql("ALTER TABLE u REPLICA IDENTITY FULL").await;
+    let mut pipeline = stage.start();
+    taken(&stage, &pipeline, "DELETE FROM u WHERE id <= 100").await;
+    assert_eq!(stage.source_text(MEMBER).await, "0");
+    pipeline.kill9();
+    stage.nats.start_again().await.expect("broker");
+    let mut pipeline = stage.start();
+    parked(&mut pipeline, "E1131", "REPLICA IDENTITY DEFAULT").await;
+    others_go_on(&stage, &pipeline, 2).await;
+    stage.sql("ALTER TABLE u REPLICA IDENTITY DEFAULT").await;
+    stage.target_shows(&pipeline, shown, "300 200").await;
     assert_eq!(stage.source_text(list).await, "{id,v}");
 }
 

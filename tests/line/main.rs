@@ -76,6 +76,7 @@ mod schema_history;
 mod schema_policies;
 mod secret_changes;
 mod secrets;
+mod sequences_without_messages;
 mod slow_link;
 mod small_tables;
 mod source_replaced;

@@ -31,6 +31,12 @@ impl Away {
         self.captured = Some(tables.chain(refused).cloned().collect());
     }
 
+    /// Whether this process goes on after a failure to reach the broker, and puts back what it takes out. One that has
+    /// not streamed yet ends where an operator must act.
+    pub(super) fn outlasts(&self, error: &Error) -> bool {
+        self.captured.is_some() || matches!(error, Error::Retry { .. })
+    }
+
     /// Takes tables out of the publication that were captured, cannot be as they are now, and that keep the application
     /// from its own rows while they are in it. A process that has not streamed yet goes by the source: where the slot is
     /// there a capture has begun with the publication, and where nobody reads it no other process sees to its tables.

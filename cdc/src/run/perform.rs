@@ -1,6 +1,7 @@
 //! What the machine wants done, carried to the world, and what comes back of it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_nats::{HeaderMap, Subject};
 use millrace_config::Code;
@@ -12,6 +13,24 @@ use crate::capture::{Input, Named, Output};
 use crate::frontier::Boundary;
 use crate::life::Stream;
 use crate::{Error, named, publish, schemas, source, stream};
+
+/// How long a table that somebody holds is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Patience {
+    /// A while: events of this schema come next.
+    Waits,
+    /// Not at all: nothing that is published waits for it.
+    LooksOnce,
+}
+
+/// What became of a schema that is not kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Described {
+    /// It is kept, or nobody can describe it.
+    Done,
+    /// It is to be tried again.
+    Later,
+}
 
 /// What an acknowledged boundary says about progress.
 pub(super) struct Mark {
@@ -32,8 +51,8 @@ impl Line<'_> {
                     return Ok(());
                 }
                 Output::Named(named) => self.named(&named).await?,
-                Output::Describe(relation) => self.describe(&relation).await?,
-                Output::DescribeIfLost(relation) => self.describe_if_lost(&relation).await?,
+                Output::Describe(relation) => self.describe(&relation, Patience::Waits).await?,
+                Output::DescribeIfLost(relation) => self.describe_if_lost(relation).await?,
                 Output::LeftOut(error, lsn) => {
                     self.left_out.note(&self.stream.state, &error, lsn).await?;
                 }
@@ -132,8 +151,8 @@ impl Line<'_> {
         named::order(self.config, self.source, self.stream, table, named).await
     }
 
-    /// Keeps the schema that events are about to name.
-    async fn describe(&mut self, relation: &Arc<Relation>) -> Result<(), Error> {
+    /// Keeps the schema that events name.
+    async fn describe(&self, relation: &Relation, patience: Patience) -> Result<(), Error> {
         let client = &self.source.client;
         let mut tables = self.source.tables.iter();
         let table = tables
@@ -145,9 +164,12 @@ impl Line<'_> {
         // What is excluded is not announced: only a lock tells that no column has come under another's name.
         let is_same = table.settings.columns.exclude.is_empty()
             && source::is_as_announced(client, table, &shapes).await?;
+        if !is_same && patience == Patience::LooksOnce {
+            source::settled(client, &table.name, Duration::ZERO).await?;
+        }
         source::check_names(client, table, &names, is_same).await?;
-        if !is_same {
-            source::settled(client, &table.name).await?;
+        if !is_same && patience == Patience::Waits {
+            source::settled(client, &table.name, source::SETTLING_MAX).await?;
         }
         let key: Vec<String> = relation
             .key()
@@ -164,24 +186,51 @@ impl Line<'_> {
         schemas::keep(&self.stream.schemas, table, &schema, now.as_ref()).await
     }
 
-    /// Keeps the schema that events in the stream name, where the broker lost it and kept them: a sink that meets them
-    /// waits for it.
-    async fn describe_if_lost(&mut self, relation: &Arc<Relation>) -> Result<(), Error> {
+    /// Keeps the schema that events in the stream name, where it is not kept: a sink that meets them waits for it.
+    /// Where it cannot be described now, nothing else waits for that.
+    async fn describe_if_lost(&mut self, relation: Arc<Relation>) -> Result<(), Error> {
         let (name, version) = (relation.name(), relation.version());
         if schemas::has(&self.stream.schemas, name, version).await? {
             return Ok(());
         }
-        tracing::warn!(table = %name, version, "the broker lost a table's schema: it is described again");
-        match self.describe(relation).await {
+        tracing::warn!(
+            table = %name, version,
+            "a table's schema that the stream names is not kept: it is described again"
+        );
+        if self.describe_again(&relation).await == Described::Later {
+            self.undescribed.push(relation);
+        }
+        Ok(())
+    }
+
+    /// Tries again what could not be described, every few seconds.
+    pub(super) async fn describe_undescribed(&mut self) {
+        for relation in self.undescribed.due(self.began.elapsed()) {
+            if self.describe_again(&relation).await == Described::Later {
+                self.undescribed.push(relation);
+            }
+        }
+    }
+
+    async fn describe_again(&self, relation: &Relation) -> Described {
+        let (name, version) = (relation.name(), relation.version());
+        match self.describe(relation, Patience::LooksOnce).await {
+            Ok(()) => Described::Done,
             // It was published as the table was configured then.
             Err(Error::Halt(condition)) => {
                 tracing::warn!(
                     table = %name, version, code = condition.code.as_str(), remedy = %condition.remedy,
                     "{}: an older schema is not described again", condition.message
                 );
-                Ok(())
+                Described::Done
             }
-            described => described,
+            Err(error) => {
+                tracing::warn!(
+                    table = %name, version, reason = %error.chain(),
+                    "an older schema cannot be described yet"
+                );
+                Described::Later
+            }
         }
     }
 

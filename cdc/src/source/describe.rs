@@ -100,7 +100,7 @@ fn shapes_now<'c>(
 }
 
 /// How long a change of a table's shape may hold streaming up before the next life looks again.
-const SETTLING_MAX: Duration = Duration::from_secs(10);
+pub(crate) const SETTLING_MAX: Duration = Duration::from_secs(10);
 
 /// How often it is looked at meanwhile.
 const SETTLING_PAUSE: Duration = Duration::from_millis(50);
@@ -110,14 +110,18 @@ const HOLDERS: &str = "SELECT string_agg(DISTINCT coalesce(l.pid::text, 'a prepa
     JOIN pg_database d ON d.oid = l.database WHERE d.datname = current_database() \
     AND l.relation = to_regclass($1) AND l.mode = 'AccessExclusiveLock' AND l.granted";
 
-/// Waits until the catalog has what the WAL has told of a table. A commit is in the WAL before it is visible, for as
+/// Waits, for so long at `most`, until the catalog has what the WAL has told of a table. A commit is in the WAL before it is visible, for as
 /// long as a synchronous standby takes; whoever changed the table's shape holds its lock until it is. The lock is
 /// looked at instead of asked for: nobody queues behind it, nor behind those who wait for it, and the session's
 /// other questions are answered meanwhile.
 ///
 /// # Errors
-/// The table is held for too long: the next life looks again. Or the connection failed.
-pub(crate) async fn settled(client: &Client, name: &TableName) -> Result<(), Error> {
+/// The table is held for longer: look again later. Or the connection failed.
+pub(crate) async fn settled(
+    client: &Client,
+    name: &TableName,
+    most: Duration,
+) -> Result<(), Error> {
     let quoted = name.quoted();
     let began = tokio::time::Instant::now();
     loop {
@@ -125,7 +129,7 @@ pub(crate) async fn settled(client: &Client, name: &TableName) -> Result<(), Err
         let Some(holders) = row.get::<_, Option<String>>(0) else {
             return Ok(());
         };
-        if began.elapsed() >= SETTLING_MAX {
+        if began.elapsed() >= most {
             return Err(Error::retry_because(format!(
                 "table {name} is being changed at the source (process {holders}), and cannot be described until then"
             )));

@@ -4,8 +4,8 @@ use std::time::{Duration, SystemTime};
 
 use async_nats::HeaderMap;
 use async_nats::jetstream::Context;
-use async_nats::jetstream::stream::RawMessageErrorKind;
-use millrace_event::{Control, Lsn, Position, decode_line, header};
+use async_nats::jetstream::stream::{RawMessageBuilder, RawMessageErrorKind};
+use millrace_event::{Control, Lsn, Position, decode_line, header, subject};
 
 use super::{StoredMessage, StreamError};
 
@@ -35,6 +35,36 @@ pub(super) async fn message(
     name: &str,
     stream_seq: u64,
 ) -> Result<Option<StoredMessage>, StreamError> {
+    asked(jetstream, name, |request| request.sequence(stream_seq)).await
+}
+
+/// The newest message of a subject, whatever is missing behind it.
+async fn newest(
+    jetstream: &Context,
+    name: &str,
+    subject: &str,
+) -> Result<Option<StoredMessage>, StreamError> {
+    asked(jetstream, name, |request| request.last_by_subject(subject)).await
+}
+
+/// The first message of a subject at a sequence or above it.
+async fn next(
+    jetstream: &Context,
+    name: &str,
+    subject: &str,
+    stream_seq: u64,
+) -> Result<Option<StoredMessage>, StreamError> {
+    asked(jetstream, name, |request| {
+        request.sequence(stream_seq).next_by_subject(subject)
+    })
+    .await
+}
+
+async fn asked(
+    jetstream: &Context,
+    name: &str,
+    of: impl FnOnce(RawMessageBuilder) -> RawMessageBuilder,
+) -> Result<Option<StoredMessage>, StreamError> {
     let what = || format!("STREAM.MSG.GET.{name}");
     let other =
         |source: async_nats::jetstream::context::RequestErrorKind| StreamError::Unanswered {
@@ -45,7 +75,7 @@ pub(super) async fn message(
         .get_stream_no_info(name)
         .await
         .map_err(|_| other(async_nats::jetstream::context::RequestErrorKind::Other))?;
-    match stream.get_raw_message(stream_seq).await {
+    match of(stream.raw_message_builder()).send().await {
         Ok(raw) => Ok(Some(StoredMessage {
             stream_seq: raw.sequence,
             subject: raw.subject.to_string(),
@@ -137,13 +167,23 @@ pub(super) async fn highest(jetstream: &Context, name: &str) -> Result<Option<Ta
 }
 
 pub(super) async fn tail(jetstream: &Context, name: &str) -> Result<Option<Tail>, StreamError> {
-    let Some(state) = super::find_stream(jetstream, name).await? else {
+    let Some(found) = super::find(jetstream, name).await? else {
         return Ok(None);
     };
-    let oldest = state
-        .first_seq
-        .max(state.last_seq.saturating_sub(FOREIGN_MAX));
-    for stream_seq in (oldest..=state.last_seq).rev() {
+    let subjects = found.config.subjects.clone();
+    let state = found.into_state();
+    // A broker that lost its end may keep counting where it was: any number of sequences without a message follow
+    // the newest one.
+    let mut last_seq = None;
+    for subject in &subjects {
+        let newest = newest(jetstream, name, subject).await?;
+        last_seq = last_seq.max(newest.map(|newest| newest.stream_seq));
+    }
+    let Some(last_seq) = last_seq else {
+        return Ok(None);
+    };
+    let oldest = state.first_seq.max(last_seq.saturating_sub(FOREIGN_MAX));
+    for stream_seq in (oldest..=last_seq).rev() {
         let Some(message) = message(jetstream, name, stream_seq).await? else {
             continue;
         };
@@ -152,6 +192,29 @@ pub(super) async fn tail(jetstream: &Context, name: &str) -> Result<Option<Tail>
         }
     }
     Ok(None)
+}
+
+/// The newest sequence from `first` to `last` whose message was stored before a time: by bisection, because times rise
+/// with sequences. One without a message is as old as the next one that has one.
+pub(super) async fn newest_before(
+    jetstream: &Context,
+    source: &str,
+    before: SystemTime,
+    first: u64,
+    last: u64,
+) -> Result<Option<u64>, StreamError> {
+    let (name, all) = (subject::stream_name(source), subject::all(source));
+    let (mut low, mut high) = (first, last.saturating_add(1));
+    while low < high {
+        let middle = low + (high - low) / 2;
+        match next(jetstream, &name, &all, middle).await? {
+            Some(message) if message.stored_at < before => {
+                low = message.stream_seq.saturating_add(1).min(high);
+            }
+            _ => high = middle,
+        }
+    }
+    Ok((low > first).then(|| low - 1))
 }
 
 /// What a message says about the stream up to itself; `None` for one that is not ours.

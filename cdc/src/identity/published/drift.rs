@@ -153,8 +153,9 @@ fn parks(before: &Remembered, table: &Refused, now: Option<&Member>) -> bool {
     match (before.standing, table.condition.code) {
         (Standing::Lost { .. } | Standing::Refused { .. }, _) => true,
         (Standing::Published, Code::NoKey | Code::NoReplicaIdentity | Code::TableMissing) => true,
-        // What is published is what is configured: it is the table that has changed.
-        (Standing::Published, Code::SelectionIdentity) => now.is_some_and(|now| table.harms(now)),
+        // What is published is what is configured: it is the table that has changed. Or a process took it out for that
+        // while the broker was away, and ended before it could store it.
+        (Standing::Published, Code::SelectionIdentity) => now.is_none_or(|now| table.harms(now)),
         _ => false,
     }
 }

@@ -415,6 +415,16 @@ fn only_a_table_that_was_captured_is_parked_without_its_key() {
     assert_eq!(parks(published, Code::SelectionIdentity, own), Ok(1));
     let other = Harm::PublishedAs(table(COLUMNS, &["email"], &[]).clause());
     parks(published, Code::SelectionIdentity, other).expect_err("another one than is published");
+    // It was taken out for that by a process that ended before it could store it.
+    let gone = Inspected {
+        tables: Vec::new(),
+        refused: vec![refused(
+            Code::SelectionIdentity,
+            Harm::PublishedAs(plain.clause()),
+        )],
+    };
+    let admitted = memory(&[remembered(1, &plain, None)]).admit(gone, &HashMap::new(), |_| true);
+    assert_eq!(admitted.expect("no fault of all").1.len(), 1);
     // Who knows what has changed refuses it.
     let earlier = memory(&[remembered(1, &plain, None)]);
     let inspected = Inspected {
