@@ -4,6 +4,8 @@ mod answer;
 mod bucket;
 mod debts;
 mod healing;
+mod quiet;
+mod search;
 mod taking;
 mod told;
 mod unread;
@@ -20,6 +22,7 @@ use self::answer::Answer;
 pub(crate) use self::bucket::withdraw;
 use self::bucket::{Stored, put, request_key, stored_request, strike};
 use self::healing::Healing;
+use self::quiet::Quiet;
 use self::taking::{Taken, reach_of, take};
 use self::told::{Telling, Told, Word};
 pub(crate) use self::unread::Unread;
@@ -48,6 +51,7 @@ pub(crate) struct Copies {
     /// The incomplete rows that are being asked for.
     debts: Debts,
     healing: Healing,
+    quiet: Quiet,
     /// Messages of the copy stream are missing: nothing is asked for before capture has cleared the stream away.
     clearing: bool,
 }

@@ -274,18 +274,21 @@ impl<'l> Life<'l> {
         Ok(keys)
     }
 
-    /// The texts of these keys' columns.
+    /// These keys, each with the texts of its columns; `None` for a key that is none of the table's as it is now.
     pub(crate) async fn key_texts(
         &mut self,
         table: &TableName,
-        keys: &[String],
-    ) -> Result<Vec<Vec<String>>, Error> {
+        keys: Vec<String>,
+    ) -> Result<Vec<(String, Option<Vec<String>>)>, Error> {
         if keys.is_empty() {
             return Ok(Vec::new());
         }
         let columns = self.layout(table, None).await?.key.len();
-        let texts = keys.iter().filter_map(|key| Key::texts(key, columns));
-        Ok(texts.collect())
+        let with_texts = keys.into_iter().map(|key| {
+            let texts = Key::texts(&key, columns);
+            (key, texts)
+        });
+        Ok(with_texts.collect())
     }
 
     /// Tells capture what the stream need not keep for this sink any longer, and which parked tables would like

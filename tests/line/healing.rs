@@ -4,7 +4,7 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use millrace_lab::Pipeline;
+use millrace_lab::{NatsOptions, Pipeline};
 use tokio_postgres::error::SqlState;
 
 use crate::backfill::{becomes, is, may_begin, rows, says};
@@ -257,4 +257,29 @@ async fn rows_are_healed_while_everybody_writes_and_capture_is_killed() {
     stage.equal(&sink).await;
     stage.target_shows(&sink, OPEN, "0").await;
     assert_ne!(stage.target_text(HEALED).await, "0");
+}
+
+#[tokio::test]
+async fn rows_of_long_keys_are_healed_through_a_broker_of_small_messages() {
+    let stage = Stage::set(Setting {
+        schema: "CREATE TABLE t (id text PRIMARY KEY, n int NOT NULL DEFAULT 0, big text);
+                 ALTER TABLE t ALTER COLUMN big SET STORAGE EXTERNAL",
+        nats: NatsOptions {
+            config: "max_payload: 65536".into(),
+            ..NatsOptions::default()
+        },
+        ..Setting::default()
+    })
+    .await;
+    // Quotes are twice as long in a request.
+    stage
+        .sql(
+            "INSERT INTO t SELECT repeat('\"', 400) || i, 0, repeat(md5(i::text), 100) FROM generate_series(1, 200) i",
+        )
+        .await;
+    let pipeline = stage.start();
+    stage.equal(&pipeline).await;
+    stage.target_sql("DELETE FROM t").await;
+    stage.sql("UPDATE t SET n = 1").await;
+    healed(&stage, &pipeline, 200).await;
 }

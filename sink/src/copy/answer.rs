@@ -2,8 +2,9 @@
 
 use millrace_consumer::{Delivery, ReadError, Reader};
 use millrace_event::TableName;
-use millrace_event::work::CopyStatus;
+use millrace_event::work::{CopyStatus, Wanted};
 
+use super::quiet::Brought;
 use crate::asking;
 use crate::copying::Copying;
 
@@ -32,6 +33,18 @@ impl Answer {
         let copied = status.map_or(&[][..], |status| &status.copied);
         let is_read = status.is_some_and(|status| self.applied_seq >= status.last_seq);
         asking::awaited_keys(&self.machine.request().tables, copied, is_read)
+    }
+
+    /// What has come for it so far; `None` before capture has taken it up.
+    pub(super) fn brought(&self) -> Option<Brought> {
+        let status = self.status.as_ref()?;
+        let mut asked = self.machine.request().tables.iter();
+        // Chunks go on for hours, and say nothing about keys.
+        let chunks = asked.any(|asked| matches!(asked.rows, Wanted::Chunks { .. }));
+        Some(Brought {
+            tables: status.copied.len(),
+            applied_seq: if chunks { 0 } else { self.applied_seq },
+        })
     }
 
     pub(super) fn lose(&mut self, gap: &ReadError) {

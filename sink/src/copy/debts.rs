@@ -4,7 +4,9 @@ use tokio::time::Instant;
 
 use super::Copies;
 use super::answer::Answer;
-use super::healing::{self, Found, Room};
+use super::healing::{ROWS_MAX, Room};
+use super::search::Search;
+use crate::asking;
 use crate::error::Error;
 use crate::life::Life;
 use crate::progress::CopyState;
@@ -13,39 +15,39 @@ impl Copies {
     /// Looks for rows that are incomplete, in the tables of which none are awaited: one whose rows cannot be read for now
     /// keeps no other from being healed.
     pub(super) async fn find_debts(&mut self, life: &mut Life<'_>) -> Result<(), Error> {
-        let awaited = self.answer.as_ref().map(Answer::awaited_keys);
-        let awaited = awaited.unwrap_or_default();
-        let now = Instant::now();
-        self.healing.forget_old(now);
+        let answer = self.answer.as_ref();
+        let awaited = answer.map(Answer::awaited_keys).unwrap_or_default();
         self.debts.retain(|(table, _)| awaited.contains(table));
+        let stays = answer.is_some_and(|answer| {
+            asking::must_stay(&answer.machine.request().tables, &life.progress)
+        });
+        // Nothing else is asked for meanwhile, so nothing is to be remembered as asked for.
+        if stays || self.clearing {
+            return Ok(());
+        }
+        let now = Instant::now();
+        let quiet = answer.is_some_and(|answer| {
+            let request = &answer.machine.request().id;
+            self.quiet.is_quiet(request, answer.brought(), now)
+        });
+        let max_payload = life.jetstream.client().server_info().max_payload;
+        let room = Room::beside(&self.debts, max_payload);
+        let (healing, debts) = (&mut self.healing, &mut self.debts);
+        let mut search = Search::begin(healing, debts, &awaited, room, quiet, now);
         let mut tables = life
             .progress
             .those(|state| matches!(state, CopyState::Copied { .. }));
         tables.retain(|table| !awaited.contains(table));
-        let mut room = Room::beside(&self.debts);
-        for table in self.healing.in_turn(tables) {
-            let after = self.healing.place(&table);
-            let mut found = life.incomplete(&table, after, healing::ROWS_MAX).await?;
-            let mut fits = self.healing.found(&table, &mut found, room);
-            if fits == Found::Squeezed {
-                // What gives way is asked for again after a while.
-                self.debts.retain(|(table, _)| !awaited.contains(table));
-                room = Room::beside(&self.debts);
-                fits = self.healing.found(&table, &mut found, room);
-            }
-            if fits == Found::Squeezed {
-                self.healing.waits(table);
-                continue;
-            }
-            let keys = life.key_texts(&table, &found).await?;
-            let fresh = self.healing.ask(&table, keys, now);
-            if !fresh.is_empty() {
-                room.take(&fresh);
+        for table in search.in_turn(tables) {
+            let after = search.place(&table);
+            let found = life.incomplete(&table, after, ROWS_MAX).await?;
+            let found = life.key_texts(&table, found).await?;
+            let rows = search.found(&table, found);
+            if rows > 0 {
                 tracing::info!(
-                    sink = %life.settings.name, %table, rows = fresh.len(),
+                    sink = %life.settings.name, %table, rows,
                     "rows of which columns are missing are read again"
                 );
-                self.debts.push((table, fresh));
             }
         }
         Ok(())
