@@ -2,6 +2,7 @@
 
 mod answer;
 mod bucket;
+mod carried_out;
 mod debts;
 mod healing;
 mod quiet;
@@ -21,6 +22,7 @@ use tokio::time::Instant;
 use self::answer::Answer;
 pub(crate) use self::bucket::withdraw;
 use self::bucket::{Stored, put, request_key, stored_request, strike};
+use self::carried_out::CarriedOut;
 use self::healing::Healing;
 use self::quiet::Quiet;
 use self::taking::{Taken, reach_of, take};
@@ -51,6 +53,7 @@ pub(crate) struct Copies {
     /// The incomplete rows that are being asked for.
     debts: Debts,
     healing: Healing,
+    carried_out: CarriedOut,
     quiet: Quiet,
     /// Messages of the copy stream are missing: nothing is asked for before capture has cleared the stream away.
     clearing: bool,
@@ -154,7 +157,10 @@ impl Copies {
             return Ok(Looked::Changed(progress));
         }
         if let Word::Said(orders) = &orders {
-            strike(life, orders).await?;
+            let ripe = self
+                .carried_out
+                .ripe(&life.progress.finished, Instant::now());
+            strike(life, orders, &ripe).await?;
         }
         // What capture said before holds until it is understood again.
         if let Word::Said(status) = &status {

@@ -1,5 +1,7 @@
 //! What a sink reads and writes in the bucket of copies: its request, and the orders that it has carried out.
 
+use std::collections::BTreeSet;
+
 use async_nats::jetstream::kv::Operation;
 use millrace_config::understood;
 use millrace_event::work::{BackfillOrder, CopyRequest, orders_key};
@@ -54,9 +56,12 @@ pub(crate) async fn withdraw(life: &Life<'_>) -> Result<bool, Error> {
 }
 
 /// Takes orders that were carried out off the list, unless somebody changed it meanwhile: then next time.
-pub(super) async fn strike(life: &Life<'_>, orders: &[BackfillOrder]) -> Result<(), Error> {
-    let finished = &life.progress.finished;
-    if finished.is_empty() {
+pub(super) async fn strike(
+    life: &Life<'_>,
+    orders: &[BackfillOrder],
+    carried_out: &BTreeSet<String>,
+) -> Result<(), Error> {
+    if carried_out.is_empty() {
         return Ok(());
     }
     let key = orders_key(&life.settings.name);
@@ -71,7 +76,7 @@ pub(super) async fn strike(life: &Life<'_>, orders: &[BackfillOrder]) -> Result<
     }
     let left: Vec<_> = orders
         .iter()
-        .filter(|order| !finished.contains(&order.id))
+        .filter(|order| !carried_out.contains(&order.id))
         .collect();
     let value = serde_json::to_vec(&left).expect("plain JSON");
     let updated = life.copies.update(&key, value.into(), entry.revision).await;
