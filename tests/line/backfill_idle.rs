@@ -10,7 +10,9 @@ async fn reason(stage: &Stage) -> Value {
     assert_eq!(run.wait(PATIENCE).await.ok(), Some(0), "{}", run.logs());
     let json: Value = serde_json::from_str(&run.stdout()).expect("json");
     let line = &json["backfills"][0];
-    assert_eq!(line["state"], "queued", "{json}");
+    // Before its sink has taken it up, and behind that: capture does not.
+    let state = line["state"].as_str().unwrap_or_default();
+    assert!(["queued", "chunks"].contains(&state), "{json}");
     line["reason"].clone()
 }
 
