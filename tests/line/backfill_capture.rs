@@ -199,12 +199,7 @@ async fn a_backfill_goes_on_behind_what_the_sink_has_applied() {
 
 #[tokio::test]
 async fn a_condition_and_keys_select_rows_and_a_wrong_one_holds_nothing_else_up() {
-    let line = Line::start(Setting {
-        schema: "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE TABLE u (id int PRIMARY KEY, v text)",
-        tables: &[("public.t", ""), ("public.u", "")],
-        ..Setting::default()
-    })
-    .await;
+    let line = Line::start(Setting::two_tables()).await;
     line.stage
         .sql(
             "INSERT INTO t SELECT i, 'row ' || i FROM generate_series(1, 3000) i;

@@ -139,10 +139,8 @@ async fn forgotten(stage: &Stage, changes: &[&str], key: &str) {
 #[tokio::test]
 async fn changes_that_were_left_out_are_told_again_where_the_broker_forgot_them() {
     let stage = Stage::set(Setting {
-        schema: "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE TABLE u (id int PRIMARY KEY, v text)",
-        tables: &[("public.t", ""), ("public.u", "")],
         stream: SYNCED,
-        ..Setting::default()
+        ..Setting::two_tables()
     })
     .await;
     let left_out =
@@ -247,10 +245,8 @@ async fn an_older_schema_that_the_broker_lost_is_described_again_though_the_stre
 #[tokio::test]
 async fn an_older_schema_that_cannot_be_described_while_its_table_is_locked_holds_no_table_up() {
     let stage = Stage::set(Setting {
-        schema: "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE TABLE u (id int PRIMARY KEY, v text)",
-        tables: &[("public.t", ""), ("public.u", "")],
         stream: SYNCED,
-        ..Setting::default()
+        ..Setting::two_tables()
     })
     .await;
     let pipeline = stage.start();
@@ -294,10 +290,8 @@ async fn an_older_schema_that_cannot_be_described_while_its_table_is_locked_hold
 #[tokio::test]
 async fn an_order_that_the_broker_lost_is_given_again_though_it_is_remembered_as_given() {
     let stage = Stage::set(Setting {
-        schema: "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE TABLE u (id int PRIMARY KEY, v text)",
-        tables: &[("public.t", ""), ("public.u", "")],
         stream: SYNCED,
-        ..Setting::default()
+        ..Setting::two_tables()
     })
     .await;
     let mut pipeline = stage.start();

@@ -25,10 +25,8 @@ async fn lose(stream: &Stream, first: u64, last: u64) {
 #[tokio::test]
 async fn a_capture_goes_on_behind_a_long_end_without_messages() {
     let stage = Stage::set(Setting {
-        schema: "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE TABLE u (id int PRIMARY KEY, v text)",
-        tables: &[("public.t", ""), ("public.u", "")],
         stream: SYNCED,
-        ..Setting::default()
+        ..Setting::two_tables()
     })
     .await;
     let mut pipeline = stage.start();

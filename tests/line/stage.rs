@@ -75,6 +75,15 @@ impl Default for Setting<'_> {
 }
 
 impl Setting<'_> {
+    /// The usual table `t`, and `u` of the same shape.
+    pub(crate) fn two_tables() -> Self {
+        Self {
+            schema: "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE TABLE u (id int PRIMARY KEY, v text)",
+            tables: &[("public.t", ""), ("public.u", "")],
+            ..Self::default()
+        }
+    }
+
     /// With a cluster of its own for the target: a sink that is held within a transaction there holds nothing up at
     /// the source.
     pub(crate) fn apart() -> Self {

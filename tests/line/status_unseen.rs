@@ -31,12 +31,7 @@ async fn parked(nats: &Nats) -> Result<usize, millrace_cdc::Error> {
 
 #[tokio::test]
 async fn without_its_broker_no_table_is_complete() {
-    let mut stage = Stage::set(Setting {
-        schema: "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE TABLE u (id int PRIMARY KEY, v text)",
-        tables: &[("public.t", ""), ("public.u", "")],
-        ..Setting::default()
-    })
-    .await;
+    let mut stage = Stage::set(Setting::two_tables()).await;
     assert_eq!(parked(&stage.nats).await.expect("no bucket"), 0);
     stage.once().await;
     stage

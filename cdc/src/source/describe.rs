@@ -110,10 +110,10 @@ const HOLDERS: &str = "SELECT string_agg(DISTINCT coalesce(l.pid::text, 'a prepa
     JOIN pg_database d ON d.oid = l.database WHERE d.datname = current_database() \
     AND l.relation = to_regclass($1) AND l.mode = 'AccessExclusiveLock' AND l.granted";
 
-/// Waits, for so long at `most`, until the catalog has what the WAL has told of a table. A commit is in the WAL before it is visible, for as
-/// long as a synchronous standby takes; whoever changed the table's shape holds its lock until it is. The lock is
-/// looked at instead of asked for: nobody queues behind it, nor behind those who wait for it, and the session's
-/// other questions are answered meanwhile.
+/// Waits, for so long at `most`, until the catalog has what the WAL has told of a table. A commit is in the WAL before
+/// it is visible, for as long as a synchronous standby takes; whoever changed the table's shape holds its lock until it
+/// is. The lock is looked at instead of asked for: nobody queues behind it, nor behind those who wait for it, and the
+/// session's other questions are answered meanwhile.
 ///
 /// # Errors
 /// The table is held for longer: look again later. Or the connection failed.

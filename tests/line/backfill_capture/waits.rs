@@ -232,12 +232,7 @@ async fn a_table_that_is_rewritten_before_the_lock_is_granted_is_read_as_it_is_t
 
 #[tokio::test]
 async fn a_first_chunk_that_waited_for_a_rewrite_has_its_rows() {
-    let line = Line::start(Setting {
-        schema: "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE TABLE u (id int PRIMARY KEY, v text)",
-        tables: &[("public.t", ""), ("public.u", "")],
-        ..Setting::default()
-    })
-    .await;
+    let line = Line::start(Setting::two_tables()).await;
     line.stage
         .sql(
             "INSERT INTO t SELECT i, 'row ' || i FROM generate_series(1, 100) i;
