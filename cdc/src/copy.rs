@@ -192,6 +192,7 @@ impl Asked<'_> {
             status.cut.push(table);
             store_status(&self.copier.stream.copies, sink, &status).await?;
         }
+        let takes_binary = request.binary;
         let remaining: Vec<TableRequest> = request
             .tables
             .into_iter()
@@ -235,7 +236,7 @@ impl Asked<'_> {
         if stage == Stage::Load {
             self.reading = None;
             let tables: Vec<_> = due.into_iter().map(|wanted| wanted.table).collect();
-            return Box::pin(self.attempt(status, &tables)).await;
+            return Box::pin(self.attempt(status, &tables, takes_binary)).await;
         }
         Box::pin(self.backfill(status, &due)).await
     }

@@ -74,6 +74,11 @@ impl Beside {
         self.copies.has_room() && !self.is_due()
     }
 
+    /// Whether something is collected that was not handed out.
+    pub(crate) fn has_collected(&self) -> bool {
+        !self.copies.is_at_rest()
+    }
+
     /// Collects what has come while a batch of ours is in flight.
     ///
     /// # Errors

@@ -305,6 +305,7 @@ impl Copies {
                 let request = CopyRequest {
                     id: format!("{:016x}", rand::random::<u64>()),
                     tables: wanted,
+                    binary: true,
                 };
                 put(life, &request_key(life), &request).await?;
                 let tables = request.tables.len();

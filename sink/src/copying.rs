@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use millrace_event::work::{Copied, CopyRequest, Part, TableRequest, Wanted};
-use millrace_event::{ChangeEvent, LoadHead, TableName, Version, count_load_rows};
+use millrace_event::{ChangeEvent, LoadHead, TableName, Version};
 
 use crate::batch::{Batch, Checkpoint, Step};
 use crate::fold::{Fold, RowChange};
@@ -46,6 +46,8 @@ pub enum Input<'a> {
         head: &'a LoadHead,
         /// The rows.
         rows: &'a Bytes,
+        /// How many there are.
+        count: usize,
     },
     /// The end of a table, a chunk, or the keys that were asked for.
     Copied {
@@ -194,9 +196,14 @@ impl Copying {
                     self.note_rows(&table, event.source.version, 1);
                 }
             }
-            Input::Load { mark, head, rows } => {
+            Input::Load {
+                mark,
+                head,
+                rows,
+                count,
+            } => {
                 if self.follow(mark)? && self.takes(&head.load) {
-                    self.load(head, rows);
+                    self.load(head, rows, count);
                 }
             }
             Input::Copied { mark, copied } => {
@@ -288,19 +295,19 @@ impl Copying {
         }
     }
 
-    fn load(&mut self, head: &LoadHead, rows: &Bytes) {
+    fn load(&mut self, head: &LoadHead, rows: &Bytes, count: usize) {
         match self.loads.last_mut() {
-            Some(load) if load.takes(head) => load.push(rows.clone()),
+            Some(load) if load.takes(head) => load.push(rows.clone(), count),
             _ => {
                 let layout = self.layouts.get(&head.load);
                 let layout = layout.expect("the caller asked for it");
                 let mut load = Load::new(Arc::clone(layout), head);
-                load.push(rows.clone());
+                load.push(rows.clone(), count);
                 self.loads.push(load);
             }
         }
         self.load_bytes += rows.len();
-        self.note_rows(&head.load, head.version, count_load_rows(rows) as u64);
+        self.note_rows(&head.load, head.version, count as u64);
     }
 
     fn note_rows(&mut self, table: &TableName, version: Version, count: u64) {

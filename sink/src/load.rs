@@ -1,4 +1,5 @@
-//! Rows of a load on their way to the target: as the source's COPY wrote them, laid out only where they must be.
+//! Rows of a load on their way to the target: as the source's COPY wrote them, laid out as texts only where they must
+//! be.
 //!
 //! Pure.
 
@@ -6,7 +7,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use millrace_event::{
-    LoadError, LoadHead, Version, as_streamed, count_load_rows, load_fields, load_rows, load_value,
+    BinaryType, LoadError, LoadFormat, LoadHead, Version, as_streamed, binary_field, load_fields,
+    load_rows, load_value,
 };
 
 use crate::batch::{Action, Batch, RowOp, Step, TableRows};
@@ -19,6 +21,8 @@ pub struct Load {
     pub layout: Arc<TableLayout>,
     /// The version of every row.
     pub version: Version,
+    /// How the rows are written.
+    pub format: LoadFormat,
     /// Where the column of each field goes, and its type's OID at the source.
     fields: Arc<[Field]>,
     /// The rows, in the order in which they came.
@@ -33,6 +37,13 @@ pub struct Field {
     /// The column of the layout; `None` where the target does not have it.
     pub column: Option<usize>,
     type_oid: u32,
+}
+
+impl Field {
+    /// What its bytes are in rows of binary format.
+    pub(crate) fn binary_type(self) -> Option<BinaryType> {
+        BinaryType::of(self.type_oid)
+    }
 }
 
 /// A row that cannot be laid out.
@@ -56,6 +67,7 @@ impl Load {
         });
         Self {
             version: head.version,
+            format: head.format,
             fields: fields.collect(),
             layout,
             parts: Vec::new(),
@@ -70,12 +82,13 @@ impl Load {
         self.layout.source == head.load
             && self.layout.shape == head.table_version
             && self.version == head.version
+            && self.format == head.format
             && self.fields.len() == head.columns.len()
     }
 
-    /// Adds a message's rows, without their head.
-    pub fn push(&mut self, rows: Bytes) {
-        self.rows += count_load_rows(&rows);
+    /// Adds a message's rows, without their head: so many.
+    pub fn push(&mut self, rows: Bytes, count: usize) {
+        self.rows += count;
         self.bytes += rows.len();
         self.parts.push(rows);
     }
@@ -103,10 +116,10 @@ impl Load {
         self.bytes
     }
 
-    /// The rows, message by message.
-    #[must_use]
-    pub fn parts(&self) -> &[Bytes] {
-        &self.parts
+    /// The rows as they are written, each without its newline.
+    pub(crate) fn written(&self) -> impl Iterator<Item = Result<&[u8], LoadError>> {
+        let parts = self.parts.iter();
+        parts.flat_map(|part| load_rows(self.format, self.fields.len(), part))
     }
 
     /// The fields of every row.
@@ -135,8 +148,17 @@ impl Load {
         let mut rows = Vec::with_capacity(self.rows);
         let mut buffer = Vec::new();
         for part in &self.parts {
-            for line in load_rows(part) {
-                rows.push(self.row(part, line, &mut buffer)?);
+            for written in load_rows(self.format, self.fields.len(), part) {
+                let row = match self.format {
+                    LoadFormat::Text => self.text_row(part, written?, &mut buffer),
+                    LoadFormat::Binary => self.binary_row(part, written?, &mut buffer),
+                }?;
+                rows.push(RowOp {
+                    key: self.layout.key_of(&row)?,
+                    version: self.version,
+                    created: false,
+                    action: Action::Put(row),
+                });
             }
         }
         Ok(TableRows {
@@ -145,34 +167,48 @@ impl Load {
         })
     }
 
-    fn row(&self, part: &Bytes, line: &[u8], buffer: &mut Vec<u8>) -> Result<RowOp, LoadRowError> {
-        let mut row: Row = vec![Cell::Missing; self.layout.columns.len()].into();
-        let mut texts = load_fields(line);
+    fn text_row(&self, part: &Bytes, row: &[u8], buffer: &mut Vec<u8>) -> Result<Row, LoadError> {
+        let mut cells: Row = vec![Cell::Missing; self.layout.columns.len()].into();
+        let mut texts = load_fields(row);
         for field in self.fields.iter() {
             let text = texts.next().ok_or(LoadError::Row)?;
             let Some(column) = field.column else { continue };
-            row[column] = match load_value(text, buffer)? {
+            cells[column] = match load_value(text, buffer)? {
+                None => Cell::Null,
+                Some(value) => cell(part, &as_streamed(field.type_oid, value)?),
+            };
+        }
+        match texts.next() {
+            Some(_) => Err(LoadError::Row),
+            None => Ok(cells),
+        }
+    }
+
+    fn binary_row(&self, part: &Bytes, row: &[u8], buffer: &mut Vec<u8>) -> Result<Row, LoadError> {
+        let mut cells: Row = vec![Cell::Missing; self.layout.columns.len()].into();
+        // Behind the number of fields.
+        let mut rest = row.get(2..).ok_or(LoadError::Row)?;
+        for field in self.fields.iter() {
+            let value;
+            (value, rest) = binary_field(rest)?;
+            let Some(column) = field.column else { continue };
+            cells[column] = match value {
                 None => Cell::Null,
                 Some(value) => {
-                    let escaped = !std::ptr::eq(value, text);
-                    match as_streamed(field.type_oid, value)? {
-                        std::borrow::Cow::Borrowed(value) if !escaped => {
-                            Cell::Text(part.slice_ref(value))
-                        }
-                        value => Cell::Text(Bytes::copy_from_slice(&value)),
-                    }
+                    let of = field.binary_type().ok_or(LoadError::Row)?;
+                    cell(part, of.text(value, buffer)?)
                 }
             };
         }
-        if texts.next().is_some() {
-            return Err(LoadError::Row.into());
-        }
-        Ok(RowOp {
-            key: self.layout.key_of(&row)?,
-            version: self.version,
-            created: false,
-            action: Action::Put(row),
-        })
+        Ok(cells)
+    }
+}
+
+/// A text as a cell: where it lies in the message, it stays there.
+fn cell(part: &Bytes, text: &[u8]) -> Cell {
+    match part.as_ptr_range().contains(&text.as_ptr()) {
+        true => Cell::Text(part.slice_ref(text)),
+        false => Cell::Text(Bytes::copy_from_slice(text)),
     }
 }
 

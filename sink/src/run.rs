@@ -251,6 +251,10 @@ async fn follow(
             line.turn().await?;
         }
         line.hand_out().await?;
+        // What was collected beside the stream while the target worked may be the last of it: nothing would wake us.
+        if line.is_besides_turn() && line.beside.has_collected() {
+            continue;
+        }
         let rest = line.worker.rests_until(began.elapsed());
         let wants = line.wants_delivery() && rest.is_none();
         let (applying, may_turn) = (line.life.is_applying(), line.may_turn());

@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 /// The pause after the first look; each time it takes twice as long.
-const LOOK_FIRST: Duration = Duration::from_millis(20);
+const LOOK_FIRST: Duration = Duration::from_millis(5);
 /// The longest pause between two looks at first.
 const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 /// Who has waited for so long waits for a capture that does not run, and says so.

@@ -23,8 +23,11 @@ use super::say;
 use crate::admin::{self, Asked, Board};
 use crate::arguments::RunArguments;
 
-/// How often the parts' states are shown on the board, and a goal is looked at.
+/// How often the parts' states are shown on the board.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+
+/// The same where the run ends once a goal is reached: somebody waits for it.
+const GOAL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// A signal this soon after the first is the same one, sent twice.
 const SAME_SIGNAL: Duration = Duration::from_millis(500);
@@ -171,7 +174,10 @@ impl Supervision<'_> {
         asked_reloads: &mut mpsc::Receiver<Asked>,
         deadline: Instant,
     ) -> Exit {
-        let mut looks = tokio::time::interval(LOOK_INTERVAL);
+        let mut looks = tokio::time::interval(match self.goal {
+            Some(_) => GOAL_INTERVAL,
+            None => LOOK_INTERVAL,
+        });
         looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             self.advance_reload();

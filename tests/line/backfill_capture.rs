@@ -1,6 +1,7 @@
 //! Capture's side of a backfill: which rows come in chunks, with which versions, whatever happens at the source.
 //! The requests are written here, and the copy stream is read here.
 
+mod formats;
 mod loads;
 mod stand;
 mod waits;

@@ -4,6 +4,7 @@ mod arrays;
 mod built_in;
 mod labels;
 mod matrix;
+mod other_types;
 mod own;
 
 use crate::stage::{Setting, Stage};

@@ -246,6 +246,7 @@ impl World {
         let wanted = CopyRequest {
             id: request.id.clone(),
             tables: wanted.collect(),
+            binary: false,
         };
         let limits = self.replica.limits;
         let mut machine = Copying::new(wanted, limits, HashMap::new(), row.copy);

@@ -25,8 +25,8 @@ pub use encode::{
     write_line_end,
 };
 pub use load::{
-    LoadColumn, LoadError, LoadHead, as_streamed, count_load_rows, load_fields, load_rows,
-    load_value,
+    BINARY_END, BINARY_HEAD, BINARY_NULL, BinaryType, LoadColumn, LoadError, LoadFormat, LoadHead,
+    as_streamed, binary_field, binary_row, escape_load_value, load_fields, load_rows, load_value,
 };
 pub use lsn::{Lsn, ParseLsnError};
 pub use op::Op;

@@ -1,7 +1,11 @@
-//! Rows of a load: a head, then the lines of Postgres' `COPY .. TO STDOUT`, exactly as the source wrote them.
+//! Rows of a load: a head, then rows as Postgres' `COPY .. TO STDOUT` wrote them at the source.
 //!
 //! Only a copy stream holds them, which one sink reads. Where the target has none of the rows, they reach it
 //! without ever having been taken apart into events.
+
+mod binary;
+mod binary_type;
+mod text;
 
 use std::borrow::Cow;
 
@@ -10,6 +14,10 @@ use serde_json::value::RawValue;
 
 use crate::value::{Kind, Value, write_json};
 use crate::{Datum, NotUtf8, TableName, Version};
+
+pub use binary::{BINARY_END, BINARY_HEAD, BINARY_NULL, binary_field, binary_row};
+pub use binary_type::BinaryType;
+pub use text::{escape_load_value, load_fields, load_value};
 
 /// How every payload with rows of a load begins; no event does.
 const BEGIN: &[u8] = b"{\"load\":";
@@ -24,8 +32,28 @@ pub struct LoadHead {
     pub version: Version,
     /// The fingerprint of the table's schema, as in an event.
     pub table_version: String,
+    /// How the rows are written.
+    #[serde(default, skip_serializing_if = "LoadFormat::is_text")]
+    pub format: LoadFormat,
     /// The rows' columns.
     pub columns: Vec<LoadColumn>,
+}
+
+/// How rows of a load are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LoadFormat {
+    /// In COPY's text format, each with its newline.
+    #[default]
+    Text,
+    /// In COPY's binary format, without its head and its end. Each column's type is a [`BinaryType`].
+    Binary,
+}
+
+impl LoadFormat {
+    fn is_text(&self) -> bool {
+        *self == Self::Text
+    }
 }
 
 /// A column of a load's rows.
@@ -43,8 +71,8 @@ pub enum LoadError {
     /// The payload's first line is no head.
     #[error("head of a load's rows cannot be read")]
     Head(#[source] Option<serde_json::Error>),
-    /// A row that is not in the text format of COPY, or has another number of columns than the head says.
-    #[error("row is not in COPY's text format")]
+    /// A row that is not in the format of COPY that the head says, or has another number of columns.
+    #[error("row is not in COPY's format")]
     Row,
     /// A value is not UTF-8.
     #[error(transparent)]
@@ -73,77 +101,48 @@ impl LoadHead {
         let head = serde_json::from_slice(head).map_err(|error| LoadError::Head(Some(error)))?;
         Ok(Some((head, end + 1)))
     }
+
+    /// How many rows there are behind the head.
+    ///
+    /// # Errors
+    /// They are not in the binary format that the head says. In text format each is looked at where it is taken apart.
+    pub fn count(&self, rows: &[u8]) -> Result<usize, LoadError> {
+        match self.format {
+            LoadFormat::Text => Ok(text::count(rows)),
+            LoadFormat::Binary => {
+                let mut types = self.columns.iter().map(|column| column.type_oid);
+                if !types.all(|type_oid| BinaryType::of(type_oid).is_some()) {
+                    return Err(LoadError::Row);
+                }
+                let mut rows = load_rows(self.format, self.columns.len(), rows);
+                rows.try_fold(0, |count, row| row.map(|_| count + 1))
+            }
+        }
+    }
 }
 
-/// The rows behind a head, each without its newline.
-pub fn load_rows(rows: &[u8]) -> impl Iterator<Item = &[u8]> {
+/// The rows behind a head, of so many columns; each without its newline. Behind an error comes nothing more.
+pub fn load_rows(
+    format: LoadFormat,
+    columns: usize,
+    rows: &[u8],
+) -> impl Iterator<Item = Result<&[u8], LoadError>> {
     let mut rest = rows;
     std::iter::from_fn(move || {
         if rest.is_empty() {
             return None;
         }
-        let end = memchr::memchr(b'\n', rest).unwrap_or(rest.len());
-        let (row, after) = rest.split_at(end);
-        rest = after.get(1..).unwrap_or_default();
+        let taken = match format {
+            LoadFormat::Text => Ok(text::row(rest)),
+            LoadFormat::Binary => binary_row(rest, columns),
+        };
+        let (row, after) = match taken {
+            Ok((row, after)) => (Ok(row), after),
+            Err(error) => (Err(error), &[][..]),
+        };
+        rest = after;
         Some(row)
     })
-}
-
-/// How many rows there are behind a head.
-#[must_use]
-pub fn count_load_rows(rows: &[u8]) -> usize {
-    memchr::memchr_iter(b'\n', rows).count()
-        + usize::from(!rows.is_empty() && !rows.ends_with(b"\n"))
-}
-
-/// The fields of a row as they are written.
-pub fn load_fields(row: &[u8]) -> impl Iterator<Item = &[u8]> {
-    let mut rest = Some(row);
-    std::iter::from_fn(move || {
-        let row = rest?;
-        let end = memchr::memchr(b'\t', row).unwrap_or(row.len());
-        rest = row.get(end + 1..);
-        row.get(..end)
-    })
-}
-
-/// The value of a field: `None` for NULL. `buffer` holds it where COPY had to escape something.
-///
-/// # Errors
-/// The field is not in COPY's text format.
-pub fn load_value<'a>(
-    field: &'a [u8],
-    buffer: &'a mut Vec<u8>,
-) -> Result<Option<&'a [u8]>, LoadError> {
-    let Some(first) = memchr::memchr(b'\\', field) else {
-        return Ok(Some(field));
-    };
-    if field == b"\\N" {
-        return Ok(None);
-    }
-    buffer.clear();
-    let (mut rest, mut at) = (field, Some(first));
-    while let Some(backslash) = at {
-        let (plain, escaped) = rest.split_at(backslash);
-        buffer.extend_from_slice(plain);
-        let [_, code, after @ ..] = escaped else {
-            return Err(LoadError::Row);
-        };
-        buffer.push(match code {
-            b'b' => 8,
-            b't' => b'\t',
-            b'n' => b'\n',
-            b'v' => 11,
-            b'f' => 12,
-            b'r' => b'\r',
-            b'\\' => b'\\',
-            _ => return Err(LoadError::Row),
-        });
-        rest = after;
-        at = memchr::memchr(b'\\', rest);
-    }
-    buffer.extend_from_slice(rest);
-    Ok(Some(buffer))
 }
 
 /// A value's text as an event of the stream would bring it: the elements of arrays are quoted there.
@@ -165,8 +164,6 @@ pub fn as_streamed(type_oid: u32, text: &[u8]) -> Result<Cow<'_, [u8]>, LoadErro
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-
     use super::*;
     use crate::Lsn;
 
@@ -175,18 +172,12 @@ mod tests {
             load: TableName::new("public", "a \"b\"\n"),
             version: Version::new(1, Lsn(0xAB), 0),
             table_version: "0123".to_owned(),
+            format: LoadFormat::Text,
             columns: vec![LoadColumn {
                 name: "id".to_owned(),
                 type_oid: 20,
             }],
         }
-    }
-
-    fn values(row: &[u8]) -> Result<Vec<Option<Vec<u8>>>, LoadError> {
-        let mut buffer = Vec::new();
-        load_fields(row)
-            .map(|field| Ok(load_value(field, &mut buffer)?.map(<[u8]>::to_vec)))
-            .collect()
     }
 
     #[test]
@@ -195,25 +186,12 @@ mod tests {
         payload.extend_from_slice(b"1\n2\n");
         let (read, at) = LoadHead::of(&payload).unwrap().unwrap();
         assert_eq!(read, head());
-        let rows: Vec<_> = load_rows(&payload[at..]).collect();
-        assert_eq!(rows, [b"1", b"2"]);
-        assert_eq!(count_load_rows(&payload[at..]), 2);
+        let rows: Result<Vec<_>, _> = load_rows(read.format, 1, &payload[at..]).collect();
+        assert_eq!(rows.unwrap(), [b"1", b"2"]);
+        assert_eq!(read.count(&payload[at..]).unwrap(), 2);
         assert!(LoadHead::of(b"{\"op\":\"r\"}").unwrap().is_none());
         assert!(LoadHead::of(b"{\"load\":1}\n").is_err());
         assert!(LoadHead::of(b"{\"load\":").is_err());
-    }
-
-    #[test]
-    fn null_and_empty_and_the_text_backslash_n_are_three_values() {
-        let expected = [None, Some(vec![]), Some(b"\\N".to_vec())];
-        assert_eq!(values(b"\\N\t\t\\\\N").unwrap(), expected);
-    }
-
-    #[test]
-    fn what_copy_does_not_write_is_refused() {
-        for row in [&b"a\\"[..], b"\\x41", b"\\q"] {
-            assert!(values(row).is_err(), "{row:?}");
-        }
     }
 
     #[test]
@@ -227,34 +205,28 @@ mod tests {
         assert_eq!(text(25, "{a}"), "{a}");
     }
 
-    proptest! {
-        #[test]
-        fn any_row_survives(row in prop::collection::vec(prop::option::of(".*"), 1..6)) {
-            let escape = |text: &String| {
-                let mut out = String::new();
-                for char in text.chars() {
-                    match char {
-                        '\u{8}' => out.push_str("\\b"),
-                        '\t' => out.push_str("\\t"),
-                        '\n' => out.push_str("\\n"),
-                        '\u{b}' => out.push_str("\\v"),
-                        '\u{c}' => out.push_str("\\f"),
-                        '\r' => out.push_str("\\r"),
-                        '\\' => out.push_str("\\\\"),
-                        other => out.push(other),
-                    }
-                }
-                out
-            };
-            let fields: Vec<String> = row
-                .iter()
-                .map(|field| field.as_ref().map_or("\\N".to_owned(), escape))
-                .collect();
-            let line = format!("{}\n", fields.join("\t"));
-            let lines: Vec<_> = load_rows(line.as_bytes()).collect();
-            prop_assert_eq!(lines.len(), 1);
-            let expected: Vec<_> = row.iter().map(|field| field.as_ref().map(|text| text.clone().into_bytes())).collect();
-            prop_assert_eq!(values(lines[0]).unwrap(), expected);
-        }
+    #[test]
+    fn a_head_without_a_format_is_one_of_texts() {
+        let text = head().line();
+        assert!(!String::from_utf8(text).unwrap().contains("format"));
+        let binary = LoadHead {
+            format: LoadFormat::Binary,
+            ..head()
+        };
+        let (read, _) = LoadHead::of(&binary.line()).unwrap().unwrap();
+        assert_eq!(read, binary);
+    }
+
+    #[test]
+    fn binary_rows_are_counted_where_they_are_whole() {
+        let mut head = head();
+        head.format = LoadFormat::Binary;
+        let row = [0, 1, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 7];
+        assert_eq!(head.count(&row.repeat(3)).unwrap(), 3);
+        assert_eq!(head.count(&[]).unwrap(), 0);
+        assert!(head.count(&row[..13]).is_err());
+        // A type whose binary form nobody knows.
+        head.columns[0].type_oid = 700;
+        assert!(head.count(&row).is_err());
     }
 }

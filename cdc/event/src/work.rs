@@ -61,6 +61,9 @@ pub struct CopyRequest {
     pub id: String,
     /// The tables, in the order in which they shall come; each at most once.
     pub tables: Vec<TableRequest>,
+    /// Whether rows of loads may come in COPY's binary format.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub binary: bool,
 }
 
 /// What a sink asks of one table.

@@ -33,6 +33,7 @@ impl Asked<'_> {
         &mut self,
         mut status: CopyStatus,
         tables: &[TableName],
+        takes_binary: bool,
     ) -> Result<(), Failure> {
         let copier = self.copier;
         let (config, sink) = (copier.config, self.sink);
@@ -87,6 +88,7 @@ impl Asked<'_> {
             client: &client,
             snapshot: &snapshot,
             lsn,
+            takes_binary,
         };
         for name in tables {
             let table = copier

@@ -7,17 +7,19 @@
 //! theirs, the masked one would go out as the other. So once the lock is held, what the catalog says now is compared
 //! with what it said to the snapshot. (A chunk's snapshot is taken with the lock held: it shows today's names.)
 
+mod packing;
+mod rows;
+
 use std::iter::Enumerate;
 use std::pin::pin;
 use std::sync::Arc;
 
-use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::future::{join, try_join, try_join_all};
 use millrace_config::{Code, Condition, limits};
 use millrace_connect::postgres::{Dsn, connect};
 use millrace_event::{
-    Datum, LoadColumn, LoadHead, Lsn, Version, fingerprint, quote_literal, subject,
+    LoadColumn, LoadFormat, LoadHead, Lsn, Version, fingerprint, quote_literal, subject,
 };
 use tokio::sync::{Mutex, mpsc};
 use tokio_postgres::Client;
@@ -30,16 +32,11 @@ use super::ranges::{Range, ranges};
 use super::reading::check_columns;
 use super::room::{Place, Room};
 use super::session::session;
-use super::text::{CopyRow, CopyTextError, write_row};
 use super::writer::Writer;
 use crate::Error;
 use crate::source::SourceTable;
-
-/// A message of a load holds about so many payload bytes, unless one row alone is larger.
-const MESSAGE_BYTES: usize = 256 * 1024;
-
-/// Room in a message's buffer for the row that fills it, so that most need no other.
-const MESSAGE_SPARE_BYTES: usize = 4 * 1024;
+use packing::{Message, Packing};
+use rows::{Rows, format_of, option};
 
 /// Connections that read a table at the same time. One reads about twice as fast as a target takes rows, so more
 /// would only cost the source more at once.
@@ -79,6 +76,8 @@ pub(super) struct Reader<'r> {
     pub(super) snapshot: &'r str,
     /// Its consistent point.
     pub(super) lsn: Lsn,
+    /// Whether the sink takes rows in binary format.
+    pub(super) takes_binary: bool,
 }
 
 /// Begins a transaction that sees what the snapshot shows, and waits for no lock for long.
@@ -101,7 +100,8 @@ impl Asked<'_> {
         let source = &self.copier.config.source.name;
         let ranges = look(reader.client, table).await?;
         let version = Version::new(self.copier.source.epoch, reader.lsn, 0);
-        let head = head_of(table, version).line();
+        let format = format_of(table, reader.takes_binary);
+        let head = head_of(table, version, format).line();
         let subject = subject::copy(source, out.sink(), &table.name);
         // One range may wait beside those that are read: what is read ahead has a limit.
         let (turns, mut order) = mpsc::channel(1);
@@ -113,6 +113,7 @@ impl Asked<'_> {
         });
         let work = Work {
             table,
+            format,
             head: &head,
             ranges: &ranges,
             room: &room,
@@ -193,13 +194,14 @@ async fn look(client: &Client, table: &SourceTable) -> Result<Vec<Range>, Failur
     Ok(leaves.collect())
 }
 
-fn head_of(table: &SourceTable, version: Version) -> LoadHead {
+fn head_of(table: &SourceTable, version: Version, format: LoadFormat) -> LoadHead {
     let shapes = table.shapes();
     let key = table.key.iter().map(String::as_str);
     LoadHead {
         load: table.name.clone(),
         version,
         table_version: fingerprint(shapes.iter().copied(), key),
+        format,
         columns: shapes
             .iter()
             .map(|column| LoadColumn {
@@ -210,16 +212,11 @@ fn head_of(table: &SourceTable, version: Version) -> LoadHead {
     }
 }
 
-/// Rows on their way to the stream.
-struct Message {
-    payload: Bytes,
-    count: u64,
-}
-
 /// What the readers of a table share.
 #[derive(Clone, Copy)]
 struct Work<'w> {
     table: &'w SourceTable,
+    format: LoadFormat,
     head: &'w [u8],
     ranges: &'w Mutex<Ranges>,
     room: &'w Arc<Room>,
@@ -309,24 +306,26 @@ impl Work<'_> {
         let condition = range.condition();
         let conditions: Vec<_> = condition.iter().map(String::as_str).collect();
         let sql = format!(
-            "COPY (SELECT {} FROM ONLY {}{}) TO STDOUT",
+            "COPY (SELECT {} FROM ONLY {}{}) TO STDOUT{}",
             table.select_list(),
             range.relation,
-            table.where_clause(&conditions)
+            table.where_clause(&conditions),
+            option(self.format)
         );
         let refused = |error| Failure::of_table(&table.name, error);
-        let mut lines = pin!(client.copy_out(&sql).await.map_err(refused)?);
+        let mut sent = pin!(client.copy_out(&sql).await.map_err(refused)?);
         let mut packing = Packing::new(self.head);
-        let mut published = Published::new(table);
-        while let Some(line) = lines.next().await {
-            let line = line.map_err(refused)?;
-            let line = published
-                .row(&line)
+        let mut rows = Rows::new(table, self.format);
+        while let Some(message) = sent.next().await {
+            let message = message.map_err(refused)?;
+            let row = rows
+                .row(&message)
                 .map_err(|error| Failure::of_row(&table.name, &error))?;
-            if line.len() + self.head.len() > limits::ROW_BYTES_MAX {
-                return Err(Failure::too_large(&table.name, line.len()));
+            let Some(row) = row else { continue };
+            if row.len() + self.head.len() > limits::ROW_BYTES_MAX {
+                return Err(Failure::too_large(&table.name, row.len()));
             }
-            for message in packing.push(line).into_iter().flatten() {
+            for message in packing.push(row).into_iter().flatten() {
                 outlet.send(message, self.room).await?;
             }
         }
@@ -337,96 +336,11 @@ impl Work<'_> {
     }
 }
 
-/// Makes rows the published ones: where nothing is masked they are that already.
-struct Published<'t> {
-    table: &'t SourceTable,
-    row: CopyRow,
-    line: Vec<u8>,
-}
-
-impl<'t> Published<'t> {
-    fn new(table: &'t SourceTable) -> Self {
-        Self {
-            table,
-            row: CopyRow::default(),
-            line: Vec::new(),
-        }
-    }
-
-    fn row<'l>(&'l mut self, line: &'l [u8]) -> Result<&'l [u8], CopyTextError> {
-        if self.table.binding.is_none() {
-            return Ok(line);
-        }
-        self.row.read(line)?;
-        let mut room = Vec::new();
-        let mut data: Vec<Datum<'_>> = self.row.data().collect();
-        self.table.publish(&mut data, &mut room);
-        self.line.clear();
-        write_row(&mut self.line, &data);
-        Ok(&self.line)
-    }
-}
-
-/// Fills messages with rows.
-struct Packing<'h> {
-    head: &'h [u8],
-    payload: Vec<u8>,
-    count: u64,
-}
-
-impl<'h> Packing<'h> {
-    fn new(head: &'h [u8]) -> Self {
-        Self {
-            head,
-            payload: Vec::new(),
-            count: 0,
-        }
-    }
-
-    /// Adds a row, and returns what is full. A large row does not share its message: it alone must keep to the
-    /// limit of a row.
-    fn push(&mut self, row: &[u8]) -> [Option<Message>; 2] {
-        let before = (row.len() >= MESSAGE_BYTES).then(|| self.take()).flatten();
-        if self.payload.is_empty() {
-            let room = self.head.len() + MESSAGE_BYTES.max(row.len()) + MESSAGE_SPARE_BYTES;
-            self.payload.reserve(room);
-            self.payload.extend_from_slice(self.head);
-        }
-        self.payload.extend_from_slice(row);
-        self.count += 1;
-        let full = self.payload.len() >= MESSAGE_BYTES;
-        [before, full.then(|| self.take()).flatten()]
-    }
-
-    /// What there is, if there are rows.
-    fn take(&mut self) -> Option<Message> {
-        let (payload, count) = (
-            std::mem::take(&mut self.payload),
-            std::mem::take(&mut self.count),
-        );
-        (count > 0).then(|| Message {
-            payload: payload.into(),
-            count,
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use bytes::Bytes;
 
-    #[test]
-    fn a_large_row_does_not_share_its_message() {
-        let mut packing = Packing::new(b"head\n");
-        let large = vec![b'x'; MESSAGE_BYTES];
-        assert!(packing.push(b"1\n").iter().all(Option::is_none));
-        let [before, alone] = packing.push(&large);
-        let before = before.expect("the small row goes first");
-        assert_eq!((&before.payload[..], before.count), (&b"head\n1\n"[..], 1));
-        let alone = alone.expect("the large row fills a message");
-        assert_eq!((alone.payload.len(), alone.count), (5 + MESSAGE_BYTES, 1));
-        assert!(packing.take().is_none());
-    }
+    use super::*;
 
     /// Ranges of two tables with so many blocks, and the end where what is read of them is published.
     fn of_two(blocks: [u32; 2]) -> (Mutex<Ranges>, mpsc::Receiver<mpsc::Receiver<Placed>>) {

@@ -2,7 +2,7 @@
 //!
 //! Pure. A field's text is the value's own, as the stream carries it, once COPY's escapes are undone.
 
-use millrace_event::Datum;
+use millrace_event::{Datum, escape_load_value};
 
 /// A row that is not in COPY's text format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -89,25 +89,10 @@ pub(crate) fn write_row(out: &mut Vec<u8>, row: &[Datum<'_>]) {
         }
         match datum {
             Datum::Null | Datum::Unchanged => out.extend_from_slice(b"\\N"),
-            Datum::Text(text) => escape(out, text),
+            Datum::Text(text) => escape_load_value(text, out),
         }
     }
     out.push(b'\n');
-}
-
-fn escape(out: &mut Vec<u8>, text: &[u8]) {
-    for byte in text {
-        match byte {
-            8 => out.extend_from_slice(b"\\b"),
-            b'\t' => out.extend_from_slice(b"\\t"),
-            b'\n' => out.extend_from_slice(b"\\n"),
-            11 => out.extend_from_slice(b"\\v"),
-            12 => out.extend_from_slice(b"\\f"),
-            b'\r' => out.extend_from_slice(b"\\r"),
-            b'\\' => out.extend_from_slice(b"\\\\"),
-            other => out.push(*other),
-        }
-    }
 }
 
 #[cfg(test)]

@@ -353,6 +353,7 @@ mod tests {
                 let request = CopyRequest {
                     id: "0123456789abcdef".into(),
                     tables: tables.collect(),
+                    binary: true,
                 };
                 let bytes = json_bytes(&request);
                 assert!(bytes < max_payload.min(REQUEST_BYTES_MAX * 3) / 3 + 64);

@@ -48,6 +48,7 @@ fn machine(rows: Wanted, state: CopyState) -> Copying {
             began_us: BEGAN_US,
             rows,
         }],
+        binary: false,
     };
     let progress = CopyProgress {
         tables: BTreeMap::from([(name(), state)]),

@@ -230,7 +230,7 @@ async fn index(client: &Client, target: &TableName, key: &[String]) -> Result<()
 mod tests {
     use std::sync::Arc;
 
-    use millrace_event::{LoadColumn, LoadHead, Lsn};
+    use millrace_event::{LoadColumn, LoadFormat, LoadHead, Lsn};
 
     use super::*;
     use crate::batch::Checkpoint;
@@ -256,13 +256,14 @@ mod tests {
             load: TableName::new("public", "orders"),
             version: Version::new(1, Lsn(lsn), 0),
             table_version: "1".to_owned(),
+            format: LoadFormat::Text,
             columns: vec![LoadColumn {
                 name: "id".to_owned(),
                 type_oid: 20,
             }],
         };
         let mut load = Load::new(layout(), &head);
-        load.push("1\n".repeat(rows).into());
+        load.push("1\n".repeat(rows).into(), rows);
         Step::Load(load)
     }
 

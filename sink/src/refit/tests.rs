@@ -1,5 +1,5 @@
 use bytes::Bytes;
-use millrace_event::{LoadColumn, LoadHead, Lsn, TableName, Version};
+use millrace_event::{LoadColumn, LoadFormat, LoadHead, Lsn, TableName, Version};
 
 use super::*;
 use crate::fold::{Fold, RowChange};
@@ -152,6 +152,7 @@ fn a_loads_fields_go_where_their_columns_are() {
         load: old.source.clone(),
         version: Version::new(1, Lsn(1), 0),
         table_version: "1".to_owned(),
+        format: LoadFormat::Text,
         columns: ["a", "b", "gone"]
             .map(|name| LoadColumn {
                 name: name.to_owned(),
@@ -160,7 +161,7 @@ fn a_loads_fields_go_where_their_columns_are() {
             .into(),
     };
     let mut load = Load::new(Arc::clone(&old), &head);
-    load.push(Bytes::from_static(b"1\tx\tg\n"));
+    load.push(Bytes::from_static(b"1\tx\tg\n"), 1);
     let mut refitted = batch(vec![Step::Load(load)]);
     refitted.refit(&old, &new).expect("has its key");
     let laid_out = refitted.laid_out().expect("is a load's row");

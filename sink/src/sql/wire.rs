@@ -1,6 +1,9 @@
 //! How a value is written for `COPY .. FROM STDIN (FORMAT binary)`.
 
+use millrace_event::BinaryType;
+
 use super::Form;
+use super::form::nibble;
 
 /// The binary form of a type's values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,6 +16,8 @@ pub enum Wire {
     Jsonb,
     /// Digits to the base of 10,000.
     Numeric,
+    /// The bytes that the text has in hexadecimal digits.
+    Bytea,
 }
 
 /// The decimal digits of one digit of a numeric.
@@ -30,6 +35,7 @@ impl Wire {
             "text" | "character varying" | "character" | "json" => Some(Self::Text),
             "jsonb" => Some(Self::Jsonb),
             "numeric" => Some(Self::Numeric),
+            "bytea" => Some(Self::Bytea),
             other => match Form::of(other) {
                 Form::Text => None,
                 form => Some(Self::Form(form)),
@@ -46,7 +52,31 @@ impl Wire {
             Self::Text => put(&[text], out),
             Self::Jsonb => put(&[&[1], text], out),
             Self::Numeric => numeric(text, out),
+            Self::Bytea => bytea(text, out),
         }
+    }
+
+    /// Whether values that the source wrote in its binary form are in this one already.
+    #[must_use]
+    pub fn takes(self, source: BinaryType) -> bool {
+        source
+            == match self {
+                Self::Text => BinaryType::Text,
+                Self::Jsonb => BinaryType::Jsonb,
+                Self::Numeric => BinaryType::Numeric,
+                Self::Bytea => BinaryType::Bytea,
+                Self::Form(form) => match form {
+                    Form::Text => return false,
+                    Form::Bool => BinaryType::Bool,
+                    Form::Int2 => BinaryType::Int2,
+                    Form::Int4 => BinaryType::Int4,
+                    Form::Int8 => BinaryType::Int8,
+                    Form::Uuid => BinaryType::Uuid,
+                    Form::Date => BinaryType::Date,
+                    Form::Timestamp => BinaryType::Timestamp,
+                    Form::TimestampTz => BinaryType::TimestampTz,
+                },
+            }
     }
 }
 
@@ -55,6 +85,19 @@ fn put(parts: &[&[u8]], out: &mut Vec<u8>) -> Option<()> {
     out.extend_from_slice(&i32::try_from(length).ok()?.to_be_bytes());
     for part in parts {
         out.extend_from_slice(part);
+    }
+    Some(())
+}
+
+/// `\x` and lower-case hexadecimal digits.
+fn bytea(text: &[u8], out: &mut Vec<u8>) -> Option<()> {
+    let digits = text.strip_prefix(b"\\x")?;
+    let (pairs, []) = digits.as_chunks::<2>() else {
+        return None;
+    };
+    out.extend_from_slice(&i32::try_from(pairs.len()).ok()?.to_be_bytes());
+    for [high, low] in pairs {
+        out.push(nibble(*high)? << 4 | nibble(*low)?);
     }
     Some(())
 }
@@ -194,12 +237,58 @@ mod tests {
         assert_eq!(Wire::of("bigint"), Some(Wire::Form(Form::Int8)));
     }
 
+    #[test]
+    fn bytes_go_without_their_digits() {
+        let bytes = |text| written(Wire::of("bytea").unwrap(), text);
+        assert_eq!(bytes("\\x00abff"), Some(vec![0, 0xAB, 0xFF]));
+        assert_eq!(bytes("\\x"), Some(vec![]));
+        for text in ["", "abc", "\\x0", "\\x0G", "\\xAB", "\\000"] {
+            assert_eq!(bytes(text), None, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_form_takes_only_what_is_its_own() {
+        let types = [
+            (16, "boolean"),
+            (17, "bytea"),
+            (20, "bigint"),
+            (21, "smallint"),
+            (23, "integer"),
+            (25, "text"),
+            (114, "json"),
+            (1042, "character"),
+            (1043, "character varying"),
+            (1082, "date"),
+            (1114, "timestamp without time zone"),
+            (1184, "timestamp with time zone"),
+            (1700, "numeric"),
+            (2950, "uuid"),
+            (3802, "jsonb"),
+        ];
+        for (oid, name) in types {
+            for (other, _) in types {
+                let is_text = |oid| matches!(oid, 25 | 114 | 1042 | 1043);
+                let is_same = oid == other || (is_text(oid) && is_text(other));
+                let takes = Wire::of(name)
+                    .unwrap()
+                    .takes(BinaryType::of(other).unwrap());
+                assert_eq!(takes, is_same, "{name} {other}");
+            }
+        }
+    }
+
     proptest! {
         #[test]
         fn a_numeric_keeps_its_value(whole in "0|[1-9][0-9]{0,30}", fraction in "[0-9]{0,30}", minus in any::<bool>()) {
             let point = if fraction.is_empty() { "" } else { "." };
             let text = format!("{}{whole}{point}{fraction}", if minus { "-" } else { "" });
             let words = numeric(&text).unwrap();
+            let mut buffer = Vec::new();
+            let bytes = written(Wire::Numeric, &text).unwrap();
+            let read = BinaryType::Numeric.text(&bytes, &mut buffer).unwrap();
+            let shown = if text.trim_matches(['-', '.', '0']).is_empty() { text.trim_start_matches('-') } else { &text };
+            prop_assert_eq!(std::str::from_utf8(read).unwrap(), shown);
             let (count, weight, digits) = (words[0], words[1], &words[4..]);
             prop_assert_eq!(count, digits.len() as i64);
             prop_assert_eq!(words[3], fraction.len() as i64);

@@ -1,6 +1,6 @@
 //! Tables that get their key behind the rows of their load.
 
-use millrace_event::{LoadColumn, LoadHead};
+use millrace_event::{LoadColumn, LoadFormat, LoadHead};
 use millrace_sink::batch::Step;
 use millrace_sink::load::Load;
 
@@ -62,10 +62,14 @@ impl Line {
             load: self.schema.name.clone(),
             version: Version::new(1, Lsn(lsn), 0),
             table_version: self.schema.version.clone(),
+            format: LoadFormat::Text,
             columns: [("id", 20), ("n", 23), ("big", 25)].map(column).to_vec(),
         };
         let mut load = Load::new(Arc::clone(&self.layout), &head);
-        load.push(Bytes::copy_from_slice(rows.as_bytes()));
+        load.push(
+            Bytes::copy_from_slice(rows.as_bytes()),
+            rows.lines().count(),
+        );
         Step::Load(load)
     }
 

@@ -60,6 +60,15 @@ impl Line {
     }
 
     pub(super) async fn ask(&self, id: &str, tables: &[(&str, Wanted)]) {
+        self.ask_for(id, tables, false).await;
+    }
+
+    /// Asks as a sink that takes loads in binary format does.
+    pub(super) async fn ask_for_binary(&self, id: &str, tables: &[(&str, Wanted)]) {
+        self.ask_for(id, tables, true).await;
+    }
+
+    async fn ask_for(&self, id: &str, tables: &[(&str, Wanted)], binary: bool) {
         let tables = tables.iter().map(|(table, rows)| TableRequest {
             table: TableName::new("public", *table),
             began_us: 0,
@@ -68,6 +77,7 @@ impl Line {
         let request = CopyRequest {
             id: id.to_owned(),
             tables: tables.collect(),
+            binary,
         };
         let value = serde_json::to_vec(&request).expect("json");
         let put = self.copies.put("request.replica", value.into());

@@ -82,7 +82,7 @@ impl Table {
         }
     }
 
-    fn create(&self) -> String {
+    pub(super) fn create(&self) -> String {
         let mut sql = format!("CREATE TABLE {} (id int PRIMARY KEY", self.name);
         for (number, (type_name, _)) in self.columns.iter().enumerate() {
             let _ = write!(sql, ", c{number} {type_name}");
@@ -91,7 +91,7 @@ impl Table {
     }
 
     /// Rows from `first` on: in row n every column has the n-th of its values, or NULL.
-    fn insert(&self, first: usize) -> String {
+    pub(super) fn insert(&self, first: usize) -> String {
         let mut sql = String::new();
         let rows = self.columns.iter().map(|(_, values)| values.len()).max();
         for row in 0..=rows.unwrap_or(0) {
@@ -125,7 +125,7 @@ impl Table {
     }
 
     /// Every row, with each value as its own type prints it, and NULL apart from every text.
-    async fn rows(&self, client: &Client) -> Vec<Vec<String>> {
+    pub(super) async fn rows(&self, client: &Client) -> Vec<Vec<String>> {
         let names: String = (0..self.columns.len())
             .map(|n| format!(", format('%L', c{n})"))
             .collect();
@@ -180,6 +180,34 @@ const TARGET_DEFAULTS: &str = "ALTER DATABASE target SET datestyle = 'SQL, DMY';
     ALTER DATABASE target SET intervalstyle = 'sql_standard'; ALTER DATABASE target SET array_nulls = off;
     ALTER DATABASE target SET standard_conforming_strings = off";
 
+/// The types whose values are loaded in binary format, with these and all their values.
+pub(super) fn plain() -> Vec<Tried> {
+    let is_plain = |(name, _): &&Tried| {
+        let (begin, end) = name.split_once('(').unwrap_or((name, ""));
+        let end = end.split_once(')').map_or("", |(_, end)| end);
+        PLAIN.contains(&format!("{begin}{end}").as_str())
+    };
+    BUILT_IN.iter().filter(is_plain).copied().collect()
+}
+
+const PLAIN: [&str; 15] = [
+    "boolean",
+    "smallint",
+    "integer",
+    "bigint",
+    "numeric",
+    "character",
+    "character varying",
+    "text",
+    "bytea",
+    "date",
+    "timestamp without time zone",
+    "timestamp with time zone",
+    "uuid",
+    "json",
+    "jsonb",
+];
+
 /// The extensions among these that a server can create.
 async fn available(client: &Client) -> Vec<String> {
     let rows = client
@@ -198,6 +226,7 @@ pub(super) async fn matrix(majors: Majors) -> Stage {
     let stage = Stage::set(Setting {
         tables: &[
             ("public.t", ""),
+            ("public.plain", ""),
             ("public.arrays", ""),
             ("public.own", ""),
             ("known.t", ""),
@@ -230,6 +259,7 @@ pub(super) async fn matrix(majors: Majors) -> Stage {
         .extend(Table::of("public.arrays", ARRAYS).columns);
     let tables = [
         Table::of("public.t", &built_in),
+        Table::of("public.plain", &plain()),
         arrays,
         Table::of("public.own", OWN),
         Table::of("known.t", KNOWN),
