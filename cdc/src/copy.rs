@@ -38,6 +38,7 @@ use async_nats::jetstream::kv;
 use futures_util::StreamExt as _;
 use futures_util::future::try_join_all;
 use millrace_config::{Condition, Config};
+use millrace_connect::clock::now_us;
 use millrace_event::work::{CopyRequest, CopyStatus, TableRequest, Wanted};
 use millrace_event::{TableName, subject};
 
@@ -231,7 +232,7 @@ impl Asked<'_> {
             }
             return Ok(());
         };
-        status.attempt = next_attempt(status.attempt, crate::life::now_us());
+        status.attempt = next_attempt(status.attempt, now_us());
         if stage == Stage::Load {
             self.reading = None;
             let tables: Vec<_> = due.into_iter().map(|wanted| wanted.table).collect();

@@ -6,7 +6,7 @@ mod publishing;
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use async_nats::jetstream::{self, kv};
 use millrace_config::{Code, Condition, Config, Mask, Origin as OriginFilter, limits};
@@ -353,13 +353,6 @@ async fn stream_tail(
     };
     let tail = stream::tail_covering(&stream.jetstream, &stream.name, confirmed).await?;
     Ok(tail.map(|tail| (state, tail)))
-}
-
-/// This machine's clock, microseconds since 1970.
-pub(crate) fn now_us() -> i64 {
-    SystemTime::now()
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .map_or(0, |age| i64::try_from(age.as_micros()).unwrap_or(i64::MAX))
 }
 
 fn settings(

@@ -5,6 +5,7 @@ use std::convert::Infallible;
 use std::time::Duration;
 
 use millrace_config::{Code, Condition, Config, Table};
+use millrace_connect::clock::now_us;
 use millrace_connect::postgres::{Session, connect};
 use millrace_event::TableName;
 use tokio::time::MissedTickBehavior;
@@ -184,7 +185,7 @@ pub(crate) async fn watch(
             let reason = format!("table {table} is back in the publication");
             return Err(Error::retry_because(reason));
         }
-        earlier.lose(stream, &drift, life::now_us()).await?;
+        earlier.lose(stream, &drift, now_us()).await?;
         let published = source.tables.iter();
         let published: Vec<_> = published
             .filter(|table| !drift.has_lost(&table.name))

@@ -1,10 +1,11 @@
 //! Chunks of tables, each read under a snapshot of its own, with the version that the rule gives it.
 
 use std::pin::pin;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::Instant;
 
 use bytes::Bytes;
 use futures_util::StreamExt;
+use millrace_connect::clock::now_us;
 use millrace_connect::postgres::{ConnectError, Dsn, connect};
 use millrace_event::{Lsn, Relation};
 use tokio_postgres::Client;
@@ -423,12 +424,4 @@ impl Looks {
             key.collect(),
         )
     }
-}
-
-fn now_us() -> i64 {
-    SystemTime::now()
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .map_or(0, |age: Duration| {
-            i64::try_from(age.as_micros()).unwrap_or(i64::MAX)
-        })
 }

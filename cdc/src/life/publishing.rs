@@ -4,10 +4,11 @@ use std::collections::HashMap;
 use std::slice;
 
 use millrace_config::{Code, Condition, Config, Create};
+use millrace_connect::clock::now_us;
 use millrace_event::TableName;
 use tokio_postgres::Client;
 
-use super::{Stream, now_us};
+use super::Stream;
 use crate::Error;
 use crate::birth::Plan;
 use crate::identity::published::{Drift, Earlier, Published};
