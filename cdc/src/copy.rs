@@ -252,12 +252,19 @@ impl Asked<'_> {
     /// The status of a request that nothing is known of yet.
     async fn first_status(&self, request: &CopyRequest) -> Result<CopyStatus, Failure> {
         let mut status = CopyStatus::new(request.id.clone());
-        for TableRequest { table, rows, .. } in &request.tables {
-            if !matches!(rows, Wanted::Keys { .. }) && self.copier.table(table).is_some() {
-                let rows = source::estimate_rows(&self.copier.source.client, table).await?;
-                status.estimates.push((table.clone(), rows));
-            }
-        }
+        let whole = request.tables.iter().filter(|wanted| {
+            !matches!(wanted.rows, Wanted::Keys { .. })
+                && self.copier.table(&wanted.table).is_some()
+        });
+        let tables: Vec<_> = whole.map(|wanted| &wanted.table).collect();
+        let client = &self.copier.source.client;
+        let known = source::estimate_rows(client, tables.iter().copied()).await?;
+        // 0 where the source does not know.
+        let estimate = |table: &TableName| known.get(table).copied().unwrap_or(0);
+        let estimates = tables.into_iter();
+        status.estimates = estimates
+            .map(|table| (table.clone(), estimate(table)))
+            .collect();
         Ok(status)
     }
 

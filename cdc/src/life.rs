@@ -128,8 +128,7 @@ async fn reach(config: &Config) -> Result<Reached, Error> {
 
 /// Connects, checks, begins or resumes, and starts replication.
 pub(crate) async fn open(config: &Config, now: Duration, away: &mut Away) -> Result<Life, Error> {
-    let dsn = Dsn::parse(config.source.url.read()?.expose())
-        .map_err(millrace_connect::postgres::ConnectError::from)?;
+    let dsn = source::dsn(&config.source)?;
     let session = Session {
         application_name: "millrace".to_owned(),
         // The catalog is asked about all tables at once: compiling that takes longer than answering.

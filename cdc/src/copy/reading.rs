@@ -6,7 +6,7 @@ use std::time::Instant;
 use bytes::Bytes;
 use futures_util::StreamExt;
 use millrace_connect::clock::now_us;
-use millrace_connect::postgres::{ConnectError, Dsn, connect};
+use millrace_connect::postgres::connect;
 use millrace_event::{Lsn, Relation};
 use tokio_postgres::Client;
 
@@ -19,7 +19,7 @@ use super::session::session;
 use super::throttle::{CHUNK_BYTES_MAX, Taken};
 use crate::capture::HEARTBEAT_PREFIX;
 use crate::commits::{Recording, mark_content};
-use crate::source::SourceTable;
+use crate::source::{self, SourceTable};
 use crate::{Error, heartbeat};
 
 /// How long a table's lock may be waited for, in milliseconds: the request's other tables wait behind it.
@@ -213,10 +213,7 @@ impl<'c> Reading<'c> {
     }
 
     async fn connect(&self) -> Result<(Client, i32), Failure> {
-        // The secret may have changed since this life began.
-        let url = self.copier.config.source.url.read().map_err(Error::from)?;
-        let dsn =
-            Dsn::parse(url.expose()).map_err(|error| Error::from(ConnectError::from(error)))?;
+        let dsn = source::dsn(&self.copier.config.source)?;
         let client = connect(&dsn, session()).await.map_err(Error::from)?;
         let pid = client.query_one("SELECT pg_backend_pid()", &[]).await?;
         let pid = pid.get(0);

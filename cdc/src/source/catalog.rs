@@ -11,7 +11,6 @@ use super::generated::check_generated;
 use super::key::{UniqueIndex, key_of, logs_old_rows};
 use super::leaves::{Leaf, check_leaves, leaves};
 use super::membership::{Clause, Member};
-use super::partitions::partition_tree;
 use super::selection::{self, CatalogColumn};
 use crate::Error;
 use crate::selection::{Binding, Salt, Selection};
@@ -434,21 +433,4 @@ pub(super) async fn catalog_columns(
         generated: row.get(7),
     };
     Ok(rows.iter().map(column).collect())
-}
-
-/// How many rows the source thinks that a table has; 0 where it does not know.
-///
-/// # Errors
-/// The connection failed.
-pub async fn estimate_rows(client: &Client, table: &TableName) -> Result<u64, Error> {
-    let sql = format!(
-        "SELECT coalesce((SELECT sum(greatest(l.reltuples, 0)) FROM {} p JOIN pg_class l ON l.oid = p.relid \
-         WHERE p.isleaf), 0)::bigint FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
-         WHERE n.nspname = $1 AND c.relname = $2",
-        partition_tree("c.oid")
-    );
-    let names = (&table.schema, &table.table);
-    let row = client.query_opt(&sql, &[names.0, names.1]).await?;
-    let rows = row.map_or(0, |row| row.get::<_, i64>(0));
-    Ok(u64::try_from(rows).unwrap_or(0))
 }
