@@ -26,6 +26,7 @@ mod room;
 mod rule;
 mod session;
 mod setbacks;
+mod span;
 mod text;
 mod throttle;
 mod waits;

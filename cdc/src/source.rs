@@ -4,6 +4,7 @@ mod catalog;
 mod describe;
 mod estimate;
 mod generated;
+mod inspect;
 mod key;
 mod leaves;
 mod membership;
@@ -19,12 +20,13 @@ use millrace_event::Lsn;
 use tokio_postgres::Client;
 
 pub(crate) use catalog::together;
-pub use catalog::{Harm, Inspected, Refused, SourceTable, inspect_tables};
+pub use catalog::{Harm, Inspected, Refused, SourceTable};
 pub use describe::describe;
 pub(crate) use describe::{
     SETTLING_MAX, describe_now, describe_selected, is_as_announced, settled,
 };
 pub use estimate::estimate_rows;
+pub use inspect::inspect_tables;
 pub(crate) use membership::locked_out;
 pub use membership::{
     Alteration, Clause, Member, harmed_children, is_free, left_publication, parked_refused,
