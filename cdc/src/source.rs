@@ -7,6 +7,7 @@ mod generated;
 mod inspect;
 mod key;
 mod leaves;
+mod logged;
 mod membership;
 mod partitions;
 mod publication;

@@ -10,6 +10,7 @@ use super::catalog::{Harm, Inspected, Refused, SourceTable, numbers};
 use super::generated::check_generated;
 use super::key::{UniqueIndex, key_of, logs_old_rows};
 use super::leaves::{Leaf, check_leaves, leaves};
+use super::logged::{check_identity, identities};
 use super::membership::Clause;
 use super::selection::{self, CatalogColumn, RowFilter};
 use crate::Error;
@@ -164,9 +165,9 @@ impl Inspection<'_> {
         let filter = self.filter().await?;
         let Listed { list, excluded } = listed(&catalog, &selected.selection, self.facts.version);
         if list.is_some() || filter.is_some() {
-            let identities = selection::identities(self.client, found.oid).await?;
+            let logged = identities(self.client, found.oid).await?;
             let read = filter.as_ref().map_or(&[][..], |filter| &filter.columns);
-            let checked = selection::check_identity(table, &excluded, read, &identities);
+            let checked = check_identity(&table.name, &excluded, read, &logged);
             checked.map_err(|condition| {
                 let clause = Clause {
                     columns: list.as_deref().map(numbers),
@@ -274,9 +275,9 @@ impl Inspection<'_> {
         if generated.is_empty() {
             return Ok(());
         }
-        let identities = selection::identities(self.client, oid).await?;
+        let logged = identities(self.client, oid).await?;
         let (name, version) = (&self.table.name, self.facts.version);
-        let checked = check_generated(name, version, &generated, key, &identities);
+        let checked = check_generated(name, version, &generated, key, &logged);
         checked.map_err(|condition| {
             let harm = match condition.code {
                 Code::NoReplicaIdentity => Harm::Published,
