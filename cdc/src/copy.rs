@@ -179,21 +179,7 @@ impl Asked<'_> {
             self.show();
             return Ok(());
         };
-        let status = status.filter(|status| status.request == request.id);
-        let mut status = match status {
-            Some(status) => status,
-            None => {
-                let first = self.first_status(&request).await?;
-                store_status(&self.copier.stream.copies, sink, &first).await?;
-                first
-            }
-        };
-        // Nothing runs now: what still says that it is loading was cut off.
-        if let Some(table) = status.loading.take() {
-            tracing::info!(sink = self.sink, %table, "a load was cut off");
-            status.cut.push(table);
-            store_status(&self.copier.stream.copies, sink, &status).await?;
-        }
+        let mut status = self.begun(&request, status).await?;
         let remaining: Vec<TableRequest> = request
             .tables
             .into_iter()
@@ -211,22 +197,9 @@ impl Asked<'_> {
         let troubles = self.troubles(&names);
         if troubles != status.troubles {
             status.troubles = troubles;
-            store_status(&self.copier.stream.copies, sink, &status).await?;
+            store_status(copies, sink, &status).await?;
         }
-        let now = self.copier.began.elapsed();
-        let due = |stage: Stage| -> Vec<TableRequest> {
-            let due = remaining
-                .iter()
-                .filter(|wanted| Stage::of(&wanted.rows) == stage);
-            let due = due.filter(|wanted| self.setbacks.allow_table(&wanted.table, now));
-            due.cloned().collect()
-        };
-        let stages = [Stage::Keys, Stage::Load, Stage::Chunks];
-        let Some((stage, due)) = stages
-            .into_iter()
-            .map(|stage| (stage, due(stage)))
-            .find(|(_, due)| !due.is_empty())
-        else {
+        let Some((stage, due)) = self.due(&remaining) else {
             let waits = |wanted: &TableRequest| Stage::of(&wanted.rows) != Stage::Paused;
             if !remaining.iter().any(waits) {
                 self.let_go();
@@ -240,6 +213,46 @@ impl Asked<'_> {
             return Box::pin(self.attempt(status, &tables)).await;
         }
         Box::pin(self.backfill(status, &due)).await
+    }
+
+    /// The status of a request that is taken up, `found` beside it.
+    async fn begun(
+        &self,
+        request: &CopyRequest,
+        found: Option<CopyStatus>,
+    ) -> Result<CopyStatus, Failure> {
+        let copies = &self.copier.stream.copies;
+        let found = found.filter(|status| status.request == request.id);
+        let mut status = match found {
+            Some(status) => status,
+            None => {
+                let first = self.first_status(request).await?;
+                store_status(copies, self.sink, &first).await?;
+                first
+            }
+        };
+        // Nothing runs now: what still says that it is loading was cut off.
+        if let Some(table) = status.loading.take() {
+            tracing::info!(sink = self.sink, %table, "a load was cut off");
+            status.cut.push(table);
+            store_status(copies, self.sink, &status).await?;
+        }
+        Ok(status)
+    }
+
+    /// What is done next about the tables that remain; `None` where nothing may be done now.
+    fn due(&self, remaining: &[TableRequest]) -> Option<(Stage, Vec<TableRequest>)> {
+        let now = self.copier.began.elapsed();
+        let due = |stage: Stage| -> Vec<TableRequest> {
+            let due = remaining
+                .iter()
+                .filter(|wanted| Stage::of(&wanted.rows) == stage);
+            let due = due.filter(|wanted| self.setbacks.allow_table(&wanted.table, now));
+            due.cloned().collect()
+        };
+        let stages = [Stage::Keys, Stage::Load, Stage::Chunks];
+        let due = stages.map(|stage| (stage, due(stage)));
+        due.into_iter().find(|(_, due)| !due.is_empty())
     }
 
     /// Commits are no longer recorded where nothing was read for a while.
