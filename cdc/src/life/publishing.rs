@@ -73,6 +73,14 @@ pub(crate) struct Without {
 }
 
 impl Without {
+    /// The tables that are captured. Locked ones are as if they were not configured: their changes are dropped, and
+    /// whoever asks for their rows waits.
+    pub(super) fn captured(&self, mut tables: Vec<SourceTable>) -> Vec<SourceTable> {
+        let locked = |table: &SourceTable| self.locked.iter().any(|(name, _)| *name == table.name);
+        tables.retain(|table| !locked(table));
+        tables
+    }
+
     /// All of them.
     pub(crate) fn parked(&self) -> Vec<(TableName, Condition)> {
         [&*self.lost, &*self.locked, &*self.unfit].concat()
