@@ -9,4 +9,4 @@ mod metrics;
 pub(crate) use board::Board;
 pub(crate) use http::{Asked, Reloaded, bind, serve};
 pub(crate) use live::{Live, LivePart, lag_seconds};
-pub(crate) use metrics::{forget_lag, install, now_us, upkeep};
+pub(crate) use metrics::{forget_lag, install, upkeep};

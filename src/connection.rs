@@ -22,20 +22,28 @@ pub(crate) use millrace_config::chain;
 /// # Errors
 /// Why there is none, for the operator; never with the password.
 pub(crate) async fn postgres(url: &Secret, side: Side, name: &str) -> Result<Client, Condition> {
-    let url = url.read().map_err(|error| unreadable(&error))?;
-    let dsn = Dsn::parse(url.expose()).map_err(|error| {
-        Condition::new(
-            Code::ConfigInvalid,
-            error.to_string(),
-            "correct the URL that the setting refers to",
-        )
-    })?;
+    let dsn = dsn(url, "the setting")?;
     let session = Session {
         application_name: name.to_owned(),
         ..Session::default()
     };
     let connected = millrace_connect::postgres::connect(&dsn, session).await;
     connected.map_err(|error| postgres_condition(side, &error))
+}
+
+/// Where a database is, with the secret read now. `setting` is what refers to it.
+///
+/// # Errors
+/// The secret cannot be read, or holds no URL.
+pub(crate) fn dsn(url: &Secret, setting: &str) -> Result<Dsn, Condition> {
+    let url = url.read().map_err(|error| unreadable(&error))?;
+    Dsn::parse(url.expose()).map_err(|error| {
+        Condition::new(
+            Code::ConfigInvalid,
+            error.to_string(),
+            format!("correct the URL that {setting} refers to"),
+        )
+    })
 }
 
 fn postgres_condition(side: Side, error: &ConnectError) -> Condition {
@@ -90,7 +98,7 @@ pub(crate) fn nats_condition(error: &NatsError) -> Condition {
 }
 
 /// A secret that cannot be read, for the operator.
-pub(crate) fn unreadable(error: &SecretError) -> Condition {
+fn unreadable(error: &SecretError) -> Condition {
     Condition::new(
         Code::SecretUnreadable,
         chain(error),

@@ -2,7 +2,7 @@
 
 use millrace_config::{Code, Condition, Config, Create};
 use millrace_connect::nats::{self, Reconnect};
-use millrace_connect::postgres::{ConnectError, Dsn, Session, connect};
+use millrace_connect::postgres::{Session, connect};
 use millrace_event::TableName;
 use tokio_postgres::Client;
 
@@ -20,8 +20,7 @@ const NAME: &str = "millrace check";
 /// # Errors
 /// [`Error::Halt`] or [`Error::Refused`]: capture would not go on. [`Error::Retry`]: that cannot be found out now.
 pub async fn check(running: &Config, config: &Config) -> Result<(), Error> {
-    let url = config.source.url.read()?;
-    let dsn = Dsn::parse(url.expose()).map_err(ConnectError::from)?;
+    let dsn = source::dsn(&config.source)?;
     let session = Session {
         application_name: NAME.to_owned(),
         options: Vec::new(),

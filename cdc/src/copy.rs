@@ -26,6 +26,7 @@ mod room;
 mod rule;
 mod session;
 mod setbacks;
+mod span;
 mod text;
 mod throttle;
 mod waits;
@@ -38,6 +39,7 @@ use async_nats::jetstream::kv;
 use futures_util::StreamExt as _;
 use futures_util::future::try_join_all;
 use millrace_config::{Condition, Config};
+use millrace_connect::clock::now_us;
 use millrace_event::work::{CopyRequest, CopyStatus, TableRequest, Wanted};
 use millrace_event::{TableName, subject};
 
@@ -177,21 +179,7 @@ impl Asked<'_> {
             self.show();
             return Ok(());
         };
-        let status = status.filter(|status| status.request == request.id);
-        let mut status = match status {
-            Some(status) => status,
-            None => {
-                let first = self.first_status(&request).await?;
-                store_status(&self.copier.stream.copies, sink, &first).await?;
-                first
-            }
-        };
-        // Nothing runs now: what still says that it is loading was cut off.
-        if let Some(table) = status.loading.take() {
-            tracing::info!(sink = self.sink, %table, "a load was cut off");
-            status.cut.push(table);
-            store_status(&self.copier.stream.copies, sink, &status).await?;
-        }
+        let mut status = self.begun(&request, status).await?;
         let takes_binary = request.binary;
         let remaining: Vec<TableRequest> = request
             .tables
@@ -210,8 +198,51 @@ impl Asked<'_> {
         let troubles = self.troubles(&names);
         if troubles != status.troubles {
             status.troubles = troubles;
-            store_status(&self.copier.stream.copies, sink, &status).await?;
+            store_status(copies, sink, &status).await?;
         }
+        let Some((stage, due)) = self.due(&remaining) else {
+            let waits = |wanted: &TableRequest| Stage::of(&wanted.rows) != Stage::Paused;
+            if !remaining.iter().any(waits) {
+                self.let_go();
+            }
+            return Ok(());
+        };
+        status.attempt = next_attempt(status.attempt, now_us());
+        if stage == Stage::Load {
+            self.reading = None;
+            let tables: Vec<_> = due.into_iter().map(|wanted| wanted.table).collect();
+            return Box::pin(self.attempt(status, &tables, takes_binary)).await;
+        }
+        Box::pin(self.backfill(status, &due)).await
+    }
+
+    /// The status of a request that is taken up, `found` beside it.
+    async fn begun(
+        &self,
+        request: &CopyRequest,
+        found: Option<CopyStatus>,
+    ) -> Result<CopyStatus, Failure> {
+        let copies = &self.copier.stream.copies;
+        let found = found.filter(|status| status.request == request.id);
+        let mut status = match found {
+            Some(status) => status,
+            None => {
+                let first = self.first_status(request).await?;
+                store_status(copies, self.sink, &first).await?;
+                first
+            }
+        };
+        // Nothing runs now: what still says that it is loading was cut off.
+        if let Some(table) = status.loading.take() {
+            tracing::info!(sink = self.sink, %table, "a load was cut off");
+            status.cut.push(table);
+            store_status(copies, self.sink, &status).await?;
+        }
+        Ok(status)
+    }
+
+    /// What is done next about the tables that remain; `None` where nothing may be done now.
+    fn due(&self, remaining: &[TableRequest]) -> Option<(Stage, Vec<TableRequest>)> {
         let now = self.copier.began.elapsed();
         let due = |stage: Stage| -> Vec<TableRequest> {
             let due = remaining
@@ -221,24 +252,8 @@ impl Asked<'_> {
             due.cloned().collect()
         };
         let stages = [Stage::Keys, Stage::Load, Stage::Chunks];
-        let Some((stage, due)) = stages
-            .into_iter()
-            .map(|stage| (stage, due(stage)))
-            .find(|(_, due)| !due.is_empty())
-        else {
-            let waits = |wanted: &TableRequest| Stage::of(&wanted.rows) != Stage::Paused;
-            if !remaining.iter().any(waits) {
-                self.let_go();
-            }
-            return Ok(());
-        };
-        status.attempt = next_attempt(status.attempt, crate::life::now_us());
-        if stage == Stage::Load {
-            self.reading = None;
-            let tables: Vec<_> = due.into_iter().map(|wanted| wanted.table).collect();
-            return Box::pin(self.attempt(status, &tables, takes_binary)).await;
-        }
-        Box::pin(self.backfill(status, &due)).await
+        let due = stages.map(|stage| (stage, due(stage)));
+        due.into_iter().find(|(_, due)| !due.is_empty())
     }
 
     /// Commits are no longer recorded where nothing was read for a while.
@@ -252,12 +267,19 @@ impl Asked<'_> {
     /// The status of a request that nothing is known of yet.
     async fn first_status(&self, request: &CopyRequest) -> Result<CopyStatus, Failure> {
         let mut status = CopyStatus::new(request.id.clone());
-        for TableRequest { table, rows, .. } in &request.tables {
-            if !matches!(rows, Wanted::Keys { .. }) && self.copier.table(table).is_some() {
-                let rows = source::estimate_rows(&self.copier.source.client, table).await?;
-                status.estimates.push((table.clone(), rows));
-            }
-        }
+        let whole = request.tables.iter().filter(|wanted| {
+            !matches!(wanted.rows, Wanted::Keys { .. })
+                && self.copier.table(&wanted.table).is_some()
+        });
+        let tables: Vec<_> = whole.map(|wanted| &wanted.table).collect();
+        let client = &self.copier.source.client;
+        let known = source::estimate_rows(client, tables.iter().copied()).await?;
+        // 0 where the source does not know.
+        let estimate = |table: &TableName| known.get(table).copied().unwrap_or(0);
+        let estimates = tables.into_iter();
+        status.estimates = estimates
+            .map(|table| (table.clone(), estimate(table)))
+            .collect();
         Ok(status)
     }
 

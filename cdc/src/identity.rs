@@ -17,6 +17,10 @@ use crate::{Error, orders, stream};
 /// The key of what the source was.
 const ORIGIN_KEY: &str = "origin";
 
+/// What an operator does about a source that is not what the stream was written from.
+const REMEDY: &str = "if this server is to be captured from now on: run `millrace drop`, then `millrace run`: \
+                      the tables are copied again";
+
 /// The epoch of this life: the one that the stream has, if the source is still the same.
 pub(crate) async fn check(
     stream: &Stream,
@@ -29,63 +33,18 @@ pub(crate) async fn check(
     let Some(origin) = stored else {
         return Ok(newest);
     };
-    let remedy = "if this server is to be captured from now on: run `millrace drop`, then `millrace run`: \
-                  the tables are copied again";
-    if origin.system_id != identity.system_id {
+    check_origin(&origin, identity, newest).map_err(Error::halt)?;
+    if identity.timeline > origin.timeline
+        && !has_all(stream, replication, identity, &origin).await?
+    {
         return Err(Error::halt(Condition::new(
             Code::SourceChanged,
             format!(
-                "the source is another cluster (system identifier {}, was {})",
-                identity.system_id, origin.system_id
-            ),
-            remedy,
-        )));
-    }
-    if origin.epoch < newest {
-        return Err(Error::halt(Condition::new(
-            Code::EpochLower,
-            format!(
-                "the stream has epoch {newest}, but {} was stored last",
-                origin.epoch
-            ),
-            remedy,
-        )));
-    }
-    if identity.timeline < origin.timeline {
-        return Err(Error::halt(Condition::new(
-            Code::SourceWentBack,
-            format!(
-                "the source is on timeline {}, was {}",
+                "the source was promoted (timeline {}, was {}) and lost commits that were already published",
                 identity.timeline, origin.timeline
             ),
-            remedy,
+            REMEDY,
         )));
-    }
-    if identity.timeline > origin.timeline {
-        // The history names where each timeline was left: nothing of ours may lie beyond.
-        let history = replication.timeline_history(identity.timeline).await?;
-        let left = history
-            .iter()
-            .find(|(timeline, _)| *timeline == origin.timeline);
-        let reached = stream::highest(&stream.jetstream, &stream.name).await?;
-        let safe = match (left, reached) {
-            (Some((_, switch)), Some(reached)) => {
-                reached.lies_before(*switch)
-                    && sinks_lie_before(stream, reached.position, *switch).await?
-            }
-            (_, None) => true,
-            (None, Some(_)) => false,
-        };
-        if !safe {
-            return Err(Error::halt(Condition::new(
-                Code::SourceChanged,
-                format!(
-                    "the source was promoted (timeline {}, was {}) and lost commits that were already published",
-                    identity.timeline, origin.timeline
-                ),
-                remedy,
-            )));
-        }
     }
     if tail.is_some_and(|tail| tail.position.commit_lsn() > identity.flushed) {
         return Err(Error::halt(Condition::new(
@@ -94,10 +53,59 @@ pub(crate) async fn check(
                 "the source's WAL ends at {}, below what was published",
                 identity.flushed
             ),
-            remedy,
+            REMEDY,
         )));
     }
     Ok(origin.epoch)
+}
+
+/// Checks that a source may still be the one that it was. `newest` is the stream's epoch.
+fn check_origin(origin: &Origin, identity: &SystemIdentity, newest: u32) -> Result<(), Condition> {
+    let (code, message) = if origin.system_id != identity.system_id {
+        let message = format!(
+            "the source is another cluster (system identifier {}, was {})",
+            identity.system_id, origin.system_id
+        );
+        (Code::SourceChanged, message)
+    } else if origin.epoch < newest {
+        let message = format!(
+            "the stream has epoch {newest}, but {} was stored last",
+            origin.epoch
+        );
+        (Code::EpochLower, message)
+    } else if identity.timeline < origin.timeline {
+        let message = format!(
+            "the source is on timeline {}, was {}",
+            identity.timeline, origin.timeline
+        );
+        (Code::SourceWentBack, message)
+    } else {
+        return Ok(());
+    };
+    Err(Condition::new(code, message, REMEDY))
+}
+
+/// Whether a source that was promoted has all that was published. The history names where each timeline was left:
+/// nothing of ours may lie beyond.
+async fn has_all(
+    stream: &Stream,
+    replication: &mut ReplicationConnection,
+    identity: &SystemIdentity,
+    origin: &Origin,
+) -> Result<bool, Error> {
+    let history = replication.timeline_history(identity.timeline).await?;
+    let left = history
+        .iter()
+        .find(|(timeline, _)| *timeline == origin.timeline);
+    let reached = stream::highest(&stream.jetstream, &stream.name).await?;
+    Ok(match (left, reached) {
+        (Some((_, switch)), Some(reached)) => {
+            reached.lies_before(*switch)
+                && sinks_lie_before(stream, reached.position, *switch).await?
+        }
+        (_, None) => true,
+        (None, Some(_)) => false,
+    })
 }
 
 /// Whether what sinks say that they have applied is part of a history that was left at `switch`. Some may have more

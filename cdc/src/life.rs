@@ -2,42 +2,43 @@
 
 mod away;
 mod begin;
+mod ends;
+mod found;
 mod publishing;
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::Duration;
 
 use async_nats::jetstream::{self, kv};
 use millrace_config::{Code, Condition, Config, Mask, Origin as OriginFilter, limits};
 use millrace_connect::nats::{self, Reconnect};
-use millrace_connect::postgres::{Dsn, Session, connect};
+use millrace_connect::postgres::Dsn;
 use millrace_event::{Lsn, subject, work};
 use tokio_postgres::Client;
 
 pub(crate) use self::away::Away;
 pub(crate) use self::begin::slot_blocked;
 use self::begin::{decide, prepare, publish_start};
+use self::ends::{Ends, stream_tail};
+use self::found::{Admitted, Server};
 use self::publishing::Publishing;
 pub(crate) use self::publishing::{NOT_CONFIGURED, Without, relieve};
 use crate::Error;
 use crate::assemble::MessageLimits;
-use crate::birth::{self, Plan, TailFound};
-use crate::capture::{Capture, Resume, Settings};
-use crate::frontier::{Boundary, ConfirmPolicy};
+use crate::birth::Plan;
+use crate::capture::{Capture, Settings};
+use crate::frontier::ConfirmPolicy;
 use crate::identity;
-use crate::identity::published::Earlier;
 use crate::left_out::LeftOut;
 use crate::orders::{self, Unsynced};
 use crate::publish::{self, Acks, Sender};
-use crate::replication::{
-    NEAR_RECEIVE_BUFFER_BYTES, NEAR_ROUND_TRIP_MAX, ReplicationConnection, StartOptions, WalReader,
-};
+use crate::replication::{ReplicationConnection, StartOptions, WalReader};
 use crate::schemas;
-use crate::seen::{FirstLook, Watched};
+use crate::seen::Watched;
 use crate::selection::Salt;
-use crate::source::{self, Inspected, SourceFacts, SourceTable};
-use crate::stream::{self, StreamState, Tail};
+use crate::source::{self, SourceFacts, SourceTable};
+use crate::stream;
 
 /// Replies to capture arrive below this subject, so that permissions can name it.
 pub(crate) const INBOX: &str = "_INBOX_millrace_capture";
@@ -72,6 +73,20 @@ pub(crate) struct Source {
     pub(crate) timeline: u32,
 }
 
+impl Source {
+    fn new(server: Server, tables: Vec<SourceTable>, epoch: u32, timeline: u32) -> Self {
+        let Server { dsn, client, facts } = server;
+        Self {
+            dsn,
+            client,
+            facts,
+            tables: Arc::new(tables),
+            epoch,
+            timeline,
+        }
+    }
+}
+
 /// The stream as a life uses it.
 pub(crate) struct Stream {
     pub(crate) jetstream: jetstream::Context,
@@ -83,171 +98,98 @@ pub(crate) struct Stream {
     pub(crate) unsynced: Unsynced,
 }
 
-/// How often the way to the source is measured; the shortest counts, because the others had to wait for a processor.
-const ROUND_TRIPS: usize = 5;
-
-/// Gives the replication connection a small receive buffer where the source is near enough for it. Of several hosts
-/// it may reach another one than was measured.
-async fn fitted(dsn: Dsn, client: &Client) -> Result<Dsn, Error> {
-    if dsn.hosts() > 1 {
-        return Ok(dsn);
-    }
-    let mut shortest = Duration::MAX;
-    for _ in 0..ROUND_TRIPS {
-        let sent = Instant::now();
-        client.batch_execute("").await?;
-        shortest = shortest.min(sent.elapsed());
-    }
-    Ok(match shortest <= NEAR_ROUND_TRIP_MAX {
-        true => dsn.with_receive_buffer(NEAR_RECEIVE_BUFFER_BYTES),
-        false => dsn,
-    })
-}
-
-/// The broker, as far as it must be there before anything is decided.
-struct Reached {
-    jetstream: jetstream::Context,
-    /// In bytes.
-    max_payload: usize,
-    /// Whether anything was ever captured of this source.
-    captured_before: bool,
-}
-
-async fn reach(config: &Config) -> Result<Reached, Error> {
-    let admin = nats::connect(&config.stream, "millrace capture", INBOX, Reconnect::Itself).await?;
-    let max_payload = admin.server_info().max_payload;
-    let jetstream = jetstream::new(admin);
-    stream::require_level(&jetstream).await?;
-    let captured_before = captured_before(config, &jetstream).await?;
-    Ok(Reached {
-        jetstream,
-        max_payload,
-        captured_before,
-    })
-}
-
 /// Connects, checks, begins or resumes, and starts replication.
 pub(crate) async fn open(config: &Config, now: Duration, away: &mut Away) -> Result<Life, Error> {
-    let dsn = Dsn::parse(config.source.url.read()?.expose())
-        .map_err(millrace_connect::postgres::ConnectError::from)?;
-    let session = Session {
-        application_name: "millrace".to_owned(),
-        // The catalog is asked about all tables at once: compiling that takes longer than answering.
-        options: vec![("jit".to_owned(), "off".to_owned())],
-    };
-    let client = connect(&dsn, session).await?;
-    let facts = source::inspect(&client).await?;
-    let salt = salt(config)?;
-    let first = FirstLook::take(config, &client).await?;
-    let inspected = source::inspect_tables(&client, &facts, &config.tables, salt.as_ref()).await?;
-
-    let reached = match reach(config).await {
-        Ok(reached) => reached,
-        Err(error) => {
-            let refused = match away.outlasts(&error) {
-                true => inspected.refused.as_slice(),
-                false => &[],
-            };
-            let relieved = away.relieve(config, &client, facts.version, refused).await;
-            if let Err(error) = relieved {
-                tracing::warn!(reason = %error.chain(), "tables stay published that their application cannot change");
-            }
-            return Err(error);
-        }
-    };
-    let max_payload = reached.max_payload;
-    let inspected = match inspected.refused.is_empty() || reached.captured_before {
-        true => inspected,
-        // Nothing is made for a capture that does not begin.
-        false => Inspected {
-            tables: inspected.all()?,
-            refused: Vec::new(),
-        },
+    let server = Server::connect(config).await?;
+    let looked = server.look(config).await?;
+    let reached = found::reach(config, &server, &looked, away).await?;
+    // Nothing is made for a capture that cannot begin.
+    let looked = match reached.captured_before {
+        true => looked,
+        false => looked.all()?,
     };
     let stream = open_buckets(config, reached.jetstream).await?;
-    let publication = source::publication_name(&config.source.name);
-    let mut members = source::published_tables(&client, facts.version, &publication).await?;
-    let mut known = Earlier::read(&stream).await?;
-    away.settle(&mut known, &stream).await?;
-    known.recall(&mut members);
-    let (mut tables, refused) = known.admit(inspected, &members, |_| true)?;
-    let watched = Watched::begin(first, &client, &refused, &stream.state).await?;
-    let mut earlier = Earlier::read(&stream).await?;
-    earlier.carry_over(&mut tables)?;
-    if facts.in_recovery {
-        source::adopt_filters(&client, facts.version, &publication, &mut tables).await?;
-    }
-    let tables = Arc::new(tables);
+    let Admitted {
+        tables,
+        refused,
+        watched,
+        mut earlier,
+    } = found::admit(config, &server, looked, &stream, away).await?;
 
-    let plan = match decide(config, &client, &facts, &tables, &stream).await {
+    let (client, facts) = (&server.client, &server.facts);
+    let plan = match decide(config, client, facts, &tables, &stream).await {
         Ok(plan) => Ok(plan),
         // What the source is comes first: another server's lack of a slot is no gap of this stream.
         Err(Error::Halt(condition)) => Err(condition),
         Err(passing) => return Err(passing),
     };
-    let mut replication =
-        ReplicationConnection::connect(&fitted(dsn.clone(), &client).await?, "millrace").await?;
+    let mut replication = server.replicate().await?;
     let identity = replication.identify_system().await?;
-    let left_out = LeftOut::read(&stream.state, &client, identity.timeline).await?;
+    let left_out = LeftOut::read(&stream.state, client, identity.timeline).await?;
     let known = stream_tail(&stream, Lsn::ZERO).await?;
-    let known = known.map(|(_, tail)| tail);
-    let epoch = identity::check(&stream, &mut replication, &identity, known.as_ref()).await?;
+    let tail = known.as_ref().map(|(_, tail)| tail);
+    let epoch = identity::check(&stream, &mut replication, &identity, tail).await?;
     let plan = plan.map_err(Error::Halt)?;
     // Before this life writes lists by itself.
     orders::renew(config, &stream).await?;
     let publishing = Publishing {
         config,
-        client: &client,
+        client,
         version: facts.version,
         tables: &tables,
         refused: &refused,
         stream: &stream,
     };
     let without = prepare(&publishing, &mut earlier, &mut replication, plan).await?;
-    let locked = |table: &SourceTable| without.locked.iter().any(|(name, _)| *name == table.name);
-    let tables = match without.locked.is_empty() {
-        true => tables,
-        // As if they were not configured: their changes are dropped, and whoever asks for their rows waits.
-        false => Arc::new(
-            tables
-                .iter()
-                .filter(|table| !locked(table))
-                .cloned()
-                .collect(),
-        ),
-    };
-    schemas::describe_tables(&client, &stream.schemas, &tables).await?;
-
-    let slot = source::slot_name(&config.source.name);
-    let origin_none =
-        config.source.origin == OriginFilter::None && facts.version >= ORIGIN_VERSION_MIN;
-    let options = StartOptions {
-        slot: &slot,
-        start: Lsn::ZERO,
-        publications: &[&publication],
-        messages: true,
-        origin_none,
-    };
-    let wal = replication.start(&options).await?;
+    let tables = without.captured(tables);
+    schemas::describe_tables(client, &stream.schemas, &tables).await?;
+    let wal = start(config, facts, replication).await?;
 
     // Only now nobody else can move the slot or the stream's tail.
-    let confirmed = source::find_slot(&client, &slot)
-        .await?
-        .ok_or_else(|| Error::retry_because("the slot vanished while it was read"))?
-        .confirmed;
+    let slot = source::slot_name(&config.source.name);
+    let confirmed = ends::confirmed(client, &slot).await?;
     if matches!(plan, Plan::Begin { .. }) && stream_tail(&stream, confirmed).await?.is_none() {
         publish_start(config, &stream, &identity, epoch, confirmed).await?;
     }
-    let (state, tail) = stream_tail(&stream, confirmed)
-        .await?
-        .ok_or_else(|| Error::retry_because("the stream's start is gone again"))?;
-    let found = TailFound {
-        position: tail.position,
-        end_lsn: tail.end_lsn,
-    };
-    birth::check_tail(&slot, found, confirmed).map_err(Error::halt)?;
+    let ends = Ends::find(&stream, &slot, confirmed).await?;
     identity::remember(&stream, &identity, epoch).await?;
 
+    let (sender, acks) = publisher(config, ends.last_seq()).await?;
+    let settings = settings(config, facts, &tables, epoch, reached.max_payload);
+    away.streams(&tables, &refused);
+    Ok(Life {
+        capture: Capture::new(settings, ends.resume(), now),
+        wal,
+        sender,
+        acks,
+        source: Source::new(server, tables, epoch, identity.timeline),
+        stream,
+        watched,
+        left_out,
+        without,
+    })
+}
+
+/// Starts to read the WAL, from where the slot is.
+async fn start(
+    config: &Config,
+    facts: &SourceFacts,
+    replication: ReplicationConnection,
+) -> Result<WalReader, Error> {
+    let origin_none =
+        config.source.origin == OriginFilter::None && facts.version >= ORIGIN_VERSION_MIN;
+    let options = StartOptions {
+        slot: &source::slot_name(&config.source.name),
+        start: Lsn::ZERO,
+        publications: &[&source::publication_name(&config.source.name)],
+        messages: true,
+        origin_none,
+    };
+    Ok(replication.start(&options).await?)
+}
+
+/// Opens a connection to publish on, behind this sequence of the stream.
+async fn publisher(config: &Config, last_seq: u64) -> Result<(Sender, Acks), Error> {
     let publisher = nats::connect(
         &config.stream,
         "millrace publisher",
@@ -255,31 +197,9 @@ pub(crate) async fn open(config: &Config, now: Duration, away: &mut Away) -> Res
         Reconnect::Never,
     )
     .await?;
-    let (sender, acks) = publish::open(publisher, state.last_seq)
+    publish::open(publisher, last_seq)
         .await
-        .map_err(|error| Error::retry(error.to_string(), error))?;
-    let settings = settings(config, &facts, &tables, epoch, max_payload);
-    let capture = Capture::new(settings, resume(&state, &tail, confirmed), now);
-    away.streams(&tables, &refused);
-    let source = Source {
-        dsn,
-        client,
-        facts,
-        tables,
-        epoch,
-        timeline: identity.timeline,
-    };
-    Ok(Life {
-        capture,
-        wal,
-        sender,
-        acks,
-        source,
-        stream,
-        watched,
-        left_out,
-        without,
-    })
+        .map_err(|error| Error::retry(error.to_string(), error))
 }
 
 /// The key of `hash` masks, where there is one.
@@ -344,24 +264,6 @@ pub(crate) async fn captured_before(
     Ok(found.is_some())
 }
 
-async fn stream_tail(
-    stream: &Stream,
-    confirmed: Lsn,
-) -> Result<Option<(StreamState, Tail)>, Error> {
-    let Some(state) = stream::find_stream(&stream.jetstream, &stream.name).await? else {
-        return Ok(None);
-    };
-    let tail = stream::tail_covering(&stream.jetstream, &stream.name, confirmed).await?;
-    Ok(tail.map(|tail| (state, tail)))
-}
-
-/// This machine's clock, microseconds since 1970.
-pub(crate) fn now_us() -> i64 {
-    SystemTime::now()
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .map_or(0, |age| i64::try_from(age.as_micros()).unwrap_or(i64::MAX))
-}
-
 fn settings(
     config: &Config,
     facts: &SourceFacts,
@@ -393,26 +295,5 @@ fn settings(
             row_bytes: limits::ROW_BYTES_MAX,
         },
         confirm,
-    }
-}
-
-fn resume(state: &StreamState, tail: &Tail, confirmed: Lsn) -> Resume {
-    let age = state.now.duration_since(tail.stored_at).unwrap_or_default();
-    let boundary = tail.end_lsn.map(|end_lsn| {
-        (
-            Boundary {
-                stream_seq: tail.stream_seq,
-                position: tail.position,
-                end_lsn,
-            },
-            age,
-        )
-    });
-    let last_seq = state.last_seq.max(tail.stream_seq);
-    Resume {
-        last_seq,
-        tail: tail.position,
-        boundary,
-        confirmed,
     }
 }

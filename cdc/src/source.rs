@@ -2,9 +2,12 @@
 
 mod catalog;
 mod describe;
+mod estimate;
 mod generated;
+mod inspect;
 mod key;
 mod leaves;
+mod logged;
 mod membership;
 mod partitions;
 mod publication;
@@ -12,16 +15,19 @@ mod room;
 mod selection;
 mod slot;
 
-use millrace_config::{Code, Condition};
+use millrace_config::{Code, Condition, Source};
+use millrace_connect::postgres::{ConnectError, Dsn};
 use millrace_event::Lsn;
 use tokio_postgres::Client;
 
 pub(crate) use catalog::together;
-pub use catalog::{Harm, Inspected, Refused, SourceTable, estimate_rows, inspect_tables};
+pub use catalog::{Harm, Inspected, Refused, SourceTable};
 pub use describe::describe;
 pub(crate) use describe::{
     SETTLING_MAX, describe_now, describe_selected, is_as_announced, settled,
 };
+pub use estimate::estimate_rows;
+pub use inspect::inspect_tables;
 pub(crate) use membership::locked_out;
 pub use membership::{
     Alteration, Clause, Member, harmed_children, is_free, left_publication, parked_refused,
@@ -40,6 +46,15 @@ use crate::Error;
 
 /// The oldest server that is supported: 14.
 const VERSION_MIN: i32 = 140_000;
+
+/// Where the source is. The secret is read now: it may have changed since this life began.
+///
+/// # Errors
+/// [`Error::Refused`]: the secret cannot be read, or holds no URL.
+pub(crate) fn dsn(source: &Source) -> Result<Dsn, Error> {
+    let url = source.url.read()?;
+    Ok(Dsn::parse(url.expose()).map_err(ConnectError::from)?)
+}
 
 /// What the source is.
 #[derive(Clone, Debug, PartialEq, Eq)]

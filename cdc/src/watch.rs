@@ -5,6 +5,7 @@ use std::convert::Infallible;
 use std::time::Duration;
 
 use millrace_config::{Code, Condition, Config, Table};
+use millrace_connect::clock::now_us;
 use millrace_connect::postgres::{Session, connect};
 use millrace_event::TableName;
 use tokio::time::MissedTickBehavior;
@@ -146,79 +147,148 @@ pub(crate) async fn watch(
     without: Without,
     status: &Status,
 ) -> Result<Infallible, Error> {
-    let (locked, mut refused) = (without.locked, Refusals::of(config, without.refused));
-    let (client, version) = (&source.client, source.facts.version);
-    let publication = source::publication_name(&config.source.name);
     let slot = source::slot_name(&config.source.name);
     let slot_lag = metrics::gauge!("millrace_slot_lag_bytes");
     let slot_retained = metrics::gauge!("millrace_slot_retained_bytes");
-    let mut earlier = Earlier::read(stream).await?;
-    let mut children = Children::default();
+    let mut watch = Watch {
+        config,
+        source,
+        stream,
+        left_out,
+        status,
+        publication: source::publication_name(&config.source.name),
+        locked: without.locked,
+        refused: Refusals::of(config, without.refused),
+        children: Children::default(),
+        earlier: Earlier::read(stream).await?,
+    };
     let mut ticks = tokio::time::interval(WATCH_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
+        watch.order(&mut watched).await?;
+        watch.again().await?;
+        if let Some(slot) = source::find_slot(&source.client, &slot).await? {
+            // Beyond 2^53 bytes precision does not matter.
+            slot_lag.set(slot.lag_bytes as f64);
+            slot_retained.set(slot.retained_bytes as f64);
+        }
+    }
+}
+
+/// What is known from one look to the next.
+struct Watch<'w> {
+    config: &'w Config,
+    source: &'w Source,
+    stream: &'w Stream,
+    left_out: &'w LeftOut,
+    status: &'w Status,
+    publication: String,
+    locked: Vec<(TableName, Condition)>,
+    refused: Refusals,
+    children: Children,
+    earlier: Earlier,
+}
+
+impl Watch<'_> {
+    /// Orders the backfills that are due.
+    async fn order(&self, watched: &mut Watched) -> Result<(), Error> {
+        let Self {
+            config,
+            source,
+            stream,
+            status,
+            ..
+        } = *self;
         // A table of another OID has left the publication, and is published anew by the next life.
-        let state = &stream.state;
         watched
-            .again(config, client, state, stream, status.covered())
+            .again(
+                config,
+                &source.client,
+                &stream.state,
+                stream,
+                status.covered(),
+            )
             .await?;
-        left_out
+        self.left_out
             .order(config, stream, &source.tables, status.covered())
             .await?;
-        orders::renew(config, stream).await?;
-        let found = source::find_publication(client, &publication).await?;
-        if earlier
-            .publication()
-            .is_some_and(|known| found != Some(known))
-        {
-            return Err(Error::halt(source::publication_gone(&publication)));
-        }
-        source::check_options(client, &publication, &source.tables).await?;
-        let mut now = source::published_tables(client, version, &publication).await?;
-        earlier.recall(&mut now);
+        orders::renew(config, stream).await
+    }
+
+    /// Holds the tables against the publication, and the publication against what it was. Whatever the next life does
+    /// better ends this one.
+    async fn again(&mut self) -> Result<(), Error> {
+        let (config, source) = (self.config, self.source);
+        let members = self.members().await?;
         let create = config.source.create;
-        let drift = earlier.check(&publication, &source.tables, &now, create)?;
+        let drift = self
+            .earlier
+            .check(&self.publication, &source.tables, &members, create)?;
         if let Some(table) = drift.back.first() {
             // The next life orders its backfill, which then begins behind its return.
             let reason = format!("table {table} is back in the publication");
             return Err(Error::retry_because(reason));
         }
-        earlier.lose(stream, &drift, life::now_us()).await?;
+        self.earlier.lose(self.stream, &drift, now_us()).await?;
         let published = source.tables.iter();
         let published: Vec<_> = published
             .filter(|table| !drift.has_lost(&table.name))
             .collect();
-        if let Some((table, column)) = source::unlisted_column(client, &published).await? {
+        if let Some((table, column)) = source::unlisted_column(&source.client, &published).await? {
             // The next life puts it into the publication.
             let reason = format!("table {table} has a new column {column:?}");
             return Err(Error::retry_because(reason));
         }
-        children.again(config, client).await?;
-        let unfit = refused.again(config, source, &now).await?;
-        status.set_parked([&*drift.lost, &*locked, &*unfit].concat());
-        for (table, _) in &locked {
-            if source::is_free(client, table).await? {
+        self.children.again(config, &source.client).await?;
+        let unfit = self.refused.again(config, source, &members).await?;
+        self.status
+            .set_parked([&*drift.lost, &*self.locked, &*unfit].concat());
+        self.expect_locks().await?;
+        self.withdraw(&members).await
+    }
+
+    /// What the publication publishes, if it still is the one that was captured.
+    async fn members(&self) -> Result<HashMap<TableName, Member>, Error> {
+        let (name, Source { client, facts, .. }) = (&self.publication, self.source);
+        let found = source::find_publication(client, name).await?;
+        let known = self.earlier.publication();
+        if known.is_some_and(|known| found != Some(known)) {
+            return Err(Error::halt(source::publication_gone(name)));
+        }
+        source::check_options(client, name, &self.source.tables).await?;
+        let mut members = source::published_tables(client, facts.version, name).await?;
+        self.earlier.recall(&mut members);
+        Ok(members)
+    }
+
+    /// Checks that the tables which this life goes without because they were locked still are.
+    async fn expect_locks(&self) -> Result<(), Error> {
+        for (table, _) in &self.locked {
+            if source::is_free(&self.source.client, table).await? {
                 // The next life publishes it, and captures it from then on.
                 let reason = format!("table {table} is not locked any more");
                 return Err(Error::retry_because(reason));
             }
         }
-        // Each alone: the lock of one keeps no other.
-        for table in earlier.leaving() {
-            let own = now.get(&table).is_some_and(|member| member.own);
-            let tables = std::slice::from_ref(&table);
+        Ok(())
+    }
+
+    /// Takes tables out of the publication that are not configured any more. Each alone: the lock of one keeps no
+    /// other.
+    async fn withdraw(&mut self, members: &HashMap<TableName, Member>) -> Result<(), Error> {
+        let (client, create) = (&self.source.client, self.config.source.create);
+        for table in self.earlier.leaving() {
+            let own = members.get(&table).is_some_and(|member| member.own);
+            let alone = std::slice::from_ref(&table);
             if !own
-                || source::withdraw(client, &publication, tables, create, NOT_CONFIGURED).await?
+                || source::withdraw(client, &self.publication, alone, create, NOT_CONFIGURED)
+                    .await?
                     == Alteration::Settled
             {
-                earlier.has_left(stream, &table).await?;
+                self.earlier.has_left(self.stream, &table).await?;
             }
         }
-        if let Some(slot) = source::find_slot(client, &slot).await? {
-            // Beyond 2^53 bytes precision does not matter.
-            slot_lag.set(slot.lag_bytes as f64);
-            slot_retained.set(slot.retained_bytes as f64);
-        }
+        Ok(())
     }
 }

@@ -5,10 +5,11 @@ mod layouts;
 mod stream;
 
 use std::collections::{BTreeMap, HashMap};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use async_nats::jetstream::{self, kv};
 use millrace_config::{Code, Config, OnDelete, OnTruncate, Sink as Settings, Table};
+pub(crate) use millrace_connect::clock::now_us;
 use millrace_connect::nats::{self, Reconnect};
 use millrace_connect::postgres::Dsn;
 use millrace_event::work::{self, ParkedClaim, SinkReport};
@@ -334,13 +335,6 @@ fn is_due(age: Option<Duration>, news: bool) -> bool {
         REPORT_RENEWAL
     };
     age.is_none_or(|age| age >= after)
-}
-
-/// This machine's clock, microseconds since 1970.
-pub(crate) fn now_us() -> i64 {
-    SystemTime::now()
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .map_or(0, |age| i64::try_from(age.as_micros()).unwrap_or(i64::MAX))
 }
 
 #[cfg(test)]

@@ -11,13 +11,14 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use metrics_exporter_prometheus::PrometheusHandle;
 use millrace_config::Code;
+use millrace_connect::clock::now_us;
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::caller::{Ends, refusal};
-use super::metrics::{now_us, refresh};
+use super::metrics::refresh;
 use super::{Board, Live};
 
 /// The media type of Prometheus' text format.

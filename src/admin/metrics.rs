@@ -1,10 +1,11 @@
 //! The metrics of the process as Prometheus reads them.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use metrics::{Unit, describe_gauge, gauge};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 use millrace_config::State;
+use millrace_connect::clock::now_us;
 use tokio_util::sync::CancellationToken;
 
 use super::Board;
@@ -77,14 +78,6 @@ pub(super) fn refresh(board: &Board) {
 /// A sink is gone: its lag is no number any more, which no alert fires on.
 pub(crate) fn forget_lag(sink: &str) {
     gauge!(LAG, "sink" => sink.to_owned()).set(f64::NAN);
-}
-
-/// The clock, microseconds since 1970.
-pub(crate) fn now_us() -> i64 {
-    let since = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    i64::try_from(since.as_micros()).unwrap_or(i64::MAX)
 }
 
 /// Keeps the memory of histograms flat, until it is told to stop.

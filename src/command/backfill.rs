@@ -15,10 +15,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use futures_util::future::join_all;
 use millrace_config::{Code, Condition, Config, Exit, Sink, Table};
+use millrace_connect::clock::now_us;
 use millrace_event::work::BackfillOrder;
 
 use super::status::SinkSeen;
-use crate::admin::now_us;
 use crate::arguments::{
     BackfillResume, BackfillStart, BackfillStatus, BackfillTables, BackfillVerb, Output,
 };

@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use millrace_config::{Code, Condition, State, chain};
-use millrace_connect::postgres::{ConnectError, Dsn, Session, connect};
+use millrace_connect::postgres::{ConnectError, Session, connect};
 use millrace_event::{Lsn, Position, TableName};
 
 use super::attempts::Attempts;
 use super::run::Parts;
-use crate::connection::{nats_condition, unreadable};
+use crate::connection::{self, nats_condition};
 
 /// When the process has done what it was started for.
 #[derive(Clone, Copy, Debug)]
@@ -144,15 +144,8 @@ pub(super) async fn goal(parts: &Parts) -> Result<Goal, Condition> {
 }
 
 async fn source_goal(parts: &Parts) -> Result<Goal, NoGoal> {
-    let url = parts.config.source.url.read();
-    let url = url.map_err(|error| NoGoal::Never(unreadable(&error)))?;
-    let dsn = Dsn::parse(url.expose()).map_err(|error| {
-        NoGoal::Never(Condition::new(
-            Code::ConfigInvalid,
-            error.to_string(),
-            "correct the URL that source.url refers to",
-        ))
-    })?;
+    let dsn = connection::dsn(&parts.config.source.url, "source.url");
+    let dsn = dsn.map_err(NoGoal::Never)?;
     let session = Session {
         application_name: "millrace once".to_owned(),
         options: Vec::new(),

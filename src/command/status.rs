@@ -9,8 +9,8 @@ use std::collections::BTreeMap;
 
 use futures_util::future::join_all;
 use millrace_config::{Config, Exit};
+use millrace_connect::clock::now_us;
 
-use crate::admin::now_us;
 use crate::arguments::{Output, StatusArguments};
 pub(super) use probe::{
     Found, Method, SinkSeen, ask, find, in_time, source_condition, stream_condition, target,

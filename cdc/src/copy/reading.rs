@@ -1,11 +1,12 @@
 //! Chunks of tables, each read under a snapshot of its own, with the version that the rule gives it.
 
 use std::pin::pin;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::Instant;
 
 use bytes::Bytes;
 use futures_util::StreamExt;
-use millrace_connect::postgres::{ConnectError, Dsn, connect};
+use millrace_connect::clock::now_us;
+use millrace_connect::postgres::connect;
 use millrace_event::{Lsn, Relation};
 use tokio_postgres::Client;
 
@@ -15,10 +16,12 @@ use super::keyset::{KeyColumn, Keyset};
 use super::pack::Packer;
 use super::rule::{self, Snapshot, Wait};
 use super::session::session;
+pub(super) use super::span::Rows;
+use super::span::{End, Reached};
 use super::throttle::{CHUNK_BYTES_MAX, Taken};
 use crate::capture::HEARTBEAT_PREFIX;
 use crate::commits::{Recording, mark_content};
-use crate::source::SourceTable;
+use crate::source::{self, SourceTable};
 use crate::{Error, heartbeat};
 
 /// How long a table's lock may be waited for, in milliseconds: the request's other tables wait behind it.
@@ -37,19 +40,6 @@ const COLUMNS: &str = "SELECT attnum, attname::text, atttypid, atttypmod, format
 /// Takes a transaction id and leaves a mark in the WAL. The message makes the transaction one that the reader sees.
 const MARK: &str =
     "SELECT pg_current_xact_id()::text, pg_logical_emit_message(true, $1, $2::text)::text";
-
-/// What is read of a table at once.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Rows<'a> {
-    /// At most `limit` rows behind a key, or from the first one, for which the condition holds.
-    Behind {
-        after: Option<&'a [String]>,
-        filter: Option<&'a str>,
-        limit: u32,
-    },
-    /// The rows of these keys.
-    Of(&'a [Vec<String>]),
-}
 
 /// Rows that are ready to be published, once the reader of the WAL has passed what their snapshot shows.
 #[derive(Debug)]
@@ -212,10 +202,7 @@ impl<'c> Reading<'c> {
     }
 
     async fn connect(&self) -> Result<(Client, i32), Failure> {
-        // The secret may have changed since this life began.
-        let url = self.copier.config.source.url.read().map_err(Error::from)?;
-        let dsn =
-            Dsn::parse(url.expose()).map_err(|error| Error::from(ConnectError::from(error)))?;
+        let dsn = source::dsn(&self.copier.config.source)?;
         let client = connect(&dsn, session()).await.map_err(Error::from)?;
         let pid = client.query_one("SELECT pg_backend_pid()", &[]).await?;
         let pid = pid.get(0);
@@ -281,32 +268,13 @@ impl<'c> Reading<'c> {
         let began = Instant::now();
         // First of all: see `rule::version`.
         let m = self.recording.with(|recent| recent.position());
-        let of_table = |error| Failure::of_table(&table.name, error);
-        client
-            .batch_execute(&format!(
-                "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; \
-                 SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}; {}",
-                Keyset::lock(&table.name)
-            ))
-            .await
-            .map_err(of_table)?;
-        // The transaction's first query takes its snapshot, with the lock held.
-        let name = table.name.quoted();
-        let row = client
-            .query_one(SNAPSHOT, &[&name])
-            .await
-            .map_err(of_table)?;
-        let (snapshot, files): (String, String) = (row.get(0), row.get(1));
-        let snapshot: Snapshot = snapshot
-            .parse()
-            .map_err(|error| Error::retry("the source printed a snapshot that is none", error))?;
+        let Shown { snapshot, files } = take_snapshot(client, table).await?;
         let judged = self.recording.with(|recent| {
             let judged = rule::version(m, &snapshot, recent, self.begun);
             recent.shown(&snapshot);
             judged
         });
-        let rewritten = looks.files.as_ref().is_some_and(|before| *before != files);
-        looks.files = Some(files);
+        let rewritten = looks.rewritten(files);
         let version = match judged {
             Ok(version) if !rewritten => version,
             judged => {
@@ -315,49 +283,12 @@ impl<'c> Reading<'c> {
             }
         };
         looks.columns(table, columns(client, table).await?)?;
-        let keyset = looks.keyset(table);
-        let of_key = |error| Failure::of_key(&table.name, &error);
-        let mut up_to: Option<Vec<String>> = None;
-        let sql = match rows {
-            Rows::Behind {
-                after,
-                filter,
-                limit,
-            } if keyset.is_filtered(filter) => {
-                let sql = keyset.key_behind(after, limit).map_err(of_key)?;
-                let row = client.query_opt(&sql, &[]).await.map_err(of_table)?;
-                up_to = row.map(|row| (0..row.len()).map(|at| row.get(at)).collect());
-                keyset.range(after, up_to.as_deref(), filter)
-            }
-            Rows::Behind { after, limit, .. } => keyset.chunk(after, limit),
-            Rows::Of(keys) => keyset.rows_of(keys),
-        };
-        let sql = sql.map_err(of_key)?;
-        let filter = match rows {
-            Rows::Behind { filter, .. } => filter,
-            Rows::Of(_) => None,
-        };
-        let refused = |error| Failure::of_chunk(&table.name, filter, error);
+        let (sql, end) = statement(client, table, &looks.keyset(table), rows).await?;
         let epoch = self.copier.source.epoch;
         let mut packer = Packer::new(relation, table.binding.as_ref(), epoch, version, now_us());
-        let mut cut = false;
-        {
-            let mut lines = pin!(client.copy_out(&sql).await.map_err(refused)?);
-            while let Some(line) = lines.next().await {
-                packer.take(&line.map_err(refused)?)?;
-                if packer.bytes() >= CHUNK_BYTES_MAX {
-                    cut = true;
-                    break;
-                }
-            }
-        }
-        let most = match rows {
-            Rows::Behind { limit, .. } => u64::from(limit),
-            Rows::Of(keys) => keys.len() as u64,
-        };
-        // The last row that was asked for may be the one that fills it. Of a part nobody knows which is the last.
-        cut &= up_to.is_some() || packer.rows() < most;
-        if cut {
+        let refused = |error| Failure::of_chunk(&table.name, rows.filter(), error);
+        let is_full = fill(&mut packer, client, &sql, refused).await?;
+        let reached = if is_full && end.may_follow(packer.rows()) {
             // The source would go on sending: the statement ends with a word on another session.
             let other = &self.copier.source.client;
             other.query("SELECT pg_cancel_backend($1)", &[pid]).await?;
@@ -365,28 +296,18 @@ impl<'c> Reading<'c> {
             if matches!(rows, Rows::Of(_)) {
                 return Ok(Tried::TooLarge);
             }
+            Reached::cut_off(packer.rows(), packer.last_key())
         } else {
             client.batch_execute("COMMIT").await?;
-        }
-        let is_filtered = match rows {
-            Rows::Behind { filter, .. } => keyset.is_filtered(filter),
-            Rows::Of(_) => false,
-        };
-        let (is_last, looked_at) = match &up_to {
-            _ if cut => (false, packer.rows()),
-            Some(_) => (false, most),
-            None => (is_filtered || packer.rows() < most, packer.rows()),
+            end.reached(packer.rows(), packer.last_key())
         };
         Ok(Tried::Read(Chunk {
-            last_key: match up_to {
-                Some(key) if !cut => Some(key),
-                _ => packer.last_key(),
-            },
-            is_last,
+            last_key: reached.last_key,
+            is_last: reached.is_last,
             version,
             rows: packer.rows(),
             taken: Taken {
-                rows: looked_at,
+                rows: reached.looked_at,
                 bytes: packer.bytes(),
                 time: began.elapsed(),
             },
@@ -395,7 +316,87 @@ impl<'c> Reading<'c> {
     }
 }
 
+/// What a transaction sees of a table that it has locked.
+struct Shown {
+    snapshot: Snapshot,
+    /// The files that hold the rows.
+    files: String,
+}
+
+/// Begins a transaction that keeps out whoever changes the table's shape, and takes its snapshot.
+async fn take_snapshot(client: &Client, table: &SourceTable) -> Result<Shown, Failure> {
+    let refused = |error| Failure::of_table(&table.name, error);
+    let begin = format!(
+        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}; {}",
+        Keyset::lock(&table.name)
+    );
+    client.batch_execute(&begin).await.map_err(refused)?;
+    // The transaction's first query takes its snapshot, with the lock held.
+    let row = client.query_one(SNAPSHOT, &[&table.name.quoted()]).await;
+    let row = row.map_err(refused)?;
+    let (snapshot, files): (String, String) = (row.get(0), row.get(1));
+    let snapshot = snapshot
+        .parse()
+        .map_err(|error| Error::retry("the source printed a snapshot that is none", error))?;
+    Ok(Shown { snapshot, files })
+}
+
+/// The statement that reads these rows, and where they end.
+async fn statement(
+    client: &Client,
+    table: &SourceTable,
+    keyset: &Keyset,
+    rows: Rows<'_>,
+) -> Result<(String, End), Failure> {
+    let of_key = |error| Failure::of_key(&table.name, &error);
+    let (sql, end) = match rows {
+        Rows::Behind {
+            after,
+            filter,
+            limit,
+        } if keyset.is_filtered(filter) => {
+            let sql = keyset.key_behind(after, limit).map_err(of_key)?;
+            let row = client.query_opt(&sql, &[]).await;
+            let row = row.map_err(|error| Failure::of_table(&table.name, error))?;
+            let to: Option<Vec<String>> =
+                row.map(|row| (0..row.len()).map(|at| row.get(at)).collect());
+            let sql = keyset.range(after, to.as_deref(), filter);
+            let end = to.map_or(End::Table, |key| End::Key(key, u64::from(limit)));
+            (sql, end)
+        }
+        Rows::Behind { after, limit, .. } => {
+            (keyset.chunk(after, limit), End::Count(u64::from(limit)))
+        }
+        Rows::Of(keys) => (keyset.rows_of(keys), End::Count(keys.len() as u64)),
+    };
+    Ok((sql.map_err(of_key)?, end))
+}
+
+/// Packs what a statement sends, until it ends or a chunk is full. Returns whether it is full.
+async fn fill(
+    packer: &mut Packer<'_>,
+    client: &Client,
+    sql: &str,
+    refused: impl Fn(tokio_postgres::Error) -> Failure,
+) -> Result<bool, Failure> {
+    let mut lines = pin!(client.copy_out(sql).await.map_err(&refused)?);
+    while let Some(line) = lines.next().await {
+        packer.take(&line.map_err(&refused)?)?;
+        if packer.bytes() >= CHUNK_BYTES_MAX {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 impl Looks {
+    /// Whether the table has other files than at the chunk before.
+    fn rewritten(&mut self, files: String) -> bool {
+        let rewritten = self.files.as_ref().is_some_and(|before| *before != files);
+        self.files = Some(files);
+        rewritten
+    }
+
     /// Checks that the table has the columns that capture knows, as it had them at the chunk before.
     fn columns(&mut self, table: &SourceTable, found: Vec<Column>) -> Result<(), Failure> {
         let changed = self.columns.as_ref().is_some_and(|before| *before != found);
@@ -423,12 +424,4 @@ impl Looks {
             key.collect(),
         )
     }
-}
-
-fn now_us() -> i64 {
-    SystemTime::now()
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .map_or(0, |age: Duration| {
-            i64::try_from(age.as_micros()).unwrap_or(i64::MAX)
-        })
 }

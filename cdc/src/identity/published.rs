@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use self::drift::Drift;
 use self::drift::Standing;
-use self::selected::{Withheld, carry_over, change, withheld};
+use self::selected::{SelectionChange, Withheld, carry_over, change, withheld};
 use super::{read, store};
 use crate::Error;
 use crate::life::Stream;
@@ -284,48 +284,23 @@ impl Earlier {
         tables: &[SourceTable],
         drift: &Drift,
     ) -> Result<(), Error> {
-        let mut changes = Vec::new();
-        let publication = now.publication;
-        let lost = |table: &TableName| drift.has_parked(table);
-        let members = now.members.into_iter().filter(|(name, _)| !lost(name));
-        let members = members.map(|(name, member)| {
-            let before = self.members.get(&name);
-            let table = tables.iter().find(|table| table.name == name);
-            let withheld = match (table, before) {
-                (Some(table), _) => withheld(table, before),
-                // Not configured now: what is known of it stays.
-                (None, before) => before
-                    .map(|before| before.withheld.clone())
-                    .unwrap_or_default(),
-            };
-            let standing = match table {
-                Some(_) => Standing::Published,
-                None if drift.leaving.contains(&name) => Standing::Leaving,
-                None => Standing::Beside,
-            };
-            let after = Remembered {
-                table: name,
-                oid: member.oid,
-                publication,
-                standing,
-                clause: clause(member, table, before),
-                intended: None,
-                withheld,
-            };
-            if let (Some(table), Some(before)) = (table, before)
-                && before.standing.is_published()
-                && !drift.has_back(&after.table)
-            {
-                changes.extend(change(table, before, &after));
-            }
-            after
-        });
-        let mut members: Vec<_> = members.collect();
+        let configured = |name: &TableName| tables.iter().find(|table| table.name == *name);
+        let found = now.members.into_iter();
+        let found = found.filter(|(name, _)| !drift.has_parked(name));
+        let mut members: Vec<_> = found
+            .map(|(name, member)| {
+                let table = configured(&name);
+                self.published_now(table, name, member, now.publication, drift)
+            })
+            .collect();
         // Said and ordered first: a crash must not swallow it, and has it ordered by the same id again.
-        for change in &changes {
-            change.warn();
-            let id = Cause::Selection.order_id(&change.table, self.revision);
-            order_backfill(config, stream, &change.table, &id).await?;
+        for after in &members {
+            let table = configured(&after.table);
+            if let Some(change) = table.and_then(|table| self.reselected(table, after, drift)) {
+                change.warn();
+                let id = Cause::Selection.order_id(&change.table, self.revision);
+                order_backfill(config, stream, &change.table, &id).await?;
+            }
         }
         for table in &drift.back {
             tracing::warn!(
@@ -335,21 +310,77 @@ impl Earlier {
             let id = Cause::Published.order_id(table, self.revision);
             order_backfill(config, stream, table, &id).await?;
         }
-        for before in self.members.values() {
-            let kept = match members.iter().any(|member| member.table == before.table) {
-                true => None,
-                false if lost(&before.table) => Some(before.standing),
+        members.extend(self.kept(&members, drift));
+        self.write(stream, &members).await
+    }
+
+    /// How a table is published from now on; `table` where it is configured.
+    fn published_now(
+        &self,
+        table: Option<&SourceTable>,
+        name: TableName,
+        member: Member,
+        publication: u32,
+        drift: &Drift,
+    ) -> Remembered {
+        let before = self.members.get(&name);
+        let withheld = match (table, before) {
+            (Some(table), _) => withheld(table, before),
+            // Not configured now: what is known of it stays.
+            (None, before) => before
+                .map(|before| before.withheld.clone())
+                .unwrap_or_default(),
+        };
+        let standing = match table {
+            Some(_) => Standing::Published,
+            None if drift.leaving.contains(&name) => Standing::Leaving,
+            None => Standing::Beside,
+        };
+        Remembered {
+            table: name,
+            oid: member.oid,
+            publication,
+            standing,
+            clause: clause(member, table, before),
+            intended: None,
+            withheld,
+        }
+    }
+
+    /// What has changed about the selection of a table whose rows were captured all the time.
+    fn reselected(
+        &self,
+        table: &SourceTable,
+        after: &Remembered,
+        drift: &Drift,
+    ) -> Option<SelectionChange> {
+        let before = self.members.get(&after.table)?;
+        match before.standing.is_published() && !drift.has_back(&after.table) {
+            true => change(table, before, after),
+            false => None,
+        }
+    }
+
+    /// What stays known of tables that are not among those that are published now.
+    fn kept(&self, members: &[Remembered], drift: &Drift) -> Vec<Remembered> {
+        let gone = self.members.values().filter(|before| {
+            let is_same = |member: &Remembered| member.table == before.table;
+            !members.iter().any(is_same)
+        });
+        gone.filter_map(|before| {
+            let standing = match drift.has_parked(&before.table) {
+                true => before.standing,
                 // Older WAL may still have it, once it is configured again.
-                false if !before.withheld.is_empty() => Some(Standing::Beside),
-                false => None,
+                false if !before.withheld.is_empty() => Standing::Beside,
+                false => return None,
             };
-            members.extend(kept.map(|standing| Remembered {
+            Some(Remembered {
                 standing,
                 intended: None,
                 ..before.clone()
-            }));
-        }
-        self.write(stream, &members).await
+            })
+        })
+        .collect()
     }
 }
 

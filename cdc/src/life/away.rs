@@ -6,10 +6,11 @@
 //! What a process remembers here is only that it may be put back without an operator.
 
 use millrace_config::Config;
+use millrace_connect::clock::now_us;
 use millrace_event::TableName;
 use tokio_postgres::Client;
 
-use super::{Stream, now_us, relieve};
+use super::{Stream, relieve};
 use crate::Error;
 use crate::identity::published::{Drift, Earlier};
 use crate::source::{self, Refused, SourceTable};

@@ -4,11 +4,12 @@ use std::time::Duration;
 
 use async_nats::jetstream::{self, kv};
 use millrace_config::{Code, Condition, Config, Create};
+use millrace_connect::clock::now_us;
 use millrace_event::{Control, ControlKind, Lsn, Position, StreamOrigin, subject};
 use tokio_postgres::Client;
 
 use super::publishing::Publishing;
-use super::{Stream, Without, now_us};
+use super::{Stream, Without};
 use crate::Error;
 use crate::birth::{self, Found, Plan, SlotFound, SlotPlan, StreamFound, TailFound};
 use crate::identity::published::Earlier;

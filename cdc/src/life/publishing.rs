@@ -4,10 +4,11 @@ use std::collections::HashMap;
 use std::slice;
 
 use millrace_config::{Code, Condition, Config, Create};
+use millrace_connect::clock::now_us;
 use millrace_event::TableName;
 use tokio_postgres::Client;
 
-use super::{Stream, now_us};
+use super::Stream;
 use crate::Error;
 use crate::birth::Plan;
 use crate::identity::published::{Drift, Earlier, Published};
@@ -72,6 +73,14 @@ pub(crate) struct Without {
 }
 
 impl Without {
+    /// The tables that are captured. Locked ones are as if they were not configured: their changes are dropped, and
+    /// whoever asks for their rows waits.
+    pub(super) fn captured(&self, mut tables: Vec<SourceTable>) -> Vec<SourceTable> {
+        let locked = |table: &SourceTable| self.locked.iter().any(|(name, _)| *name == table.name);
+        tables.retain(|table| !locked(table));
+        tables
+    }
+
     /// All of them.
     pub(crate) fn parked(&self) -> Vec<(TableName, Condition)> {
         [&*self.lost, &*self.locked, &*self.unfit].concat()

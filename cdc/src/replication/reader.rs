@@ -3,11 +3,12 @@
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
 use futures_util::FutureExt;
 use millrace_config::limits::CAPTURE_QUEUE_BYTES_MAX;
+use millrace_connect::clock::now_us;
 use postgres_protocol::message::frontend;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::Semaphore;
@@ -122,7 +123,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Stream<S> {
         stats.reads.fetch_add(reads, Ordering::Relaxed);
         stats
             .last_read_us
-            .store(unix_us().unsigned_abs(), Ordering::Relaxed);
+            .store(now_us().unsigned_abs(), Ordering::Relaxed);
         // An end of file behind bytes shows again at the next read.
         if total == 0 {
             Err(WalError::Closed)
@@ -165,7 +166,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Stream<S> {
         let mut out = BytesMut::new();
         let confirmed = self.shared.take_confirmed();
         self.feedback
-            .report(Instant::now(), confirmed, unix_us(), &mut out);
+            .report(Instant::now(), confirmed, now_us(), &mut out);
         let write = async {
             self.socket.write_all(&out).await?;
             self.socket.flush().await
@@ -203,12 +204,4 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Stream<S> {
             Err(_) => tracing::debug!("the server did not close the stream by the deadline"),
         }
     }
-}
-
-/// The clock, for the report's own timestamp and the counters.
-fn unix_us() -> i64 {
-    let since = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    i64::try_from(since.as_micros()).unwrap_or(i64::MAX)
 }

@@ -6,7 +6,8 @@ use std::time::Duration;
 use millrace_event::{ColumnSchema, ColumnShape, TableName, TableSchema, TypeSchema, fingerprint};
 use tokio_postgres::Client;
 
-use super::catalog::{SourceTable, catalog_columns};
+use super::catalog::SourceTable;
+use super::inspect::catalog_columns;
 use super::selection::CatalogColumn;
 use crate::Error;
 

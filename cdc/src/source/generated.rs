@@ -3,7 +3,7 @@
 use millrace_config::{Code, Condition};
 use millrace_event::TableName;
 
-use super::selection::Identity;
+use super::logged::Identity;
 
 /// Postgres 18: from then on a generated column that a publication could have and has not, in the replica
 /// identity, keeps the application from updating and deleting rows.

@@ -4,7 +4,7 @@ use millrace_config::{Code, Condition};
 use millrace_event::TableName;
 use tokio_postgres::Client;
 
-use super::catalog::{KEYS, unique_index};
+use super::inspect::{KEYS, unique_index};
 use super::key::{UniqueIndex, identity_remedy, list, logs_key, logs_old_rows};
 use super::partitions::partition_tree;
 use crate::Error;

@@ -1,5 +1,7 @@
 //! The publication.
 
+use std::collections::HashMap;
+
 use millrace_config::{Code, Condition, Create};
 use millrace_event::{TableName, quote_identifier, quote_literal};
 use tokio_postgres::error::SqlState;
@@ -73,47 +75,38 @@ pub async fn publication_change(
     name: &str,
     tables: &[SourceTable],
 ) -> Result<Option<PublicationChange>, Error> {
-    let quoted = quote_identifier(name);
-    let change = |code, message, statements, added, altered| PublicationChange {
-        name: name.to_owned(),
-        code,
-        message,
-        statements,
-        added,
-        altered,
-    };
     if !check_options(client, name, tables).await? {
-        let message = format!("publication \"{name}\" does not exist");
-        let sql = create_publication(name, &join(tables, SourceTable::published_as));
-        let code = Code::PublicationMissing;
-        return Ok(Some(change(code, message, vec![sql], vec![], vec![])));
+        return Ok(Some(PublicationChange {
+            name: name.to_owned(),
+            code: Code::PublicationMissing,
+            message: format!("publication \"{name}\" does not exist"),
+            statements: vec![create_publication(
+                name,
+                &join(tables, SourceTable::published_as),
+            )],
+            added: Vec::new(),
+            altered: Vec::new(),
+        }));
     }
     let members = published_tables(client, version, name).await?;
-    let (published, missing): (Vec<_>, Vec<_>) = tables
-        .iter()
-        .partition(|table| members.contains_key(&table.name));
-    let differs = |table: &&&SourceTable| {
-        let member = members.get(&table.name);
-        member.is_some_and(|member| !table.is_published_as(member))
-    };
-    let altered: Vec<&SourceTable> = published.iter().filter(differs).copied().collect();
-    let shared = altered.iter().find(|table| {
-        let member = members.get(&table.name);
-        member.is_some_and(|member| !member.own)
-    });
-    if let Some(table) = shared {
-        return Err(Error::halt(Condition::new(
-            Code::PublicationDrift,
-            format!(
-                "publication \"{name}\" is of all tables or of a schema, and cannot publish a part of {}",
-                table.name
-            ),
-            format!(
-                "make it one of single tables: DROP PUBLICATION {quoted}; {}; \
-                 then run `millrace drop` and `millrace run`",
-                create_publication(name, &join(tables, SourceTable::published_as))
-            ),
-        )));
+    difference(name, tables, &members).map_err(Error::halt)
+}
+
+/// What a publication with these members lacks.
+fn difference(
+    name: &str,
+    tables: &[SourceTable],
+    members: &HashMap<TableName, Member>,
+) -> Result<Option<PublicationChange>, Condition> {
+    let quoted = quote_identifier(name);
+    let (mut missing, mut altered) = (Vec::new(), Vec::new());
+    for table in tables {
+        match members.get(&table.name) {
+            None => missing.push(table),
+            Some(member) if table.is_published_as(member) => {}
+            Some(member) if member.own => altered.push(table),
+            Some(_) => return Err(shared(name, table, tables)),
+        }
     }
     let (mut said, mut statements) = (Vec::new(), Vec::new());
     if !missing.is_empty() {
@@ -134,14 +127,32 @@ pub async fn publication_change(
         let added = join(altered.iter().copied(), SourceTable::published_as);
         statements.push(format!("ALTER PUBLICATION {quoted} ADD TABLE {added}"));
     }
-    if said.is_empty() {
-        return Ok(None);
-    }
-    let message = format!("publication \"{name}\" {}", said.join(", and "));
     let names = |tables: &[&SourceTable]| tables.iter().map(|table| table.name.clone()).collect();
-    let (added, altered) = (names(&missing), names(&altered));
-    let change = change(Code::PublicationDrift, message, statements, added, altered);
-    Ok(Some(change))
+    Ok((!said.is_empty()).then(|| PublicationChange {
+        name: name.to_owned(),
+        code: Code::PublicationDrift,
+        message: format!("publication \"{name}\" {}", said.join(", and ")),
+        statements,
+        added: names(&missing),
+        altered: names(&altered),
+    }))
+}
+
+/// The publication has a table that is no member by itself, so nothing can be changed about it alone.
+fn shared(name: &str, table: &SourceTable, tables: &[SourceTable]) -> Condition {
+    Condition::new(
+        Code::PublicationDrift,
+        format!(
+            "publication \"{name}\" is of all tables or of a schema, and cannot publish a part of {}",
+            table.name
+        ),
+        format!(
+            "make it one of single tables: DROP PUBLICATION {}; {}; \
+             then run `millrace drop` and `millrace run`",
+            quote_identifier(name),
+            create_publication(name, &join(tables, SourceTable::published_as))
+        ),
+    )
 }
 
 /// Checks that a publication publishes every kind of change, and a partitioned table's under its own name. Says

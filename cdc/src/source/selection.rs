@@ -7,7 +7,6 @@ use millrace_event::{ColumnShape, quote_identifier};
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
-use super::partitions::partition_tree;
 use crate::Error;
 use crate::selection::{Mask, Salt, Selection};
 
@@ -190,116 +189,6 @@ fn refused(table: &Table, message: String, remedy: String) -> Condition {
         format!("table {name}: {message}"),
         format!("in tables/{name}.toml: {remedy}"),
     )
-}
-
-/// The columns that are logged of a relation's old rows: of the table, or of one of its partitions.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Identity {
-    /// The relation, quoted where needed.
-    pub(super) relation: String,
-    /// Whether whole rows are logged.
-    pub(super) full: bool,
-    pub(super) columns: Vec<String>,
-}
-
-const IDENTITIES: &str = "SELECT c.oid::regclass::text, c.relreplident = 'f', \
-    ARRAY(SELECT DISTINCT a.attname::text FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid \
-    AND a.attnum = ANY (i.indkey[0:i.indnkeyatts - 1]::int2[]) WHERE i.indrelid = c.oid AND i.indisvalid \
-    AND CASE c.relreplident WHEN 'd' THEN i.indisprimary AND i.indimmediate \
-    WHEN 'i' THEN i.indisreplident ELSE false END) FROM pg_class c";
-
-/// What is logged of old rows, of each relation that holds rows of the table.
-pub(super) async fn identities(client: &Client, oid: u32) -> Result<Vec<Identity>, Error> {
-    let tree = partition_tree("$1::oid");
-    let sql = format!(
-        "{IDENTITIES} WHERE c.oid IN (SELECT relid FROM {tree} tree WHERE isleaf) ORDER BY 1"
-    );
-    let rows = client.query(&sql, &[&oid]).await?;
-    let identity = |row: &tokio_postgres::Row| Identity {
-        relation: row.get(0),
-        full: row.get(1),
-        columns: row.get(2),
-    };
-    Ok(rows.iter().map(identity).collect())
-}
-
-/// Checks that Postgres will take the application's updates and deletes once the table is published with this
-/// column list and row filter. It checks that itself only when the application writes.
-pub(super) fn check_identity(
-    table: &Table,
-    excluded: &[String],
-    filtered_by: &[String],
-    identities: &[Identity],
-) -> Result<(), Condition> {
-    let name = &table.name;
-    let refused = |message: String, remedy: String| {
-        Err(Condition::new(
-            Code::SelectionIdentity,
-            format!(
-                "table {name}: {message}: publishing it so would break the application's own updates and deletes"
-            ),
-            remedy,
-        ))
-    };
-    let quote = |columns: &[String]| {
-        let quoted: Vec<_> = columns.iter().map(|name| quote_identifier(name)).collect();
-        quoted.join(", ")
-    };
-    for identity in identities {
-        let relation = &identity.relation;
-        if identity.full && !excluded.is_empty() {
-            return refused(
-                format!(
-                    "{relation} has REPLICA IDENTITY FULL, and columns.exclude leaves out ({})",
-                    quote(excluded)
-                ),
-                format!(
-                    "ALTER TABLE {relation} REPLICA IDENTITY DEFAULT, or USING INDEX a unique one; or mask the columns \
-                     in tables/{name}.toml instead of excluding them"
-                ),
-            );
-        }
-        if identity.full {
-            continue;
-        }
-        let logged = |column: &&String| identity.columns.contains(column);
-        let lost: Vec<String> = excluded.iter().filter(logged).cloned().collect();
-        if !lost.is_empty() {
-            return refused(
-                format!(
-                    "columns.exclude leaves out ({}), which is in the replica identity of {relation}",
-                    quote(&lost)
-                ),
-                format!(
-                    "in tables/{name}.toml: mask ({0}) instead of excluding it; or ALTER TABLE {relation} \
-                     REPLICA IDENTITY USING INDEX one that is without ({0})",
-                    quote(&lost)
-                ),
-            );
-        }
-        let unlogged = filtered_by.iter().filter(|column| !logged(column));
-        let unlogged: Vec<String> = unlogged.cloned().collect();
-        if !unlogged.is_empty() {
-            let full = match excluded.is_empty() {
-                true => format!("ALTER TABLE {relation} REPLICA IDENTITY FULL; or "),
-                false => String::new(),
-            };
-            let mut indexed = identity.columns.clone();
-            indexed.extend(unlogged.iter().cloned());
-            return refused(
-                format!(
-                    "its `where` reads ({}), which is not in the replica identity of {relation}",
-                    quote(&unlogged)
-                ),
-                format!(
-                    "{full}CREATE UNIQUE INDEX .. ON {relation} ({}) over columns that are NOT NULL, and ALTER TABLE \
-                     {relation} REPLICA IDENTITY USING INDEX that index",
-                    quote(&indexed)
-                ),
-            );
-        }
-    }
-    Ok(())
 }
 
 /// A row filter as Postgres spells it.

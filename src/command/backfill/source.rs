@@ -150,25 +150,8 @@ pub(super) async fn estimates(
 ) -> Result<BTreeMap<TableName, u64>, Condition> {
     in_time(Code::SourceUnreachable, async {
         let client = connection::postgres(&config.source.url, Side::Source, NAME).await?;
-        let schemas: Vec<&str> = tables.iter().map(|table| table.schema.as_str()).collect();
-        let names: Vec<&str> = tables.iter().map(|table| table.table.as_str()).collect();
-        let rows = client
-            .query(
-                "SELECT w.schema, w.name, coalesce((SELECT sum(greatest(l.reltuples, 0)) \
-                 FROM pg_partition_tree(c.oid) p JOIN pg_class l ON l.oid = p.relid WHERE p.isleaf), \
-                 greatest(c.reltuples, 0))::bigint FROM unnest($1::text[], $2::text[]) w(schema, name) \
-                 JOIN pg_namespace n ON n.nspname = w.schema \
-                 JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = w.name",
-                &[&schemas, &names],
-            )
-            .await
-            .map_err(|error| unreachable(&error))?;
-        let estimates = rows.iter().filter_map(|row| {
-            let table = TableName::new(row.get::<_, String>(0), row.get::<_, String>(1));
-            let rows = u64::try_from(row.get::<_, i64>(2)).ok()?;
-            (rows > 0).then_some((table, rows))
-        });
-        Ok(estimates.collect())
+        let estimates = source::estimate_rows(&client, tables.iter().copied()).await;
+        estimates.map_err(|error| unreachable(&error))
     })
     .await
 }
