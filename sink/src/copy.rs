@@ -3,6 +3,7 @@
 mod answer;
 mod bucket;
 mod carried_out;
+mod crowd;
 mod debts;
 mod healing;
 mod quiet;
