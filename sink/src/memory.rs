@@ -289,12 +289,12 @@ impl Sink for MemorySink {
         Ok(keys.into_iter().take(max).collect())
     }
 
-    /// In the model every delete is an old one, and there are few.
+    /// In the model every delete is an old one.
     async fn clean_up(
         &mut self,
         up_to: &BTreeMap<TableName, Version>,
         _kept: Duration,
-        _max: u32,
+        max: u32,
     ) -> Result<u64, SinkError> {
         let mut shared = self.target.lock();
         if shared
@@ -311,9 +311,11 @@ impl Sink for MemorySink {
             let Some(up_to) = up_to.get(name) else {
                 continue;
             };
-            let before = table.tombstones.len();
-            table.tombstones.retain(|_, version| *version > *up_to);
-            dropped += (before - table.tombstones.len()) as u64;
+            table.tombstones.retain(|_, version| {
+                let goes = *version <= *up_to && dropped < u64::from(max);
+                dropped += u64::from(goes);
+                !goes
+            });
         }
         Ok(dropped)
     }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use millrace_config::{Code, Condition};
-use millrace_event::TableName;
+use millrace_event::{TableName, quote_literal};
 use tokio::time::Instant;
 
 use super::crowd::{Crowd, Then};
@@ -217,7 +217,7 @@ impl TooLong {
         if rows == 0 {
             return None;
         }
-        let relation = target.to_string().replace('\'', "''");
+        let (relation, source_sql) = (quote_literal(&target.to_string()), source.quoted());
         let rows = match rows {
             1 => "an incomplete row".to_owned(),
             _ => format!("{rows} incomplete rows"),
@@ -228,9 +228,9 @@ impl TooLong {
                 "{rows} of table {source} cannot be read again: the key is too long to be asked for"
             ),
             format!(
-                "find them in the target: SELECT key FROM millrace.dead_letter WHERE relation = '{relation}' AND \
+                "find them in the target: SELECT key FROM millrace.dead_letter WHERE relation = {relation} AND \
                  resolved_at IS NULL AND octet_length(key) >= {shortest}; then write each large column of these rows \
-                 anew at the source: UPDATE {source} SET col = col || '' WHERE ..; whole rows then take their place"
+                 anew at the source: UPDATE {source_sql} SET col = col || '' WHERE ..; whole rows then take their place"
             ),
         ))
     }

@@ -173,10 +173,11 @@ fn keys_that_nothing_answers_give_way_after_a_while_and_only_to_such_as_are_due(
 fn a_load_under_way_does_not_begin_anew_for_rows_that_become_due() {
     let mut line = Line::new(3, 0, 1, 9);
     line.loads = true;
-    // Before capture takes the first request up there is nothing to lose.
     line.look();
     assert_eq!(line.id, 1);
     for second in 0..300 {
+        // Keys come before loads.
+        line.answer();
         let tables = line.incomplete.values_mut();
         tables.for_each(|keys| keys.push(format!("new {second:05}")));
         line.look();
