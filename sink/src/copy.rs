@@ -405,7 +405,7 @@ impl Copies {
     ///
     /// # Errors
     /// The copy stream lacks something, or cannot be understood.
-    pub(crate) async fn turn(
+    pub(crate) async fn next_batch(
         &mut self,
         life: &mut Life<'_>,
         checkpoint: Checkpoint,
@@ -437,7 +437,7 @@ impl Copies {
     /// flight the next one is collected: only what the target must be asked about waits.
     ///
     /// # Errors
-    /// As [`Copies::turn`].
+    /// As [`Copies::next_batch`].
     pub(crate) async fn collect(
         &mut self,
         life: &mut Life<'_>,

@@ -41,7 +41,7 @@ impl Copies {
             .progress
             .those(|state| matches!(state, CopyState::Copied { .. }));
         tables.retain(|table| !awaited.contains(table));
-        for table in search.in_turn(tables) {
+        for table in search.in_order(tables) {
             let after = search.place(&table);
             let found = life.incomplete(&table, after, ROWS_MAX).await?;
             let found = life.key_texts(&table, found).await?;

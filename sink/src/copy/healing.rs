@@ -266,7 +266,7 @@ impl Healing {
     }
 
     /// These tables, in the order in which they get room: one that had none comes first.
-    pub(super) fn in_turn(&mut self, mut tables: Vec<TableName>) -> Vec<TableName> {
+    pub(super) fn in_order(&mut self, mut tables: Vec<TableName>) -> Vec<TableName> {
         let waiting = self.waiting.take();
         let first = waiting.and_then(|first| tables.iter().position(|table| *table == first));
         tables.rotate_left(first.unwrap_or(0));

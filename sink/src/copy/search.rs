@@ -58,11 +58,11 @@ impl<'a> Search<'a> {
         }
     }
 
-    /// Those of the tables that are searched now, in their turn.
-    pub(super) fn in_turn(&mut self, tables: Vec<TableName>) -> Vec<TableName> {
+    /// Those of the tables that are searched now, the one that waits for room first.
+    pub(super) fn in_order(&mut self, tables: Vec<TableName>) -> Vec<TableName> {
         match self.standing {
             Standing::Kept => Vec::new(),
-            Standing::Joined | Standing::Quiet => self.healing.in_turn(tables),
+            Standing::Joined | Standing::Quiet => self.healing.in_order(tables),
         }
     }
 

@@ -76,7 +76,7 @@ impl Line {
         let mut tables: Vec<_> = self.incomplete.keys().cloned().collect();
         tables.sort_by_key(ToString::to_string);
         tables.retain(|table| !awaited.contains(table));
-        for table in search.in_turn(tables) {
+        for table in search.in_order(tables) {
             let after = search.place(&table).to_owned();
             let found = self.incomplete[&table].iter().filter(|key| **key > after);
             let found = found.take(ROWS_MAX).cloned();
