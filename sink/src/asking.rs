@@ -1,7 +1,7 @@
 //! What a sink asks capture for, by how its tables stand and what its operator ordered. Pure.
 
 use millrace_event::TableName;
-use millrace_event::work::{BackfillOrder, TableRequest, Wanted};
+use millrace_event::work::{BackfillOrder, CopyStatus, TableRequest, Wanted};
 
 use crate::progress::{Chunks, CopyProgress, CopyState};
 use millrace_event::Position;
@@ -107,6 +107,26 @@ pub(crate) fn must_stay(asked: &[TableRequest], progress: &CopyProgress) -> bool
             && matches!(
                 progress.tables.get(&asked.table),
                 Some(CopyState::Loading { began_us, .. }) if *began_us == asked.began_us
+            )
+    })
+}
+
+/// Whether a request has a load that capture has taken up, is in no trouble with, and of which no row has come yet. With
+/// another request it would begin anew, and wait once more for what it has waited for: while single rows are due now and
+/// again, it would never come.
+pub(crate) fn has_load_under_way(
+    asked: &[TableRequest],
+    progress: &CopyProgress,
+    status: &CopyStatus,
+) -> bool {
+    asked.iter().any(|asked| {
+        let is_in_trouble = status.troubles.iter().any(|(of, _)| *of == asked.table);
+        asked.rows == Wanted::Load
+            && !is_in_trouble
+            && !status.cut.contains(&asked.table)
+            && matches!(
+                progress.tables.get(&asked.table),
+                Some(CopyState::Pending { began_us, .. }) if *began_us == asked.began_us
             )
     })
 }

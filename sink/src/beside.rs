@@ -20,16 +20,16 @@ pub(crate) struct Beside {
 }
 
 impl Beside {
-    /// Waits until there may be something to do: a turn, or only to collect. Safe to cancel.
-    pub(crate) async fn next(&mut self, position: Position, may_turn: bool) {
-        if !may_turn {
+    /// Waits until there may be something to do: where the target `is_idle` a batch, else only to collect. Safe to cancel.
+    pub(crate) async fn ready(&mut self, position: Position, is_idle: bool) {
+        if !is_idle {
             return self.copies.ready(position).await;
         }
         let now = Instant::now();
         let due = self.copies.due().unwrap_or(now);
         let behind = async {
             match &mut self.behind {
-                // Its reader is asked in turn.
+                // Its reader is asked now and again.
                 Some(_) => tokio::time::sleep(BEHIND_INTERVAL).await,
                 None => std::future::pending().await,
             }
@@ -46,7 +46,7 @@ impl Beside {
     ///
     /// # Errors
     /// A server failed, or the copy stream lacks something.
-    pub(crate) async fn turn(
+    pub(crate) async fn next_batch(
         &mut self,
         life: &mut Life<'_>,
         checkpoint: Checkpoint,
@@ -58,7 +58,7 @@ impl Beside {
                 return Ok(Some(rejoin::batch(life, progress, Vec::new())));
             }
         }
-        if let Some(batch) = self.copies.turn(life, checkpoint).await? {
+        if let Some(batch) = self.copies.next_batch(life, checkpoint).await? {
             return Ok(Some(batch));
         }
         self.catch_up(life, collected).await
@@ -82,7 +82,7 @@ impl Beside {
     /// Collects what has come while a batch of ours is in flight.
     ///
     /// # Errors
-    /// As [`Beside::turn`].
+    /// As [`Beside::next_batch`].
     pub(crate) async fn collect(
         &mut self,
         life: &mut Life<'_>,

@@ -47,6 +47,7 @@ pub async fn check<T: Target>(target: &T, seeds: u64) {
     }
     replay(target).await;
     floors_and_tombstones(target).await;
+    old_deletes(target).await;
     refused_rows(target).await;
     incomplete_rows(target).await;
     large_transaction(target).await;
@@ -210,6 +211,25 @@ async fn floors_and_tombstones<T: Target>(target: &T) {
     assert!(target.rows(&other.layout).await.is_empty());
     let position = bench::elected(&mut bench.sink).await;
     assert_eq!(position.copy, copy);
+}
+
+/// Old deletes are forgotten in parts: so many at once, and no more.
+async fn old_deletes<T: Target>(target: &T) {
+    let mut bench = Bench::new(target, "old_deletes").await;
+    for row in 1..=5 {
+        bench.push(1, row, put(u64::from(row), 1, text("a")));
+    }
+    bench.apply(true).await;
+    for row in 1..=5 {
+        bench.push(2, row, RowChange::Delete(key(u64::from(row))));
+    }
+    bench.apply(true).await;
+    let version = Version::new(1, Lsn(3), 0);
+    let up_to = BTreeMap::from([(bench.layout.target.clone(), version)]);
+    for forgotten in [2, 2, 1, 0] {
+        let dropped = bench.sink.clean_up(&up_to, Duration::ZERO, 2).await;
+        assert_eq!(dropped.expect("cleans up"), forgotten);
+    }
 }
 
 /// Refused rows are set aside alone; a newer whole row takes their place.

@@ -13,7 +13,7 @@ pub fn is_late(source_ts_us: i64, now_us: i64) -> bool {
 
 /// Whether rows beside the stream may be asked for and applied now. A sink that has `drained` its stream can do nothing
 /// about its age.
-pub(crate) fn may_turn_aside(source_ts_us: i64, now_us: i64, drained: bool) -> bool {
+pub(crate) fn may_run_beside(source_ts_us: i64, now_us: i64, drained: bool) -> bool {
     drained || !is_late(source_ts_us, now_us)
 }
 
@@ -36,10 +36,10 @@ mod tests {
     #[test]
     fn what_is_beside_a_late_stream_waits_until_it_is_drained() {
         let late = NOW_US - LAG_MAX_US - 1;
-        assert!(!may_turn_aside(late, NOW_US, false));
-        assert!(may_turn_aside(late, NOW_US, true));
+        assert!(!may_run_beside(late, NOW_US, false));
+        assert!(may_run_beside(late, NOW_US, true));
         for near in [0, NOW_US, NOW_US - LAG_MAX_US] {
-            assert!(may_turn_aside(near, NOW_US, false), "{near}");
+            assert!(may_run_beside(near, NOW_US, false), "{near}");
         }
     }
 }

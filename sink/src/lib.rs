@@ -10,14 +10,15 @@ mod catching;
 mod copy;
 mod error;
 mod evolution;
+mod failures;
 mod life;
 mod meters;
 mod refit;
 mod registration;
 mod rejoin;
 mod run;
+mod schedule;
 mod status;
-mod turns;
 mod upkeep;
 mod waiting;
 

@@ -134,6 +134,39 @@ impl Drop for MemorySink {
     }
 }
 
+/// How a table's rows are laid out for the model, which takes every column.
+fn lay_out(schema: &TableSchema, settings: &Table) -> TableLayout {
+    let columns: Vec<_> = schema
+        .columns
+        .iter()
+        .filter(|column| !settings.columns.exclude.contains(&column.name))
+        .map(|column| {
+            let rename = settings
+                .columns
+                .rename
+                .iter()
+                .find(|(from, _)| *from == column.name);
+            let target = rename.map_or_else(|| column.name.clone(), |(_, to)| to.clone());
+            let (source, cast) = (column.name.clone(), column.type_name.clone());
+            LayoutColumn {
+                source,
+                target,
+                cast,
+            }
+        })
+        .collect();
+    let names = settings.key.as_ref().unwrap_or(&schema.key);
+    let index = |name: &String| columns.iter().position(|column| column.source == *name);
+    let key = names.iter().filter_map(index).collect();
+    TableLayout {
+        source: schema.name.clone(),
+        target: settings.target.clone(),
+        columns,
+        key,
+        shape: schema.version.clone(),
+    }
+}
+
 impl Sink for MemorySink {
     async fn open(&mut self) -> Result<Elected, SinkError> {
         self.open = None;
@@ -193,43 +226,15 @@ impl Sink for MemorySink {
                 source: None,
             });
         }
-        let columns: Vec<_> = schema
-            .columns
-            .iter()
-            .filter(|column| !settings.columns.exclude.contains(&column.name))
-            .map(|column| {
-                let rename = settings
-                    .columns
-                    .rename
-                    .iter()
-                    .find(|(from, _)| *from == column.name);
-                let target = rename.map_or_else(|| column.name.clone(), |(_, to)| to.clone());
-                let (source, cast) = (column.name.clone(), column.type_name.clone());
-                LayoutColumn {
-                    source,
-                    target,
-                    cast,
-                }
-            })
-            .collect();
+        let layout = Arc::new(lay_out(schema, settings));
+        let columns = layout.columns.iter();
         table.columns = columns
-            .iter()
             .map(|column| (column.target.clone(), column.cast.clone()))
             .collect();
-        let names = settings.key.as_ref().unwrap_or(&schema.key);
-        let index = |name: &String| columns.iter().position(|column| column.source == *name);
-        let key = names.iter().filter_map(index).collect();
         self.halts.insert(
             schema.name.clone(),
             settings.on_row_error == OnRowError::Halt,
         );
-        let layout = Arc::new(TableLayout {
-            source: schema.name.clone(),
-            target: settings.target.clone(),
-            columns,
-            key,
-            shape: schema.version.clone(),
-        });
         Ok(Ensured {
             layout,
             warnings: Vec::new(),
@@ -289,12 +294,12 @@ impl Sink for MemorySink {
         Ok(keys.into_iter().take(max).collect())
     }
 
-    /// In the model every delete is an old one, and there are few.
+    /// In the model every delete is an old one.
     async fn clean_up(
         &mut self,
         up_to: &BTreeMap<TableName, Version>,
         _kept: Duration,
-        _max: u32,
+        max: u32,
     ) -> Result<u64, SinkError> {
         let mut shared = self.target.lock();
         if shared
@@ -311,9 +316,11 @@ impl Sink for MemorySink {
             let Some(up_to) = up_to.get(name) else {
                 continue;
             };
-            let before = table.tombstones.len();
-            table.tombstones.retain(|_, version| *version > *up_to);
-            dropped += (before - table.tombstones.len()) as u64;
+            table.tombstones.retain(|_, version| {
+                let goes = *version <= *up_to && dropped < u64::from(max);
+                dropped += u64::from(goes);
+                !goes
+            });
         }
         Ok(dropped)
     }

@@ -1,36 +1,31 @@
-//! The sink's loop: it carries deliveries to the machine and batches to the target. Nothing is decided here
-//! but what a failure means.
+//! The sink's loop: it carries deliveries to the machine and batches to the target. Nothing is decided here.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use millrace_config::{Backoff, Code, Condition, Config, Sink as Settings, State, limits};
+use millrace_config::{Code, Condition, Config, Sink as Settings, State};
 use millrace_consumer::{Body, Delivery, Reader, ReaderOptions, Start, Token};
 use millrace_event::TableName;
-use tokio::time::MissedTickBehavior;
+use tokio::time::{Interval, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use crate::batch::Batch;
 use crate::beside::Beside;
 use crate::copy::withdraw;
 use crate::error::Error;
-use crate::late::may_turn_aside;
+use crate::failures::Failures;
+use crate::late::may_run_beside;
 use crate::life::{Life, now_us};
 use crate::progress::{CopyProgress, CopyState};
 use crate::rejoin;
+use crate::schedule::{InFlight, Schedule};
 use crate::sink::CopyTooOld;
 use crate::status::Status;
-use crate::turns::{Turns, Whose};
 use crate::upkeep::Upkeep;
-use crate::waiting::Waiting;
 use crate::worker::{Input, TableRule, Worker};
 
 /// How often the machine is asked without a delivery.
 const TICK: Duration = Duration::from_millis(250);
-
-/// How often a standby tries to take over.
-const STANDBY_INTERVAL: Duration = Duration::from_secs(2);
 
 /// What a graceful stop may take of the process's deadline.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(15);
@@ -45,73 +40,21 @@ pub async fn run(
     status: &Status,
     stop: &CancellationToken,
 ) -> Result<(), Error> {
-    let sink = settings.name.as_str();
-    let backoff = Backoff::default();
-    let mut failures = 0_u32;
-    // The table that the target has just refused.
-    let mut parking = None;
     let started = Instant::now();
-    let mut waiting = Waiting::default();
+    let mut failures = Failures::new(&settings.name, status);
     let mut upkeep = Upkeep::begin(started);
     loop {
         let began = started.elapsed();
-        let error = match live(config, settings, status, parking.take(), &mut upkeep, stop).await {
+        let refused = failures.take_refused();
+        let error = match live(config, settings, status, refused, &mut upkeep, stop).await {
             Ok(Ended::Stopped) => return Ok(()),
             Ok(Ended::Rejoin) => continue,
             Err(error) => error,
         };
-        if !matches!(error, Error::Waiting(_)) {
-            waiting.ended();
-        }
-        let streamed = status.snapshot().state == State::Streaming;
-        failures = if streamed { 1 } else { failures + 1 };
-        let wait = match error {
-            Error::Halt(condition) => {
-                status.set_state(sink, State::Halted(condition.code), Some(condition.clone()));
-                return Err(Error::Halt(condition));
-            }
-            Error::Table { condition, .. } if !status.snapshot().begun => {
-                return Err(Error::Halt(condition));
-            }
-            Error::Table { table, condition } => {
-                parking = Some((table, condition));
-                limits::BACKOFF_FIRST
-            }
-            Error::Refused(_) if !status.snapshot().begun => return Err(error),
-            Error::Standby => {
-                status.set_state(sink, State::Standby, None);
-                STANDBY_INTERVAL
-            }
-            Error::Waiting(what) => {
-                failures = 0;
-                let look = waiting.look(&what, began, started.elapsed());
-                let reason = format!("waiting for capture to {what}");
-                if look.is_new {
-                    tracing::info!(part = "sink", sink, "{reason}");
-                }
-                if look.is_long {
-                    status.set_state(sink, State::Retrying(reason), None);
-                }
-                look.pause
-            }
-            Error::Refused(_) | Error::Retry { .. } => {
-                let reason = error.chain();
-                tracing::warn!(part = "sink", sink, %reason, "trying again");
-                let condition = match error {
-                    Error::Refused(condition) => Some(condition),
-                    Error::Retry { condition, .. } => condition,
-                    _ => None,
-                };
-                if let Some(condition) = &condition {
-                    tracing::warn!(code = condition.code.as_str(), remedy = %condition.remedy, "{}", condition.message);
-                }
-                status.set_state(sink, State::Retrying(reason), condition);
-                backoff.delay(failures, rand::random())
-            }
-        };
+        let pause = failures.pause_after(error, began, started.elapsed())?;
         tokio::select! {
             () = stop.cancelled() => return Ok(()),
-            () = tokio::time::sleep(wait) => {}
+            () = tokio::time::sleep(pause) => {}
         }
     }
 }
@@ -130,7 +73,7 @@ async fn live(
     config: &Config,
     settings: &Settings,
     status: &Status,
-    parking: Option<(TableName, Condition)>,
+    refused: Option<(TableName, Condition)>,
     upkeep: &mut Upkeep,
     stop: &CancellationToken,
 ) -> Result<Ended, Error> {
@@ -139,7 +82,7 @@ async fn live(
         () = stop.cancelled() => return Ok(Ended::Stopped),
         life = Box::pin(Life::open(config, settings, status)) => life?,
     };
-    if let Some((table, condition)) = parking {
+    if let Some((table, condition)) = refused {
         Box::pin(rejoin::park(&mut life, &table, &condition)).await?;
     }
     Box::pin(rejoin::rejoin(&mut life, stop)).await?;
@@ -160,13 +103,19 @@ fn state_of(progress: &CopyProgress) -> State {
     }
 }
 
-/// What one turn of the loop brought.
-enum Turn {
+/// What the loop waited for.
+enum Wakeup {
+    /// The process stops.
     Stop,
+    /// What was in flight is applied.
     Applied,
+    /// A delivery of the stream came.
     Delivery(Box<Delivery>),
+    /// What was let come together is due.
     Rested,
+    /// There may be something to do beside the stream.
     Beside,
+    /// A while has passed.
     Tick,
 }
 
@@ -175,7 +124,7 @@ struct Following<'l> {
     life: Life<'l>,
     worker: Worker,
     beside: Beside,
-    turns: Turns,
+    schedule: Schedule,
     /// The tables whose changes the worker applies.
     followed: Vec<TableName>,
     began: Instant,
@@ -186,119 +135,44 @@ async fn follow(
     upkeep: &mut Upkeep,
     stop: &CancellationToken,
 ) -> Result<Ended, Error> {
-    let began = Instant::now();
-    let checkpoint = life.checkpoint;
-    let token = Token {
-        stream_seq: checkpoint.stream_seq,
-        position: checkpoint.position,
-    };
-    let options = ReaderOptions::new(life.jetstream.clone(), life.source, Start::After(token));
-    let mut reader = Reader::open(options);
-    let followed = life.progress.those(CopyState::is_followed);
-    let rules: HashMap<_, _> = followed
-        .iter()
-        .map(|name| {
-            let (deletes, truncates) = life.rule(name);
-            (name.clone(), TableRule { deletes, truncates })
-        })
-        .collect();
-    let progress = life.progress.clone();
-    let worker = Worker::new(life.limits, rules, checkpoint, progress, began.elapsed());
-    let mut line = Following {
-        life,
-        worker,
-        beside: Beside::default(),
-        turns: Turns::new(),
-        followed,
-        began,
-    };
+    let mut reader = open_reader(&life);
+    let mut line = Following::begin(life);
     let mut ticks = tokio::time::interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         // Before anything is handed out: where changes never pause, the next batch follows the last one at once.
         let now = Instant::now();
-        if line.may_turn()
+        if line.is_idle()
             && upkeep.is_due(&line.life, now)
-            && upkeep.turn(&mut line.life, now).await?
+            && upkeep.perform(&mut line.life, now).await?
         {
             return Ok(Ended::Rejoin);
         }
-        // Where every batch is full the stream is never drained, and what is beside it would never have its turn.
-        if line.turns.is_beside_due() && line.is_besides_turn() {
-            line.turn().await?;
-        }
-        // Before more is collected: a batch that ends with a transaction of the source ends the target's.
-        if line.worker.is_full() {
-            line.hand_out().await?;
-        }
-        // Everything that has arrived already, as far as there is room.
-        while line.wants_delivery() && !stop.is_cancelled() {
-            let next = match reader.try_next() {
-                Ok(next) => next,
-                Err(gap) => return Err(line.life.gap(gap).await),
-            };
-            let Some(delivery) = next else {
-                line.worker.handle(Input::Drained).map_err(no_key)?;
-                break;
-            };
-            line.take(&delivery).await?;
-            // Before nothing more is waiting only a full batch is handed out: the clock is not asked for each.
-            if line.worker.is_full() {
-                line.hand_out().await?;
-            }
-        }
-        if line.is_besides_turn() {
-            line.turn().await?;
+        line.collect(&mut reader, stop).await?;
+        if line.is_beside_next() {
+            line.begin_beside().await?;
         }
         line.hand_out().await?;
         // What was collected beside the stream while the target worked may be the last of it: nothing would wake us.
-        if line.is_besides_turn() && line.beside.has_collected() {
+        if line.is_beside_next() && line.beside.has_collected() {
             continue;
         }
-        let rest = line.worker.rests_until(began.elapsed());
-        let wants = line.wants_delivery() && rest.is_none();
-        let (applying, may_turn) = (line.life.is_applying(), line.may_turn());
-        let in_flight = line.turns.in_flight();
-        let collects = in_flight == Whose::Besides && line.beside.has_room();
-        let position = line.worker.checkpoint().position;
-        let turn = tokio::select! {
-            biased;
-            () = stop.cancelled() => Turn::Stop,
-            applied = line.life.applied(), if applying => {
-                line.applied(applied).await?;
-                Turn::Applied
-            }
-            delivery = reader.next(), if wants => match delivery {
-                Ok(delivery) => Turn::Delivery(Box::new(delivery)),
-                Err(gap) => return Err(line.life.gap(gap).await),
-            },
-            () = tokio::time::sleep_until((began + rest.unwrap_or_default()).into()), if rest.is_some() => {
-                Turn::Rested
-            }
-            () = line.beside.next(position, may_turn), if may_turn || collects => Turn::Beside,
-            _ = ticks.tick() => Turn::Tick,
-        };
-        match turn {
-            Turn::Stop => return drain(line.life).await.map(|()| Ended::Stopped),
-            Turn::Applied => {
+        match line.wait(&mut reader, &mut ticks, stop).await? {
+            Wakeup::Stop => return drain(line.life).await.map(|()| Ended::Stopped),
+            Wakeup::Applied => {
                 line.life.report(false).await?;
-                if line.has_turned() {
+                if line.must_rejoin() {
                     return Ok(Ended::Rejoin);
                 }
             }
-            Turn::Rested => {}
-            Turn::Beside => {
-                let at = line.worker.checkpoint();
-                if in_flight == Whose::Besides {
-                    line.beside.collect(&mut line.life, at).await?;
-                }
-            }
-            Turn::Delivery(delivery) => line.take(&delivery).await?,
-            Turn::Tick => {
+            Wakeup::Rested => {}
+            Wakeup::Beside => line.collect_beside().await?,
+            Wakeup::Delivery(delivery) => line.take(&delivery).await?,
+            Wakeup::Tick => {
                 line.life.look_at_broker()?;
                 // A stream that is full brings nothing more before this is known.
                 line.life.report(false).await?;
-                if line.has_turned() {
+                if line.must_rejoin() {
                     return Ok(Ended::Rejoin);
                 }
             }
@@ -306,54 +180,164 @@ async fn follow(
     }
 }
 
-impl Following<'_> {
-    /// Whether another delivery may be collected.
-    fn wants_delivery(&self) -> bool {
-        match self.turns.in_flight() {
-            Whose::Besides => !self.worker.is_full(),
-            Whose::Workers | Whose::Nobodys => self.worker.wants_delivery(),
+/// Reads the stream from where the target is.
+fn open_reader(life: &Life<'_>) -> Reader {
+    let token = Token {
+        stream_seq: life.checkpoint.stream_seq,
+        position: life.checkpoint.position,
+    };
+    let options = ReaderOptions::new(life.jetstream.clone(), life.source, Start::After(token));
+    Reader::open(options)
+}
+
+impl<'l> Following<'l> {
+    fn begin(life: Life<'l>) -> Self {
+        let began = Instant::now();
+        let followed = life.progress.those(CopyState::is_followed);
+        let rules = followed.iter().map(|name| {
+            let (deletes, truncates) = life.rule(name);
+            (name.clone(), TableRule { deletes, truncates })
+        });
+        let (rules, progress) = (rules.collect(), life.progress.clone());
+        let worker = Worker::new(
+            life.limits,
+            rules,
+            life.checkpoint,
+            progress,
+            began.elapsed(),
+        );
+        Self {
+            life,
+            worker,
+            beside: Beside::default(),
+            schedule: Schedule::new(),
+            followed,
+            began,
         }
     }
 
-    /// Whether the target has no transaction open and nothing to apply.
-    fn may_turn(&self) -> bool {
-        self.turns.in_flight() == Whose::Nobodys && self.worker.is_at_rest()
-    }
-
-    /// Whether what is beside the stream comes first.
-    fn is_besides_turn(&self) -> bool {
-        let source_ts_us = self.life.checkpoint.source_ts_us;
-        self.may_turn()
-            && self.turns.is_besides()
-            && may_turn_aside(source_ts_us, now_us(), self.worker.is_drained())
-    }
-
-    async fn hand_out(&mut self) -> Result<(), Error> {
-        if self.turns.in_flight() != Whose::Nobodys {
-            return Ok(());
+    /// Collects everything that has arrived already, as far as there is room.
+    async fn collect(
+        &mut self,
+        reader: &mut Reader,
+        stop: &CancellationToken,
+    ) -> Result<(), Error> {
+        // Where every batch is full the stream is never drained, and nothing beside it would ever be applied.
+        if self.schedule.is_beside_due() && self.is_beside_next() {
+            self.begin_beside().await?;
         }
-        if let Some(batch) = self.worker.poll(self.began.elapsed()) {
-            self.begin(batch, Whose::Workers).await?;
-        } else {
-            self.turns.passed();
+        // Before more is collected: a batch that ends with a transaction of the source ends the target's.
+        if self.worker.is_full() {
+            self.hand_out().await?;
+        }
+        while self.wants_delivery() && !stop.is_cancelled() {
+            let next = match reader.try_next() {
+                Ok(next) => next,
+                Err(gap) => return Err(self.life.gap(gap).await),
+            };
+            let Some(delivery) = next else {
+                self.worker.handle(Input::Drained).map_err(no_key)?;
+                break;
+            };
+            self.take(&delivery).await?;
+            // Before nothing more is waiting only a full batch is handed out: the clock is not asked for each.
+            if self.worker.is_full() {
+                self.hand_out().await?;
+            }
         }
         Ok(())
     }
 
-    async fn turn(&mut self) -> Result<(), Error> {
+    /// Waits until there is something to do.
+    async fn wait(
+        &mut self,
+        reader: &mut Reader,
+        ticks: &mut Interval,
+        stop: &CancellationToken,
+    ) -> Result<Wakeup, Error> {
+        let rest = self.worker.rests_until(self.began.elapsed());
+        let rested = (self.began + rest.unwrap_or_default()).into();
+        let wants = self.wants_delivery() && rest.is_none();
+        let (applying, is_idle) = (self.life.is_applying(), self.is_idle());
+        let collects = self.schedule.in_flight() == InFlight::Beside && self.beside.has_room();
+        let position = self.worker.checkpoint().position;
+        Ok(tokio::select! {
+            biased;
+            () = stop.cancelled() => Wakeup::Stop,
+            applied = self.life.applied(), if applying => {
+                self.applied(applied).await?;
+                Wakeup::Applied
+            }
+            delivery = reader.next(), if wants => match delivery {
+                Ok(delivery) => Wakeup::Delivery(Box::new(delivery)),
+                Err(gap) => return Err(self.life.gap(gap).await),
+            },
+            () = tokio::time::sleep_until(rested), if rest.is_some() => Wakeup::Rested,
+            () = self.beside.ready(position, is_idle), if is_idle || collects => Wakeup::Beside,
+            _ = ticks.tick() => Wakeup::Tick,
+        })
+    }
+
+    /// Whether another delivery may be collected.
+    fn wants_delivery(&self) -> bool {
+        match self.schedule.in_flight() {
+            InFlight::Beside => !self.worker.is_full(),
+            InFlight::Stream | InFlight::Nothing => self.worker.wants_delivery(),
+        }
+    }
+
+    /// Whether the target has no transaction open and nothing to apply.
+    fn is_idle(&self) -> bool {
+        self.schedule.in_flight() == InFlight::Nothing && self.worker.is_at_rest()
+    }
+
+    /// Whether what is beside the stream comes before the stream's next batch.
+    fn is_beside_next(&self) -> bool {
+        let source_ts_us = self.life.checkpoint.source_ts_us;
+        self.is_idle()
+            && self.schedule.is_beside_next()
+            && may_run_beside(source_ts_us, now_us(), self.worker.is_drained())
+    }
+
+    /// Begins to apply the stream's next batch, if it is time for one.
+    async fn hand_out(&mut self) -> Result<(), Error> {
+        if self.schedule.in_flight() != InFlight::Nothing {
+            return Ok(());
+        }
+        if let Some(batch) = self.worker.poll(self.began.elapsed()) {
+            self.begin_batch(batch, InFlight::Stream).await?;
+        } else {
+            self.schedule.stream_had_none();
+        }
+        Ok(())
+    }
+
+    /// Begins to apply the next batch of what is beside the stream, if there is one.
+    async fn begin_beside(&mut self) -> Result<(), Error> {
         let (at, collected) = (self.worker.checkpoint(), self.worker.collected().position);
-        self.turns.asked_beside();
-        let batch = self.beside.turn(&mut self.life, at, collected).await?;
-        if let Some(batch) = batch {
-            self.begin(batch, Whose::Besides).await?;
+        self.schedule.asked_beside();
+        let life = &mut self.life;
+        if let Some(batch) = self.beside.next_batch(life, at, collected).await? {
+            self.begin_batch(batch, InFlight::Beside).await?;
         }
         // While the target works.
         self.beside.tell(&self.life).await
     }
 
-    async fn begin(&mut self, batch: Batch, whose: Whose) -> Result<(), Error> {
+    /// Collects what is beside the stream while a batch of it is in flight.
+    async fn collect_beside(&mut self) -> Result<(), Error> {
+        match self.schedule.in_flight() {
+            InFlight::Beside => {
+                let at = self.worker.checkpoint();
+                self.beside.collect(&mut self.life, at).await
+            }
+            InFlight::Stream | InFlight::Nothing => Ok(()),
+        }
+    }
+
+    async fn begin_batch(&mut self, batch: Batch, of: InFlight) -> Result<(), Error> {
         self.life.begin(batch).await?;
-        self.turns.begun(whose);
+        self.schedule.begun(of);
         Ok(())
     }
 
@@ -371,7 +355,7 @@ impl Following<'_> {
 
     /// What was in flight is applied, or was not.
     async fn applied(&mut self, applied: Result<(), Error>) -> Result<(), Error> {
-        let whose = self.turns.ended();
+        let of = self.schedule.ended();
         if let Err(error) = applied {
             if is_too_old(&error) {
                 // The same rows would be refused for ever: another request reads them again.
@@ -380,10 +364,10 @@ impl Following<'_> {
             }
             return Err(error);
         }
-        match whose {
-            Whose::Workers => self.worker.handle(Input::Flushed).map_err(no_key)?,
-            Whose::Besides => self.beside.applied(),
-            Whose::Nobodys => {}
+        match of {
+            InFlight::Stream => self.worker.handle(Input::Flushed).map_err(no_key)?,
+            InFlight::Beside => self.beside.applied(),
+            InFlight::Nothing => {}
         }
         Ok(())
     }
@@ -398,9 +382,9 @@ impl Following<'_> {
     }
 
     /// Whether tables stand differently than this life took them.
-    fn has_turned(&self) -> bool {
-        let may_end =
-            self.may_turn() || self.turns.in_flight() == Whose::Nobodys && !self.worker.is_open();
+    fn must_rejoin(&self) -> bool {
+        let may_end = self.is_idle()
+            || self.schedule.in_flight() == InFlight::Nothing && !self.worker.is_open();
         let progress = &self.life.progress;
         may_end
             && (progress.those(CopyState::is_followed) != self.followed
@@ -449,7 +433,7 @@ async fn take(line: &mut Following<'_>, delivery: &Delivery) -> Result<(), Error
             if line.worker.layout(&table).is_some()
                 && let Some(batch) = line.worker.cut(line.began.elapsed())
             {
-                line.begin(batch, Whose::Workers).await?;
+                line.begin_batch(batch, InFlight::Stream).await?;
                 line.settle().await?;
             }
             let version = event.source.table_version.as_ref();

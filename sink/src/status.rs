@@ -26,6 +26,8 @@ struct Inner {
     tables: Vec<(TableName, State)>,
     /// Why tables are parked.
     parked: HashMap<TableName, Condition>,
+    /// What an operator is told of tables that flow on.
+    told: HashMap<TableName, Condition>,
     written: u64,
     stale: u64,
     dead_letters: u64,
@@ -44,7 +46,7 @@ pub struct Snapshot {
     pub checkpoint: Checkpoint,
     /// This machine's clock when that was committed, microseconds since 1970.
     pub applied_at_us: i64,
-    /// Each table's state, and the condition behind that where there is one.
+    /// Each table's state, and the condition behind that where there is one: also of a table that flows on.
     pub tables: Vec<(TableName, State, Option<Condition>)>,
     /// Rows written in this process, deletes included.
     pub written: u64,
@@ -64,6 +66,7 @@ impl Default for Status {
             applied_at_us: 0,
             tables: Vec::new(),
             parked: HashMap::new(),
+            told: HashMap::new(),
             written: 0,
             stale: 0,
             dead_letters: 0,
@@ -89,11 +92,11 @@ impl Status {
                 .tables
                 .iter()
                 .map(|(table, state)| {
-                    (
-                        table.clone(),
-                        state.clone(),
-                        inner.parked.get(table).cloned(),
-                    )
+                    let condition = match state {
+                        State::Streaming => inner.told.get(table),
+                        _ => inner.parked.get(table),
+                    };
+                    (table.clone(), state.clone(), condition.cloned())
                 })
                 .collect(),
             written: inner.written,
@@ -125,6 +128,19 @@ impl Status {
         self.lock().parked.insert(table.clone(), condition);
     }
 
+    /// What an operator is told from here on of a table that flows on; `None`: nothing. Returns whether that is the first
+    /// for this table since it was told nothing.
+    pub(crate) fn tell(&self, table: &TableName, condition: Option<Condition>) -> bool {
+        let mut inner = self.lock();
+        match condition {
+            Some(condition) => inner.told.insert(table.clone(), condition).is_none(),
+            None => {
+                inner.told.remove(table);
+                false
+            }
+        }
+    }
+
     pub(crate) fn set_tables(&self, copies: &CopyProgress) {
         let state = |table: &TableName, copy: &CopyState| match copy {
             CopyState::Parked { .. } | CopyState::Lapsed { .. } | CopyState::Refused { .. } => {
@@ -139,6 +155,10 @@ impl Status {
         let mut inner = self.lock();
         let parked = copies.parked();
         inner.parked.retain(|table, _| parked.contains(table));
+        // Of a table that is read again it is found out again.
+        inner
+            .told
+            .retain(|table, _| matches!(copies.tables.get(table), Some(CopyState::Copied { .. })));
         inner.tables = copies
             .tables
             .iter()
@@ -156,5 +176,50 @@ impl Status {
     fn lock(&self) -> MutexGuard<'_, Inner> {
         // A panic while it was held ends the process anyway; what it left is whole.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use millrace_config::Code;
+    use millrace_event::Lsn;
+
+    use super::*;
+    use crate::progress::Chunks;
+
+    #[test]
+    fn a_table_that_flows_on_shows_what_is_told_of_it_until_it_is_read_again() {
+        let (status, table) = (Status::default(), TableName::new("public", "t"));
+        let stands = |state| {
+            let mut progress = CopyProgress::default();
+            progress.tables.insert(table.clone(), state);
+            status.set_tables(&progress);
+        };
+        let shown = || {
+            let [(_, state, condition)] = &status.snapshot().tables[..] else {
+                panic!("not one table")
+            };
+            (
+                state.name(),
+                condition.clone().map(|condition| condition.code),
+            )
+        };
+        let condition = || Some(Condition::new(Code::KeyTooLong, "what", "do"));
+        let copied = || CopyState::Copied { lsn: Lsn(1) };
+        stands(copied());
+        assert!(status.tell(&table, condition()));
+        assert!(!status.tell(&table, condition()));
+        assert_eq!(shown(), ("streaming", Some(Code::KeyTooLong)));
+        assert!(!status.tell(&table, None));
+        assert_eq!(shown(), ("streaming", None));
+        assert!(status.tell(&table, condition()));
+        stands(CopyState::Chunks(Chunks::begin(
+            Default::default(),
+            None,
+            1,
+        )));
+        assert_eq!(shown(), ("snapshotting", None));
+        stands(copied());
+        assert_eq!(shown(), ("streaming", None));
     }
 }

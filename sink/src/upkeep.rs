@@ -56,7 +56,7 @@ impl Upkeep {
         }
     }
 
-    /// Whether there is something to do. It has its turn between two batches, also while changes come without a pause.
+    /// Whether there is something to do. It is done between two batches, also while changes come without a pause.
     pub(crate) fn is_due(&self, life: &Life<'_>, now: Instant) -> bool {
         self.cleans(now) || self.probes(life, now)
     }
@@ -75,7 +75,11 @@ impl Upkeep {
     ///
     /// # Errors
     /// A server is away.
-    pub(crate) async fn turn(&mut self, life: &mut Life<'_>, now: Instant) -> Result<bool, Error> {
+    pub(crate) async fn perform(
+        &mut self,
+        life: &mut Life<'_>,
+        now: Instant,
+    ) -> Result<bool, Error> {
         if self.cleans(now) && self.forget_deletes(life, now).await? {
             self.cleaned_at = Some(now);
             self.drop_letters(life, now).await?;

@@ -23,8 +23,8 @@ const BUSY_ROWS: usize = 16;
 const BUSY_REST: Duration = Duration::from_millis(3);
 
 /// Batches that are full end anywhere, mostly within a transaction, and the target's stays open then. After so many of
-/// them it is ended with the next transaction that ends, however little that adds: nothing is visible before, and what
-/// is beside the stream has no turn.
+/// them it is ended with the next transaction that ends, however little that adds: nothing is visible before, and
+/// nothing beside the stream is applied.
 const OPEN_PARTS_MAX: u32 = 8;
 
 /// When a batch closes although more is waiting.

@@ -245,9 +245,7 @@ async fn new_rows_that_the_target_has_already_meet_the_guard() {
     // What could not tell that a key is there is not written to. A new session makes the guess again.
     drop(sink);
     let mut sink = target.sink("new_rows");
-    let Ok(Elected::Yes(_)) = sink.open().await else {
-        panic!("is elected")
-    };
+    conformance::elected(&mut sink).await;
     let mut adopt = conformance::settings(&schema.name);
     adopt.adopt = true;
     let ensured = sink.ensure_table(&schema, None, &adopt).await;

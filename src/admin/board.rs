@@ -166,6 +166,15 @@ impl Board {
         self.update_sink(sink, |sink| drop(sink.tables.insert(table.clone(), part)));
     }
 
+    /// One table of a sink flows on, and there is something that an operator is told of it.
+    pub(crate) fn tell_table(&self, sink: &str, table: &TableName, condition: Condition) {
+        let part = Part {
+            state: State::Streaming,
+            condition: Some(condition),
+        };
+        self.update_sink(sink, |sink| drop(sink.tables.insert(table.clone(), part)));
+    }
+
     /// The tables that the capture cannot go on with; the others flow.
     pub(crate) fn park_captured(&self, tables: Vec<(TableName, Condition)>) {
         let part = |(table, condition): (TableName, Condition)| {

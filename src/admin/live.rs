@@ -16,7 +16,7 @@ pub(crate) struct Live {
     pub(crate) source: LiveSource,
     /// The sinks that this process works for.
     pub(crate) sinks: Vec<LiveSink>,
-    /// The tables that are not as their sink is.
+    /// The tables that are not as their sink is, or of which an operator is told something.
     pub(crate) tables: Vec<LiveTable>,
 }
 

@@ -283,3 +283,70 @@ async fn rows_of_long_keys_are_healed_through_a_broker_of_small_messages() {
     stage.sql("UPDATE t SET n = 1").await;
     healed(&stage, &pipeline, 200).await;
 }
+
+#[tokio::test]
+async fn a_key_that_no_request_holds_is_told_until_its_row_comes_whole() {
+    let stage = Stage::set(Setting {
+        schema: "CREATE TABLE t (id text PRIMARY KEY, n int NOT NULL DEFAULT 0, big text);
+                 ALTER TABLE t ALTER COLUMN big SET STORAGE EXTERNAL",
+        nats: NatsOptions {
+            config: "max_payload: 65536".into(),
+            ..NatsOptions::default()
+        },
+        ..Setting::default()
+    })
+    .await;
+    // More than a third of a message. Compressed, it fits an index.
+    stage
+        .sql(
+            "INSERT INTO t SELECT repeat('x', 30000) || i, 0, repeat(md5(i::text), 100) FROM generate_series(1, 2) i;
+             INSERT INTO t VALUES ('short', 0, repeat('short', 1000))",
+        )
+        .await;
+    let mut pipeline = stage.start();
+    stage.equal(&pipeline).await;
+    stage.target_sql("DELETE FROM t").await;
+    stage.sql("UPDATE t SET n = 1").await;
+    // What can be read again is, and does not wait for the others.
+    let short = "SELECT n::text FROM t WHERE id = 'short'";
+    stage.target_shows(&pipeline, short, "1").await;
+    stage.target_shows(&pipeline, OPEN, "2").await;
+    let told = shown(&mut pipeline, true).await;
+    for text in [
+        "E1318",
+        "2 incomplete rows of table public.t",
+        "octet_length(key) >= 3000",
+    ] {
+        assert!(told.contains(text), "{text} is not in {told}");
+    }
+    Stage::readyz(&mut pipeline, 200, "streaming").await;
+    // The remedy, on one and then on both.
+    let found = "SELECT count(*)::text FROM millrace.dead_letter WHERE relation = 'public.t'
+        AND resolved_at IS NULL AND octet_length(key) >= 30000";
+    assert_eq!(stage.target_text(found).await, "2");
+    stage
+        .sql("UPDATE \"public\".\"t\" SET big = big || '' WHERE n = 1")
+        .await;
+    stage.equal(&pipeline).await;
+    stage.target_shows(&pipeline, OPEN, "0").await;
+    shown(&mut pipeline, false).await;
+    let warned = pipeline.logs().matches("cannot be read again").count();
+    assert_eq!(warned, 1, "{}", pipeline.logs());
+}
+
+/// Waits until `/status` tells of keys that are too long, or no longer does.
+async fn shown(pipeline: &mut Pipeline, told: bool) -> String {
+    let deadline = std::time::Instant::now() + crate::stage::PATIENCE;
+    loop {
+        let (_, status) = pipeline.get("/status").await.expect("answers");
+        if status.contains("E1318") == told {
+            return status;
+        }
+        assert!(
+            std::time::Instant::now() < deadline,
+            "{status}\n{}",
+            pipeline.logs()
+        );
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}

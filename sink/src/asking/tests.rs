@@ -383,3 +383,31 @@ fn keys_that_cannot_be_read_are_awaited_alone() {
     assert_eq!(awaited_keys(&asked, &b, true), a);
     assert_eq!(awaited_keys(&asked, &both, true), []);
 }
+
+#[test]
+fn a_load_is_under_way_until_its_first_row_comes_or_capture_is_in_trouble_with_it() {
+    let request = wanted(
+        &progress(&[("a", copied()), ("b", pending())]),
+        &Debts::new(),
+    );
+    let status = CopyStatus::new("asked".to_owned());
+    let under_way = |state, status: &CopyStatus| {
+        has_load_under_way(&request, &progress(&[("b", state)]), status)
+    };
+    assert!(under_way(pending(), &status));
+    assert!(!under_way(loading(), &status));
+    assert!(!under_way(copied(), &status));
+    let another = CopyState::Pending {
+        claim: Claim::default(),
+        began_us: NOW_US + 1,
+    };
+    assert!(!under_way(another, &status));
+    let mut in_trouble = status.clone();
+    in_trouble.troubles = vec![(table("b"), "locked".to_owned())];
+    assert!(!under_way(pending(), &in_trouble));
+    in_trouble.troubles = vec![(table("c"), "locked".to_owned())];
+    assert!(under_way(pending(), &in_trouble));
+    let mut cut = status;
+    cut.cut = vec![table("b")];
+    assert!(!under_way(pending(), &cut));
+}

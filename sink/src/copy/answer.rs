@@ -7,6 +7,7 @@ use millrace_event::work::{CopyStatus, Wanted};
 use super::quiet::Brought;
 use crate::asking;
 use crate::copying::Copying;
+use crate::progress::CopyProgress;
 
 /// The answer to one request.
 pub(super) struct Answer {
@@ -35,15 +36,17 @@ impl Answer {
         asking::awaited_keys(&self.machine.request().tables, copied, is_read)
     }
 
-    /// What has come for it so far; `None` before capture has taken it up.
-    pub(super) fn brought(&self) -> Option<Brought> {
+    /// What has come for it so far, for tables that stand as `progress` says; `None` before capture has taken it up.
+    pub(super) fn brought(&self, progress: &CopyProgress) -> Option<Brought> {
         let status = self.status.as_ref()?;
-        let mut asked = self.machine.request().tables.iter();
+        let tables = &self.machine.request().tables;
+        let mut asked = tables.iter();
         // Chunks go on for hours, and say nothing about keys.
         let chunks = asked.any(|asked| matches!(asked.rows, Wanted::Chunks { .. }));
         Some(Brought {
             tables: status.copied.len(),
             applied_seq: if chunks { 0 } else { self.applied_seq },
+            loads: asking::has_load_under_way(tables, progress, status),
         })
     }
 

@@ -1,11 +1,13 @@
 //! Which incomplete rows are asked for, and when again. Pure.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::time::Duration;
 
-use millrace_event::TableName;
+use millrace_config::{Code, Condition};
+use millrace_event::{TableName, quote_literal};
 use tokio::time::Instant;
 
+use super::crowd::{Crowd, Then};
 use crate::asking::Debts;
 
 /// So many incomplete rows of a table are asked for at once.
@@ -26,9 +28,8 @@ const TABLE_BYTES: usize = 64;
 const WAIT_FIRST: Duration = Duration::from_secs(1);
 const WAIT_MAX: Duration = Duration::from_secs(60);
 
-/// So many rows are remembered as asked for; beyond, all that are not awaited are forgotten, and asked for again. It is
-/// more than a request has that others join.
-const ASKED_MAX: usize = 20_000;
+/// So many rows are remembered one by one; beyond, those of the table that has most of them are asked for in rounds.
+const ASKED_MAX: usize = 5_000;
 
 /// What a request has room for, in bytes of the message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,15 +117,39 @@ pub(super) enum Picked {
 pub(super) type FoundKey = (String, Option<KeyTexts>);
 
 /// A row's key, as texts.
-type KeyTexts = Vec<String>;
+pub(super) type KeyTexts = Vec<String>;
 
 /// The rows that were asked for, and how far each table was searched.
 #[derive(Default)]
 pub(super) struct Healing {
-    asked: HashMap<(TableName, KeyTexts), Asked>,
-    searched: HashMap<TableName, String>,
+    asked: HashMap<TableName, Remembered>,
+    searched: HashMap<TableName, Searched>,
     /// The first table that had no room the last time.
     waiting: Option<TableName>,
+}
+
+/// What is known of a table's rows that were asked for.
+enum Remembered {
+    /// When each of them was.
+    Each(HashMap<KeyTexts, Asked>),
+    /// They are too many for that.
+    Crowd(Crowd),
+}
+
+impl Default for Remembered {
+    fn default() -> Self {
+        Self::Each(HashMap::new())
+    }
+}
+
+impl Remembered {
+    /// How many rows are remembered one by one.
+    fn rows(&self) -> usize {
+        match self {
+            Self::Each(asked) => asked.len(),
+            Self::Crowd(_) => 0,
+        }
+    }
 }
 
 /// A row that was asked for.
@@ -134,27 +159,114 @@ struct Asked {
     wait: Duration,
 }
 
+/// How far a table's incomplete rows are gone through, and what was found of them since their first.
+#[derive(Default)]
+struct Searched {
+    /// The key of the last one.
+    place: String,
+    found: Passed,
+}
+
+/// Rows that a search has passed by.
+#[derive(Clone, Copy, Default)]
+struct Passed {
+    /// They were asked for before, and are not due.
+    again: usize,
+    too_long: TooLong,
+}
+
+impl Passed {
+    fn add(&mut self, other: Self) {
+        self.again += other.again;
+        self.too_long = self.too_long.with(other.too_long);
+    }
+}
+
+/// Rows whose keys no request ever holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct TooLong {
+    rows: usize,
+    /// The shortest of their keys, bytes of the text by which the target knows it.
+    shortest: usize,
+}
+
+impl TooLong {
+    fn one(key: &str) -> Self {
+        Self {
+            rows: 1,
+            shortest: key.len(),
+        }
+    }
+
+    fn with(self, other: Self) -> Self {
+        let shortest = match (self.rows, other.rows) {
+            (0, _) => other.shortest,
+            (_, 0) => self.shortest,
+            _ => self.shortest.min(other.shortest),
+        };
+        Self {
+            rows: self.rows + other.rows,
+            shortest,
+        }
+    }
+
+    /// What an operator is told of it, of a table of this name at the source and in the target; `None` where there are
+    /// no such rows.
+    pub(super) fn condition(self, source: &TableName, target: &TableName) -> Option<Condition> {
+        let Self { rows, shortest } = self;
+        if rows == 0 {
+            return None;
+        }
+        let (relation, source_sql) = (quote_literal(&target.to_string()), source.quoted());
+        let rows = match rows {
+            1 => "an incomplete row".to_owned(),
+            _ => format!("{rows} incomplete rows"),
+        };
+        Some(Condition::new(
+            Code::KeyTooLong,
+            format!(
+                "{rows} of table {source} cannot be read again: the key is too long to be asked for"
+            ),
+            format!(
+                "find them in the target: SELECT key FROM millrace.dead_letter WHERE relation = {relation} AND \
+                 resolved_at IS NULL AND octet_length(key) >= {shortest}; then write each large column of these rows \
+                 anew at the source: UPDATE {source_sql} SET col = col || '' WHERE ..; whole rows then take their place"
+            ),
+        ))
+    }
+}
+
 impl Healing {
-    /// Forgets what was asked for long ago, and not what is awaited.
-    pub(super) fn forget_old(&mut self, awaited: &Debts, now: Instant) {
-        self.asked.retain(|_, asked| now - asked.at < WAIT_MAX * 2);
-        if self.asked.len() > ASKED_MAX {
-            let keys = |(table, keys): &(TableName, Vec<KeyTexts>)| {
-                let keys = keys.iter().cloned().map(|key| (table.clone(), key));
-                keys.collect::<Vec<_>>()
+    /// Forgets what was asked for long ago, and has tables of which too many rows are remembered ask in rounds.
+    pub(super) fn forget_old(&mut self, now: Instant) {
+        self.asked.retain(|_, remembered| match remembered {
+            Remembered::Each(asked) => {
+                asked.retain(|_, asked| now - asked.at < WAIT_MAX * 2);
+                !asked.is_empty()
+            }
+            Remembered::Crowd(_) => true,
+        });
+        let mut rows: usize = self.asked.values().map(Remembered::rows).sum();
+        while rows > ASKED_MAX {
+            let most = self.asked.values_mut().max_by_key(|asked| asked.rows());
+            let Some(remembered @ Remembered::Each(_)) = most else {
+                return;
             };
-            let awaited: HashSet<_> = awaited.iter().flat_map(keys).collect();
-            self.asked.retain(|key, _| awaited.contains(key));
+            rows -= remembered.rows();
+            if let Remembered::Each(asked) = remembered {
+                *remembered = Remembered::Crowd(Crowd::form(asked.keys()));
+            }
         }
     }
 
     /// Behind which key a table's incomplete rows are looked for.
     pub(super) fn place(&self, table: &TableName) -> &str {
-        self.searched.get(table).map_or("", String::as_str)
+        let searched = self.searched.get(table);
+        searched.map_or("", |searched| &searched.place)
     }
 
     /// These tables, in the order in which they get room: one that had none comes first.
-    pub(super) fn in_turn(&mut self, mut tables: Vec<TableName>) -> Vec<TableName> {
+    pub(super) fn in_order(&mut self, mut tables: Vec<TableName>) -> Vec<TableName> {
         let waiting = self.waiting.take();
         let first = waiting.and_then(|first| tables.iter().position(|table| *table == first));
         tables.rotate_left(first.unwrap_or(0));
@@ -167,214 +279,104 @@ impl Healing {
     }
 
     /// Up to [`ROWS_MAX`] keys were found there; returns those that are asked for now. Rows that nothing heals must not
-    /// keep those behind them from it.
+    /// keep those behind them from it. The rows of which keys are too long are told once all of the table's were gone
+    /// through.
     pub(super) fn pick(
         &mut self,
         table: &TableName,
         found: &[FoundKey],
         room: Room,
         now: Instant,
-    ) -> Picked {
+    ) -> (Picked, Option<TooLong>) {
         let mut share = room.share(table);
         let mut picked: Vec<KeyTexts> = Vec::new();
-        let mut passed = 0;
-        for (_, texts) in found {
-            if let Some(texts) = texts.as_ref().filter(|key| self.is_due(table, key, now)) {
-                let bytes = key_bytes(texts);
-                // What no request ever holds is passed by like what is not due.
-                if room.holds(table, bytes) {
-                    if bytes > share && !picked.is_empty() {
-                        break;
-                    }
-                    if bytes > share && bytes > room.left(table) {
-                        return Picked::Squeezed;
-                    }
-                    share = share.saturating_sub(bytes);
-                    picked.push(texts.clone());
-                }
+        let mut passed = Passed::default();
+        let mut rows: usize = 0;
+        for (key, texts) in found {
+            rows += 1;
+            // A key that the table does not have any more is passed by.
+            let Some(texts) = texts else { continue };
+            let bytes = key_bytes(texts);
+            if !room.holds(table, bytes) {
+                passed.too_long = passed.too_long.with(TooLong::one(key));
+            } else if !self.is_due(table, texts, now) {
+                passed.again += 1;
+            } else if bytes > share && !picked.is_empty() {
+                rows -= 1;
+                break;
+            } else if bytes > share && bytes > room.left(table) {
+                return (Picked::Squeezed, None);
+            } else {
+                share = share.saturating_sub(bytes);
+                picked.push(texts.clone());
             }
-            passed += 1;
-        }
-        if passed == found.len() && passed < ROWS_MAX {
-            self.searched.remove(table);
-        } else if let Some((last, _)) = passed.checked_sub(1).and_then(|last| found.get(last)) {
-            self.searched.insert(table.clone(), last.clone());
         }
         for key in &picked {
             self.note(table, key, now);
         }
-        Picked::Keys(picked)
+        let last = rows.checked_sub(1).map(|last| found[last].0.as_str());
+        let is_through = rows == found.len() && rows < ROWS_MAX;
+        let passed = self.pass(table, last, passed, is_through);
+        if let Some(Passed { again, .. }) = passed
+            && let Some(Remembered::Crowd(crowd)) = self.asked.get_mut(table)
+            && crowd.gone_through(again, now) == Then::Leaves
+        {
+            self.asked.remove(table);
+        }
+        (Picked::Keys(picked), passed.map(|passed| passed.too_long))
+    }
+
+    /// A table was searched up to the row `last`, which leaves what was passed by. Returns that of the whole table once
+    /// it is through: the next search begins anew.
+    fn pass(
+        &mut self,
+        table: &TableName,
+        last: Option<&str>,
+        passed: Passed,
+        is_through: bool,
+    ) -> Option<Passed> {
+        if is_through {
+            let mut whole = self.searched.remove(table).unwrap_or_default().found;
+            whole.add(passed);
+            return Some(whole);
+        }
+        if let Some(last) = last {
+            let searched = self.searched.entry(table.clone()).or_default();
+            last.clone_into(&mut searched.place);
+            searched.found.add(passed);
+        }
+        None
     }
 
     /// Whether a row is to be asked for now.
     fn is_due(&self, table: &TableName, key: &KeyTexts, now: Instant) -> bool {
-        let asked = self.asked.get(&(table.clone(), key.clone()));
-        asked.is_none_or(|asked| now - asked.at >= asked.wait)
+        match self.asked.get(table) {
+            Some(Remembered::Each(asked)) => {
+                let asked = asked.get(key);
+                asked.is_none_or(|asked| now - asked.at >= asked.wait)
+            }
+            Some(Remembered::Crowd(crowd)) => crowd.is_due(key),
+            None => true,
+        }
     }
 
     /// A row is asked for.
     fn note(&mut self, table: &TableName, key: &KeyTexts, now: Instant) {
-        let asked = self.asked.entry((table.clone(), key.clone()));
-        let again = asked.and_modify(|asked| {
-            asked.at = now;
-            asked.wait = (asked.wait * 2).min(WAIT_MAX);
-        });
-        again.or_insert(Asked {
-            at: now,
-            wait: WAIT_FIRST,
-        });
+        match self.asked.entry(table.clone()).or_default() {
+            Remembered::Each(asked) => {
+                let again = asked.entry(key.clone()).and_modify(|asked| {
+                    asked.at = now;
+                    asked.wait = (asked.wait * 2).min(WAIT_MAX);
+                });
+                again.or_insert(Asked {
+                    at: now,
+                    wait: WAIT_FIRST,
+                });
+            }
+            Remembered::Crowd(crowd) => crowd.note(key),
+        }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const MAX_PAYLOAD: usize = 1024 * 1024;
-
-    fn room() -> Room {
-        Room::beside(&Vec::new(), MAX_PAYLOAD)
-    }
-
-    fn found<T: AsRef<str>>(keys: &[T]) -> Vec<FoundKey> {
-        let keys = keys.iter().map(|key| key.as_ref().to_owned());
-        keys.map(|key| (key.clone(), Some(vec![key]))).collect()
-    }
-
-    fn keys(picked: Picked) -> Vec<String> {
-        match picked {
-            Picked::Keys(keys) => keys.into_iter().flatten().collect(),
-            Picked::Squeezed => panic!("no room"),
-        }
-    }
-
-    #[test]
-    fn a_row_is_asked_for_again_ever_more_rarely() {
-        let (mut healing, table) = (Healing::default(), TableName::new("public", "t"));
-        let begin = Instant::now();
-        let mut asked = Vec::new();
-        for second in 0..400 {
-            let now = begin + Duration::from_secs(second);
-            healing.forget_old(&Vec::new(), now);
-            if !keys(healing.pick(&table, &found(&["1"]), room(), now)).is_empty() {
-                asked.push(second);
-            }
-        }
-        assert_eq!(asked, [0, 1, 3, 7, 15, 31, 63, 123, 183, 243, 303, 363]);
-    }
-
-    #[test]
-    fn every_row_has_its_turn_also_behind_those_that_stay() {
-        let (mut healing, table) = (Healing::default(), TableName::new("public", "t"));
-        let all: Vec<String> = (0..ROWS_MAX).map(|key| format!("{key:04}")).collect();
-        let now = Instant::now();
-        assert_eq!(healing.place(&table), "");
-        healing.pick(&table, &found(&all), room(), now);
-        assert_eq!(healing.place(&table), "0499");
-        healing.pick(&table, &found(&all[..7]), room(), now);
-        assert_eq!(healing.place(&table), "");
-        // A key that the table does not have any more is passed by.
-        let mut foreign = found(&all);
-        foreign.iter_mut().for_each(|(_, texts)| *texts = None);
-        assert!(keys(healing.pick(&table, &foreign, room(), now)).is_empty());
-        assert_eq!(healing.place(&table), "0499");
-    }
-
-    #[test]
-    fn long_keys_are_asked_for_in_turns() {
-        let mut healing = Healing::default();
-        let table = TableName::new("public", "a");
-        let now = Instant::now();
-        let all = ["1", "2", "3"].map(|key| key.repeat(20 * 1024)).to_vec();
-        let picked = keys(healing.pick(&table, &found(&all), room(), now));
-        assert_eq!(picked, all[..2]);
-        assert_eq!(healing.place(&table), all[1]);
-        let picked = keys(healing.pick(&table, &found(&all[2..]), room(), now));
-        assert_eq!(picked, all[2..]);
-        assert_eq!(healing.place(&table), "");
-        // What no request holds keeps nothing else back.
-        let long = ["4".repeat(REQUEST_BYTES_MAX), "5".to_owned()];
-        let picked = keys(healing.pick(&table, &found(&long), room(), now));
-        assert_eq!(picked, long[1..]);
-        // What is not due needs no room.
-        let full = Room {
-            taken: room().whole,
-            ..room()
-        };
-        assert!(keys(healing.pick(&table, &found(&all), full, now)).is_empty());
-        let due = healing.pick(&table, &found(&["6"]), full, now);
-        assert_eq!(due, Picked::Squeezed);
-    }
-
-    #[test]
-    fn keys_that_stay_asked_for_take_their_room() {
-        let table = TableName::new("public", "t");
-        let wide = room().wide();
-        assert_eq!(room().share(&table), wide / 2);
-        let debts = vec![(table.clone(), vec![vec!["x".repeat(995)]; 20])];
-        let beside = room().again(&debts);
-        let taken = 20_000 + table_bytes(&table);
-        assert_eq!(beside.taken, taken);
-        assert_eq!(beside.share(&table), (wide - taken) / 2);
-        let left = room().whole - taken - table_bytes(&table);
-        assert_eq!(beside.left(&table), left);
-        assert!(beside.is_joined());
-        let full = vec![(table.clone(), vec![vec!["x".repeat(REQUEST_BYTES_MAX)]])];
-        let full = room().again(&full);
-        assert_eq!((full.share(&table), full.left(&table)), (0, 0));
-        assert!(!full.is_joined());
-    }
-
-    #[test]
-    fn a_request_never_has_more_bytes_than_its_room() {
-        use millrace_event::work::{CopyRequest, TableRequest, Wanted};
-        let now = Instant::now();
-        for max_payload in [64 * 1024, MAX_PAYLOAD, 64 * MAX_PAYLOAD] {
-            // Short columns, and such as have to be escaped.
-            for column in ["1", "", "\"\\", "\u{1}", "plain"] {
-                let mut healing = Healing::default();
-                let (mut room, mut debts) = (Room::beside(&Vec::new(), max_payload), Vec::new());
-                let key = |row: usize| vec![row.to_string(), column.into(), column.into()];
-                let found = (0..ROWS_MAX).map(|row| (row.to_string(), Some(key(row))));
-                let found: Vec<_> = found.collect();
-                for table in 0.. {
-                    let table = TableName::new("public", format!("t{table}"));
-                    let Picked::Keys(keys) = healing.pick(&table, &found, room, now) else {
-                        break;
-                    };
-                    room.take(&table, &keys);
-                    debts.push((table, keys));
-                }
-                let tables = debts.into_iter().map(|(table, keys)| TableRequest {
-                    table,
-                    began_us: 0,
-                    rows: Wanted::Keys { keys },
-                });
-                let request = CopyRequest {
-                    id: "0123456789abcdef".into(),
-                    tables: tables.collect(),
-                    binary: true,
-                };
-                let bytes = json_bytes(&request);
-                assert!(bytes < max_payload.min(REQUEST_BYTES_MAX * 3) / 3 + 64);
-                assert!(bytes > room.whole * 4 / 5, "{bytes} of {}", room.whole);
-            }
-        }
-    }
-
-    #[test]
-    fn what_is_awaited_is_not_forgotten() {
-        let (mut healing, table) = (Healing::default(), TableName::new("public", "t"));
-        let now = Instant::now();
-        let key = |row: usize| vec![row.to_string()];
-        (0..=ASKED_MAX).for_each(|row| healing.note(&table, &key(row), now));
-        let awaited = vec![(table.clone(), (0..9).map(key).collect())];
-        healing.forget_old(&awaited, now);
-        assert_eq!(healing.asked.len(), 9);
-        assert!(!healing.is_due(&table, &key(8), now));
-        assert!(healing.is_due(&table, &key(9), now));
-        // Fewer keys than are remembered keep others from joining.
-        let shortest = key_bytes(&vec![String::new(); 1]);
-        assert!(room().wide() / (shortest + 1) < ASKED_MAX);
-    }
-}
+mod tests;

@@ -7,6 +7,10 @@ use tokio::time::Instant;
 /// A request whose keys others wait for is given so long without bringing anything before it is replaced.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// The same for one with a load that is under way, and of which capture has no trouble to tell: its snapshot waits for
+/// transactions of the source, and the first of its rows for the sink's stream. All of that would begin anew.
+const PATIENCE_WITH_LOAD: Duration = Duration::from_secs(600);
+
 /// What has come for a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Brought {
@@ -14,6 +18,19 @@ pub(super) struct Brought {
     pub(super) tables: usize,
     /// The sequence of the copy stream up to which the keys' rows are committed in the target.
     pub(super) applied_seq: u64,
+    /// Whether a load is under way.
+    pub(super) loads: bool,
+}
+
+/// How a request goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pace {
+    /// It brings something from time to time, or nothing was asked for.
+    Brings,
+    /// A load of it is under way, whose beginning would be lost with the request.
+    Loads,
+    /// It has brought nothing for a while.
+    Quiet,
 }
 
 /// Watches the request that is being answered.
@@ -24,26 +41,24 @@ pub(super) struct Quiet {
 }
 
 impl Quiet {
-    /// Whether the request, of which so much has come by `now`, has brought nothing for a while. One that capture has
-    /// not taken up is not quiet: another one would fare no better.
-    pub(super) fn is_quiet(
-        &mut self,
-        request: &str,
-        brought: Option<Brought>,
-        now: Instant,
-    ) -> bool {
+    /// How the request goes on, of which so much has come by `now`. One that capture has not taken up is not quiet:
+    /// another one would fare no better.
+    pub(super) fn pace(&mut self, request: &str, brought: Option<Brought>, now: Instant) -> Pace {
         let Some(brought) = brought else {
             self.last = None;
-            return false;
+            return Pace::Brings;
         };
-        match &self.last {
-            Some((id, last, since)) if id == request && *last == brought => {
-                now - *since >= PATIENCE
-            }
+        let since = match &self.last {
+            Some((id, last, since)) if id == request && *last == brought => *since,
             _ => {
                 self.last = Some((request.to_owned(), brought, now));
-                false
+                now
             }
+        };
+        match brought.loads {
+            true if now - since < PATIENCE_WITH_LOAD => Pace::Loads,
+            false if now - since < PATIENCE => Pace::Brings,
+            _ => Pace::Quiet,
         }
     }
 }
@@ -59,9 +74,10 @@ mod tests {
             let brought = Brought {
                 tables,
                 applied_seq,
+                loads: false,
             };
             let now = begin + Duration::from_secs(second);
-            quiet.is_quiet(request, Some(brought), now)
+            quiet.pace(request, Some(brought), now) == Pace::Quiet
         };
         assert!(!at(0, "a", 0, 0));
         assert!(!at(9, "a", 0, 0));
@@ -75,6 +91,25 @@ mod tests {
             assert!(at(second + 10, request, tables, applied_seq));
         }
         let now = begin + Duration::from_secs(99);
-        assert!(!quiet.is_quiet("b", None, now));
+        assert_eq!(quiet.pace("b", None, now), Pace::Brings);
+    }
+
+    #[test]
+    fn a_load_under_way_is_given_longer_and_one_in_trouble_is_not() {
+        let (mut quiet, begin) = (Quiet::default(), Instant::now());
+        let mut at = |second, loads| {
+            let brought = Brought {
+                tables: 0,
+                applied_seq: 0,
+                loads,
+            };
+            quiet.pace("a", Some(brought), begin + Duration::from_secs(second))
+        };
+        assert_eq!(at(0, true), Pace::Loads);
+        assert_eq!(at(599, true), Pace::Loads);
+        assert_eq!(at(600, true), Pace::Quiet);
+        assert_eq!(at(601, false), Pace::Brings);
+        assert_eq!(at(611, false), Pace::Quiet);
+        assert_eq!(at(612, true), Pace::Loads);
     }
 }

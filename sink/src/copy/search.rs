@@ -3,7 +3,8 @@
 use millrace_event::TableName;
 use tokio::time::Instant;
 
-use super::healing::{FoundKey, Healing, Picked, Room};
+use super::healing::{FoundKey, Healing, Picked, Room, TooLong};
+use super::quiet::Pace;
 use crate::asking::Debts;
 
 /// A look.
@@ -23,28 +24,29 @@ pub(super) struct Search<'a> {
 enum Standing {
     /// It has few keys: others join it, which replaces it.
     Joined,
-    /// It has many keys, which are answered one table after the other: it is not replaced for others before.
+    /// It has many keys, which are answered one table after the other, or a load that is under way: it is not replaced
+    /// for others before.
     Kept,
     /// It brings nothing: others join it, and where they have no room, its keys give way.
     Quiet,
 }
 
 impl<'a> Search<'a> {
-    /// Begins a look beside keys that are awaited, which `debts` has and which leave `room`; `quiet`: their request has
-    /// brought nothing for a while.
+    /// Begins a look beside keys that are awaited, which `debts` has and which leave `room`; `pace`: how their request
+    /// goes on.
     pub(super) fn begin(
         healing: &'a mut Healing,
         debts: &'a mut Debts,
         awaited: &'a [TableName],
         room: Room,
-        quiet: bool,
+        pace: Pace,
         now: Instant,
     ) -> Self {
-        healing.forget_old(debts, now);
-        let standing = match (quiet, room.is_joined()) {
-            (true, _) => Standing::Quiet,
-            (false, true) => Standing::Joined,
-            (false, false) => Standing::Kept,
+        healing.forget_old(now);
+        let standing = match pace {
+            Pace::Quiet => Standing::Quiet,
+            Pace::Brings if room.is_joined() => Standing::Joined,
+            Pace::Brings | Pace::Loads => Standing::Kept,
         };
         Self {
             healing,
@@ -56,11 +58,11 @@ impl<'a> Search<'a> {
         }
     }
 
-    /// Those of the tables that are searched now, in their turn.
-    pub(super) fn in_turn(&mut self, tables: Vec<TableName>) -> Vec<TableName> {
+    /// Those of the tables that are searched now, the one that waits for room first.
+    pub(super) fn in_order(&mut self, tables: Vec<TableName>) -> Vec<TableName> {
         match self.standing {
             Standing::Kept => Vec::new(),
-            Standing::Joined | Standing::Quiet => self.healing.in_turn(tables),
+            Standing::Joined | Standing::Quiet => self.healing.in_order(tables),
         }
     }
 
@@ -69,17 +71,22 @@ impl<'a> Search<'a> {
         self.healing.place(table)
     }
 
-    /// Up to [`super::healing::ROWS_MAX`] keys were found in a table. Returns how many of them are asked for.
-    pub(super) fn found(&mut self, table: &TableName, found: Vec<FoundKey>) -> usize {
-        let mut picked = self.healing.pick(table, &found, self.room, self.now);
+    /// Up to [`super::healing::ROWS_MAX`] keys were found in a table. Returns how many of them are asked for, and, once
+    /// the table is searched to its end, of how many that cannot be.
+    pub(super) fn found(
+        &mut self,
+        table: &TableName,
+        found: Vec<FoundKey>,
+    ) -> (usize, Option<TooLong>) {
+        let (mut picked, mut too_long) = self.healing.pick(table, &found, self.room, self.now);
         if picked == Picked::Squeezed && self.standing == Standing::Quiet {
             // What gives way is asked for again after a while.
             let awaited = self.awaited;
             self.debts.retain(|(table, _)| !awaited.contains(table));
             self.room = self.room.again(self.debts);
-            picked = self.healing.pick(table, &found, self.room, self.now);
+            (picked, too_long) = self.healing.pick(table, &found, self.room, self.now);
         }
-        match picked {
+        let rows = match picked {
             Picked::Squeezed => {
                 self.healing.waits(table.clone());
                 0
@@ -92,7 +99,8 @@ impl<'a> Search<'a> {
                 }
                 rows
             }
-        }
+        };
+        (rows, too_long)
     }
 }
 

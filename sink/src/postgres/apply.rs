@@ -9,14 +9,14 @@ use millrace_event::{TableName, Version};
 use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, Error, Statement};
 
-use super::commands::{Command, Commands, Counts, Sorted, is_above_floor};
+use super::commands::{Command, Commands, Counts, Group, Sorted, is_above_floor};
 use super::fault::{self, Cause};
 use super::isolate;
 use super::keys::{self, Pure};
 use super::load::{self, Refused};
 use super::parameters::{Parameter, Uuid};
 use super::session::{PARTITION, Session, Transaction};
-use crate::batch::{Batch, Step, TableRows};
+use crate::batch::{Batch, RowOp, Step, TableRows};
 use crate::progress::CopyState;
 use crate::row::TableLayout;
 use crate::sink::{Applied, CopyTooOld, SinkError};
@@ -53,11 +53,7 @@ pub(super) async fn apply(
     halt_on: &(dyn Fn(&millrace_event::TableName) -> bool + Sync),
 ) -> Result<Applied, SinkError> {
     if let Some(too_old) = copied_too_old(session, batch) {
-        return Err(SinkError::Transient {
-            what: "applying the rows of a copy",
-            condition: None,
-            source: too_old.into(),
-        });
+        return Err(read_again(too_old));
     }
     let laid_out;
     let mut batch = batch;
@@ -83,28 +79,12 @@ pub(super) async fn apply(
         }
     }
     if let Err(Failure::Row { at_end }) = result {
-        tracing::debug!(at_end, "isolating the rows that the target refuses");
         for relation in inserted {
             session.inserts.refused(relation);
         }
-        let rows;
-        let mut batch = batch;
-        if batch.has_load() {
-            rows = batch.laid_out().map_err(load::unreadable)?;
-            batch = &rows;
-            if fresh && !session.keyless.due(batch).is_empty() {
-                // What was refused ends here; its rows are written with guards, which need the key.
-                let ended = session.client.batch_execute("ROLLBACK").await;
-                ended.map_err(|error| fault::general("rolling back", error))?;
-                session.transaction = Transaction::Closed;
-            }
-            keys::make(session, batch).await?;
-            session.pure = Pure::default();
-            session.transaction = Transaction::Broken;
-        }
         session.floors.clone_from(&floors);
         applied = Applied::default();
-        result = isolate::apply(session, sink, batch, fresh, at_end, halt_on, &mut applied)
+        result = isolated(session, sink, batch, (fresh, at_end), halt_on, &mut applied)
             .await
             .map_err(Failure::Sink);
     }
@@ -134,6 +114,43 @@ pub(super) async fn apply(
         session.copied.clone_from(copy);
     }
     Ok(applied)
+}
+
+/// Applies a batch of which the target refuses a row, so that only such rows are left out. It begins a transaction, if
+/// `fresh`, and the refusal came when that was to end, if `at_end`.
+async fn isolated(
+    session: &mut Session,
+    sink: &str,
+    batch: &Batch,
+    (fresh, at_end): (bool, bool),
+    halt_on: &(dyn Fn(&TableName) -> bool + Sync),
+    applied: &mut Applied,
+) -> Result<(), SinkError> {
+    tracing::debug!(at_end, "isolating the rows that the target refuses");
+    let rows;
+    let mut batch = batch;
+    if batch.has_load() {
+        rows = batch.laid_out().map_err(load::unreadable)?;
+        batch = &rows;
+        if fresh && !session.keyless.due(batch).is_empty() {
+            // What was refused ends here; its rows are written with guards, which need the key.
+            let ended = session.client.batch_execute("ROLLBACK").await;
+            ended.map_err(|error| fault::general("rolling back", error))?;
+            session.transaction = Transaction::Closed;
+        }
+        keys::make(session, batch).await?;
+        session.pure = Pure::default();
+        session.transaction = Transaction::Broken;
+    }
+    isolate::apply(session, sink, batch, fresh, at_end, halt_on, applied).await
+}
+
+fn read_again(too_old: CopyTooOld) -> SinkError {
+    SinkError::Transient {
+        what: "applying the rows of a copy",
+        condition: None,
+        source: too_old.into(),
+    }
 }
 
 /// A row of a copy, of a table not copied yet, that a forgotten delete may have removed. One worker at a time
@@ -202,9 +219,49 @@ async fn pipelined(
     inserted: &mut Vec<String>,
     applied: &mut Applied,
 ) -> Result<(), Failure> {
+    let sorted = sort(session, batch, inserted);
+    let groups: Vec<Vec<_>> = sorted
+        .iter()
+        .map(|tables| tables.iter().map(Sorted::groups).collect())
+        .collect();
+    let mut commands = Commands::new(session, sink);
+    let offered = write(&mut commands, batch, (&sorted, &groups), applied).await?;
+    let list = std::mem::take(&mut commands.list);
+    // A failed commit would end the earlier batches of a transaction too, so there it waits for its turn.
+    let flush = Flush {
+        begin: if fresh {
+            "BEGIN"
+        } else {
+            "SAVEPOINT millrace_batch"
+        },
+        fence: Some((session.cas.clone(), fence(session, sink, batch))),
+        end: end(fresh, batch.commit),
+    };
+    let ran = run(&session.client, flush, &list, applied).await;
+    if let Err((At::Form(index), _)) = &ran {
+        let relation = list[*index].layout.relation();
+        session.load_texts.insert(relation.clone());
+        inserted.retain(|inserted| *inserted != relation);
+    }
+    ran.map_err(|(at, error)| failure(at, error, &list))?;
+    applied.stale += offered - (applied.written + applied.dead()).min(offered);
+    if !fresh && batch.commit {
+        let committed = session.client.batch_execute("COMMIT").await;
+        committed.map_err(|error| Failure::Sink(fault::general("committing", error)))?;
+    }
+    Ok(())
+}
+
+/// The rows of each step, sorted by how they are written. `inserted` gets the relations of which new rows are to be sent
+/// as plain inserts.
+fn sort<'b>(
+    session: &mut Session,
+    batch: &'b Batch,
+    inserted: &mut Vec<String>,
+) -> Vec<Vec<Sorted<'b>>> {
     // Rows are sorted lazily per step because a truncate raises the floor for the steps behind it.
     let mut floors = session.floors.clone();
-    let mut sorted = Vec::new();
+    let mut sorted = Vec::with_capacity(batch.steps.len());
     for step in &batch.steps {
         match step {
             Step::Rows(tables) => {
@@ -236,13 +293,21 @@ async fn pipelined(
             Step::Move(_) | Step::Sweep { .. } => sorted.push(Vec::<Sorted<'_>>::new()),
         }
     }
-    let groups: Vec<Vec<_>> = sorted
-        .iter()
-        .map(|tables| tables.iter().map(Sorted::groups).collect())
-        .collect();
-    let mut commands = Commands::new(session, sink);
+    sorted
+}
+
+/// A table's rows by how they are written.
+type Groups<'a> = Vec<(Group<'a>, &'a [&'a RowOp])>;
+
+/// Adds the commands that write a batch, whose rows are sorted and grouped so. Returns how many rows they offer.
+async fn write<'a>(
+    commands: &mut Commands<'a, '_>,
+    batch: &'a Batch,
+    (sorted, groups): (&[Vec<Sorted<'a>>], &'a [Vec<Groups<'a>>]),
+    applied: &mut Applied,
+) -> Result<u64, SinkError> {
     let mut offered = 0;
-    for ((step, sorted), groups) in batch.steps.iter().zip(&sorted).zip(&groups) {
+    for ((step, sorted), groups) in batch.steps.iter().zip(sorted).zip(groups) {
         if let Step::Rows(tables) = step {
             for ((table, sorted), groups) in tables.iter().zip(sorted).zip(groups) {
                 applied.stale += sorted.stale;
@@ -268,38 +333,18 @@ async fn pipelined(
         }
         commands.session.end_step();
     }
-    let list = std::mem::take(&mut commands.list);
-    // A failed commit would end the earlier batches of a transaction too, so there it waits for its turn.
-    let flush = Flush {
-        begin: if fresh {
-            "BEGIN"
-        } else {
-            "SAVEPOINT millrace_batch"
-        },
-        fence: Some((session.cas.clone(), fence(session, sink, batch))),
-        end: match (fresh, batch.commit) {
-            (true, true) => Some("COMMIT"),
-            (true, false) => None,
-            (false, false) => Some("RELEASE SAVEPOINT millrace_batch"),
-            // What was deferred is checked while this batch can still be taken back alone.
-            (false, true) => {
-                Some("SET CONSTRAINTS ALL IMMEDIATE; RELEASE SAVEPOINT millrace_batch")
-            }
-        },
-    };
-    let ran = run(&session.client, flush, &list, applied).await;
-    if let Err((At::Form(index), _)) = &ran {
-        let relation = list[*index].layout.relation();
-        session.load_texts.insert(relation.clone());
-        inserted.retain(|inserted| *inserted != relation);
+    Ok(offered)
+}
+
+/// What ends a batch that begins a transaction, or does not, and commits it, or does not.
+fn end(fresh: bool, commit: bool) -> Option<&'static str> {
+    match (fresh, commit) {
+        (true, true) => Some("COMMIT"),
+        (true, false) => None,
+        (false, false) => Some("RELEASE SAVEPOINT millrace_batch"),
+        // What was deferred is checked while this batch can still be taken back alone.
+        (false, true) => Some("SET CONSTRAINTS ALL IMMEDIATE; RELEASE SAVEPOINT millrace_batch"),
     }
-    ran.map_err(|(at, error)| failure(at, error, &list))?;
-    applied.stale += offered - (applied.written + applied.dead()).min(offered);
-    if !fresh && batch.commit {
-        let committed = session.client.batch_execute("COMMIT").await;
-        committed.map_err(|error| Failure::Sink(fault::general("committing", error)))?;
-    }
-    Ok(())
 }
 
 fn failure(at: At, error: Error, list: &[Command<'_>]) -> Failure {

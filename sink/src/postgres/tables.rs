@@ -1,18 +1,18 @@
 //! Makes sure that a target table can take the source's rows, and lays them out for it.
 
 mod checks;
+mod create;
 mod evolve;
 
 use std::sync::Arc;
 
 use millrace_config::{Code, Condition, Create, OnSchemaChange, Table};
-use millrace_event::{TableName, TableSchema, TypeSchema, quote_identifier};
+use millrace_event::TableSchema;
 use tokio_postgres::{Client, Error};
 
 use super::apply::broken;
 use super::fault::{self, Cause};
 use super::session::{Session, Transaction};
-use super::{labels, types};
 use crate::evolution;
 use crate::progress::CopyState;
 use crate::row::{LayoutColumn, TableLayout};
@@ -87,22 +87,7 @@ pub(super) async fn ensure(
         begun,
         holds: copied.is_some_and(CopyState::holds_rows),
         is_keyless: session.keyless.has(&relation),
-        keyed: match copied {
-            Some(CopyState::Pending { .. }) if may_wait(session, settings) => Keyed::Later,
-            Some(
-                CopyState::Pending { .. }
-                | CopyState::Loading { .. }
-                | CopyState::Chunks(_)
-                | CopyState::Refused { .. },
-            ) => Keyed::Now,
-            None
-            | Some(
-                CopyState::Loaded { .. }
-                | CopyState::Copied { .. }
-                | CopyState::Parked { .. }
-                | CopyState::Lapsed { .. },
-            ) => Keyed::Already,
-        },
+        keyed: Keyed::of(copied, may_wait(session, settings)),
         // A label that an open transaction adds could not be used before its end.
         labels: evolves && matches!(session.transaction, Transaction::Closed),
     };
@@ -155,6 +140,28 @@ enum Keyed {
     Now,
     /// Behind the rows of its load, if it is created now; else at once.
     Later,
+}
+
+impl Keyed {
+    /// That of a table whose copy stands so; `may_wait`: whether its key may come behind its rows.
+    fn of(copied: Option<&CopyState>, may_wait: bool) -> Self {
+        match copied {
+            Some(CopyState::Pending { .. }) if may_wait => Self::Later,
+            Some(
+                CopyState::Pending { .. }
+                | CopyState::Loading { .. }
+                | CopyState::Chunks(_)
+                | CopyState::Refused { .. },
+            ) => Self::Now,
+            None
+            | Some(
+                CopyState::Loaded { .. }
+                | CopyState::Copied { .. }
+                | CopyState::Parked { .. }
+                | CopyState::Lapsed { .. },
+            ) => Self::Already,
+        }
+    }
 }
 
 /// A target table of the shape that is wanted, as far as it could be given it.
@@ -293,60 +300,6 @@ impl Ensuring<'_> {
             .map_err(|error| self.failed(error))
     }
 
-    /// Creates the enums and domains that the target lacks, and the labels that its enums lack.
-    async fn create_types(&self, warnings: &mut Vec<String>) -> Result<(), SinkError> {
-        for definition in &self.schema.types {
-            let (TypeSchema::Enum { name, .. } | TypeSchema::Domain { name, .. }) = definition;
-            let exists = self
-                .text("SELECT to_regtype($1)::text", &name.quoted())
-                .await?
-                .is_some();
-            if exists {
-                if let (true, TypeSchema::Enum { labels, .. }) = (self.labels, definition) {
-                    self.complete_labels(name, labels, warnings).await?;
-                }
-                continue;
-            }
-            self.create_schema(name).await?;
-            let created = types::create(self.client, definition).await;
-            created.map_err(|error| self.failed(error))?;
-        }
-        Ok(())
-    }
-
-    async fn complete_labels(
-        &self,
-        name: &TableName,
-        labels: &[String],
-        warnings: &mut Vec<String>,
-    ) -> Result<(), SinkError> {
-        let refused = labels::complete(self.client, name, labels).await;
-        if let Some(reason) = refused.map_err(|error| self.failed(error))? {
-            warnings.push(format!(
-                "type {name} of table {} lacks labels in the target, where they cannot be added ({reason}): rows \
-                 with them will be refused",
-                self.schema.name
-            ));
-        }
-        Ok(())
-    }
-
-    async fn create_schema(&self, of: &TableName) -> Result<(), SinkError> {
-        let schema = quote_identifier(&of.schema);
-        if self
-            .text("SELECT to_regnamespace($1)::text", &schema)
-            .await?
-            .is_none()
-        {
-            let created = self
-                .client
-                .batch_execute(&format!("CREATE SCHEMA {schema}"))
-                .await;
-            created.map_err(|error| self.failed(error))?;
-        }
-        Ok(())
-    }
-
     /// The columns that travel, with types that the target has.
     async fn wanted(&self, warnings: &mut Vec<String>) -> Result<Vec<Wanted>, SinkError> {
         let mut wanted = Vec::new();
@@ -444,49 +397,6 @@ impl Ensuring<'_> {
         });
         found
             .collect::<Result<_, _>>()
-            .map_err(|error| self.failed(error))
-    }
-
-    async fn create_table(&self, wanted: &[Wanted], key: &[String]) -> Result<(), SinkError> {
-        let target = &self.settings.target;
-        let columns: Vec<_> = wanted
-            .iter()
-            .map(|column| {
-                (
-                    column.target.clone(),
-                    column.type_name.clone(),
-                    column.not_null || key.contains(&column.target),
-                )
-            })
-            .collect();
-        let sql = sql::create_table(target, &columns, key);
-        if self.holds {
-            return Err(self.refuse(
-                Code::TargetLost,
-                format!("target table {target} is gone, and its rows with it"),
-                match self.create {
-                    Create::Auto => {
-                        "nothing to do: it is made, and its rows are read again".to_owned()
-                    }
-                    Create::Never => format!("{sql};"),
-                },
-            ));
-        }
-        if self.create == Create::Never {
-            return Err(self.refuse(
-                Code::TargetTableMissing,
-                format!("target table {target} does not exist, and `create` is \"never\""),
-                format!("{sql};"),
-            ));
-        }
-        self.create_schema(target).await?;
-        let sql = match self.keyed {
-            Keyed::Already | Keyed::Now => sql,
-            Keyed::Later => sql::create_table(target, &columns, &[]),
-        };
-        self.client
-            .batch_execute(&sql)
-            .await
             .map_err(|error| self.failed(error))
     }
 

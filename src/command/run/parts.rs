@@ -237,6 +237,7 @@ impl Parts {
         for (name, status) in &self.sinks {
             let snapshot = status.snapshot();
             let part = Part::Sink(name.clone());
+            let streams = snapshot.state == State::Streaming;
             match (snapshot.state, failed(&part).or(snapshot.condition)) {
                 (_, Some(condition)) if failed(&part).is_some() => {
                     board.halt_sink(name, condition);
@@ -256,6 +257,9 @@ impl Parts {
                             .is_none_or(|concerned| *concerned == table)
                 });
                 match (state, condition) {
+                    (State::Streaming, Some(condition)) if streams => {
+                        board.tell_table(name, &table, condition);
+                    }
                     (State::Streaming, _) => board.set_table(name, &table, None),
                     (State::Parked(_), Some(condition)) => {
                         board.park_table(name, &table, condition)

@@ -25,6 +25,8 @@ struct Line {
     /// Requests that were replaced before their answer, and how long they had brought nothing.
     evicted: Vec<Duration>,
     moved: Instant,
+    /// Whether each request has a load too, of which no row has come.
+    loads: bool,
 }
 
 impl Line {
@@ -46,6 +48,7 @@ impl Line {
             stuck: all.into_iter().take(stuck).collect(),
             evicted: Vec::new(),
             moved: now,
+            loads: false,
         }
     }
 
@@ -62,16 +65,18 @@ impl Line {
         let brought = Brought {
             tables: self.answered.len(),
             applied_seq: 0,
+            loads: self.loads,
         };
         let id = self.id.to_string();
-        let quiet = self.id > 0 && self.quiet.is_quiet(&id, Some(brought), self.now);
+        let brought = (self.id > 0).then_some(brought);
+        let pace = self.quiet.pace(&id, brought, self.now);
         let room = Room::beside(&self.debts, MAX_PAYLOAD);
         let (healing, debts) = (&mut self.healing, &mut self.debts);
-        let mut search = Search::begin(healing, debts, &awaited, room, quiet, self.now);
+        let mut search = Search::begin(healing, debts, &awaited, room, pace, self.now);
         let mut tables: Vec<_> = self.incomplete.keys().cloned().collect();
         tables.sort_by_key(ToString::to_string);
         tables.retain(|table| !awaited.contains(table));
-        for table in search.in_turn(tables) {
+        for table in search.in_order(tables) {
             let after = search.place(&table).to_owned();
             let found = self.incomplete[&table].iter().filter(|key| **key > after);
             let found = found.take(ROWS_MAX).cloned();
@@ -162,4 +167,25 @@ fn keys_that_nothing_answers_give_way_after_a_while_and_only_to_such_as_are_due(
         }
         assert!(line.id - before <= 30, "{} requests", line.id - before);
     }
+}
+
+#[test]
+fn a_load_under_way_does_not_begin_anew_for_rows_that_become_due() {
+    let mut line = Line::new(3, 0, 1, 9);
+    line.loads = true;
+    line.look();
+    assert_eq!(line.id, 1);
+    for second in 0..300 {
+        // Keys come before loads.
+        line.answer();
+        let tables = line.incomplete.values_mut();
+        tables.for_each(|keys| keys.push(format!("new {second:05}")));
+        line.look();
+        line.now += Duration::from_secs(1);
+    }
+    assert_eq!(line.id, 1, "the load has begun anew");
+    // With its first row it is no load under way any more.
+    line.loads = false;
+    let line = heals(line, Duration::from_secs(60));
+    assert!(line.id > 1);
 }

@@ -10,6 +10,15 @@ use crate::postgres::session::PARTITION;
 use crate::sink::SinkError;
 use crate::sql::{self, VERSION_COLUMN};
 
+/// The unique indexes of a target table.
+struct Uniques {
+    /// Whether one is over exactly the key, and checked at once.
+    matches: bool,
+    /// The constraint of a primary key over something else, of a table that this sink has written.
+    primary: Option<String>,
+    has_primary: bool,
+}
+
 impl Ensuring<'_> {
     /// Everything that can be found out without writing a row, each refusal with the statement that helps.
     pub(super) async fn check(
@@ -158,13 +167,12 @@ impl Ensuring<'_> {
         ))
     }
 
-    /// `ON CONFLICT` needs a unique index over exactly the key, checked at once.
-    async fn check_key(
+    /// What the target's unique indexes say of the key that is wanted.
+    async fn uniques(
         &self,
         key: &[String],
-        found: &[Found],
         warnings: &mut Vec<String>,
-    ) -> Result<(), SinkError> {
+    ) -> Result<Uniques, SinkError> {
         let target = &self.settings.target;
         let rows = self
             .client
@@ -200,6 +208,26 @@ impl Ensuring<'_> {
                 ));
             }
         }
+        Ok(Uniques {
+            matches,
+            primary,
+            has_primary,
+        })
+    }
+
+    /// `ON CONFLICT` needs a unique index over exactly the key, checked at once.
+    async fn check_key(
+        &self,
+        key: &[String],
+        found: &[Found],
+        warnings: &mut Vec<String>,
+    ) -> Result<(), SinkError> {
+        let target = &self.settings.target;
+        let Uniques {
+            matches,
+            primary,
+            has_primary,
+        } = self.uniques(key, warnings).await?;
         if matches || self.is_keyless {
             return Ok(());
         }
