@@ -12,7 +12,7 @@ use async_nats::jetstream::{self, kv};
 use millrace_config::{Code, Condition, Config, Mask, Origin as OriginFilter, limits};
 use millrace_connect::nats::{self, Reconnect};
 use millrace_connect::postgres::{Dsn, Session, connect};
-use millrace_event::{Lsn, subject, work};
+use millrace_event::{Lsn, Position, subject, work};
 use tokio_postgres::Client;
 
 pub(crate) use self::away::Away;
@@ -51,6 +51,8 @@ const ORIGIN_VERSION_MIN: i32 = 160_000;
 /// Everything that one life works with.
 pub(crate) struct Life {
     pub(crate) capture: Capture,
+    /// The highest whole message that the life goes on behind: it publishes everything above.
+    pub(crate) after: Position,
     pub(crate) wal: WalReader,
     pub(crate) sender: Sender,
     pub(crate) acks: Acks,
@@ -247,6 +249,7 @@ pub(crate) async fn open(config: &Config, now: Duration, away: &mut Away) -> Res
     };
     birth::check_tail(&slot, found, confirmed).map_err(Error::halt)?;
     identity::remember(&stream, &identity, epoch).await?;
+    let after = stream::whole_at(&stream.jetstream, &stream.name, &tail).await?;
 
     let publisher = nats::connect(
         &config.stream,
@@ -271,6 +274,7 @@ pub(crate) async fn open(config: &Config, now: Duration, away: &mut Away) -> Res
     };
     Ok(Life {
         capture,
+        after,
         wal,
         sender,
         acks,
