@@ -182,6 +182,15 @@ async fn judge(stream: &Stream, holes: &Holes, hole: Hole, mut own: Position) ->
     let gone = || Fault::Transient("the stream is purged meanwhile".to_owned());
     let message = message_at(stream, found).await?.ok_or_else(gone)?;
     let behind = hole::Behind::of(found, Some(&message.headers), &message.payload);
+    let gap = || {
+        Fault::Fatal(ReadError::Gap {
+            wanted: hole.first,
+            found,
+        })
+    };
+    if !behind.opens_batch() {
+        return Err(gap());
+    }
     let mut before = hole.first;
     for _ in 0..BEFORE_MAX {
         if hole::is_harmless(own, behind) {
@@ -199,8 +208,5 @@ async fn judge(stream: &Stream, holes: &Holes, hole: Hole, mut own: Position) ->
         let Some(message) = message else { break };
         own = own.max(of_whole(&message.headers, &message.payload).unwrap_or(own));
     }
-    Err(Fault::Fatal(ReadError::Gap {
-        wanted: hole.first,
-        found,
-    }))
+    Err(gap())
 }
