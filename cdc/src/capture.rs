@@ -264,12 +264,6 @@ impl Capture {
         self.outputs.pop_front()
     }
 
-    /// Everything at or below this position is in the stream already, and nothing of it is published.
-    #[must_use]
-    pub fn resumed_after(&self) -> Position {
-        self.skip_to
-    }
-
     /// The subject that an [`Outgoing`] names.
     #[must_use]
     pub fn subjects(&self) -> &[String] {

@@ -14,7 +14,7 @@ use async_nats::jetstream::{self, kv};
 use millrace_config::{Code, Condition, Config, Mask, Origin as OriginFilter, limits};
 use millrace_connect::nats::{self, Reconnect};
 use millrace_connect::postgres::Dsn;
-use millrace_event::{Lsn, subject, work};
+use millrace_event::{Lsn, Position, subject, work};
 use tokio_postgres::Client;
 
 pub(crate) use self::away::Away;
@@ -52,6 +52,8 @@ const ORIGIN_VERSION_MIN: i32 = 160_000;
 /// Everything that one life works with.
 pub(crate) struct Life {
     pub(crate) capture: Capture,
+    /// The highest whole message that the life goes on behind: it publishes everything above.
+    pub(crate) after: Position,
     pub(crate) wal: WalReader,
     pub(crate) sender: Sender,
     pub(crate) acks: Acks,
@@ -153,12 +155,14 @@ pub(crate) async fn open(config: &Config, now: Duration, away: &mut Away) -> Res
     }
     let ends = Ends::find(&stream, &slot, confirmed).await?;
     identity::remember(&stream, &identity, epoch).await?;
+    let after = ends.after(&stream).await?;
 
     let (sender, acks) = publisher(config, ends.last_seq()).await?;
     let settings = settings(config, facts, &tables, epoch, reached.max_payload);
     away.streams(&tables, &refused);
     Ok(Life {
         capture: Capture::new(settings, ends.resume(), now),
+        after,
         wal,
         sender,
         acks,

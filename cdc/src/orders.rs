@@ -84,13 +84,18 @@ pub(crate) async fn order_backfill(
             table: table.clone(),
             id: id.to_owned(),
             revision,
+            witness: None,
         });
     }
-    match config.stream.kept_until_synced() {
-        // Before the caller remembers that it has ordered.
-        Some(_) => stream.unsynced.keep(&stream.state, placed).await,
-        None => Ok(()),
+    if config.stream.kept_until_synced().is_none() {
+        return Ok(());
     }
+    let witness = unsynced::witness(&stream.copies).await?;
+    for placed in &mut placed {
+        placed.witness = Some(witness);
+    }
+    // Before the caller remembers that it has ordered.
+    stream.unsynced.keep(&stream.state, placed).await
 }
 
 /// The sinks that are configured, and those that ever reported.

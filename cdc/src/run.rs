@@ -103,6 +103,7 @@ async fn live(
     };
     let Life {
         capture,
+        after,
         wal,
         sender,
         acks,
@@ -123,7 +124,7 @@ async fn live(
         config,
         tables_by_oid: watched.by_oid(),
         handle: wal.handle(),
-        after: capture.resumed_after(),
+        after,
         capture,
         sender: Some(sender),
         source: &source,

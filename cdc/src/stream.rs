@@ -1,9 +1,11 @@
 //! The stream at its server: what it must be, what it holds and how it ends. Every read goes through the
 //! stream's leader; a replica's answer may be old.
 
+mod backwards;
 mod bucket;
 mod shape;
 mod tail;
+mod whole;
 
 use std::time::{Duration, SystemTime};
 
@@ -280,6 +282,20 @@ pub async fn tail_covering(
     confirmed: Lsn,
 ) -> Result<Option<Tail>, StreamError> {
     tail::tail_covering(jetstream, name, confirmed).await
+}
+
+/// The position of the highest whole message at or below a tail. Nothing of the source lies between the two, so a reader
+/// that has the one needs nothing but what comes behind the other. Reads nothing, unless the tail is an unfinished set of
+/// chunks: then up to 4,000 messages besides the set's.
+///
+/// # Errors
+/// What JetStream answers.
+pub async fn whole_at(
+    jetstream: &Context,
+    name: &str,
+    tail: &Tail,
+) -> Result<Position, StreamError> {
+    tail::whole_at(jetstream, name, tail).await
 }
 
 /// The message that represents most of the source among the newest 4,000; for rare questions.

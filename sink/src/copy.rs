@@ -15,6 +15,7 @@ mod unread;
 
 use std::time::Duration;
 
+use millrace_connect::clock::now_us;
 use millrace_consumer::{Ordering, Reader, ReaderOptions, Start};
 use millrace_event::work::{CopyApplied, CopyStatus};
 use millrace_event::{Position, TableName, subject};
@@ -32,7 +33,7 @@ pub(crate) use self::unread::Unread;
 use crate::asking::{self, Debts};
 use crate::batch::{Batch, Checkpoint};
 use crate::error::Error;
-use crate::life::{Life, now_us};
+use crate::life::Life;
 use crate::progress::{CopyProgress, CopyState};
 
 /// How often orders, debts and capture's progress are looked at while nothing is awaited.

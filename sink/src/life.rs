@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use async_nats::jetstream::{self, kv};
 use millrace_config::{Code, Config, OnDelete, OnTruncate, Sink as Settings, Table};
-pub(crate) use millrace_connect::clock::now_us;
+use millrace_connect::clock::now_us;
 use millrace_connect::nats::{self, Reconnect};
 use millrace_connect::postgres::Dsn;
 use millrace_event::work::{self, ParkedClaim, SinkReport};

@@ -11,6 +11,7 @@
 use std::collections::BTreeMap;
 
 use millrace_config::{Code, Condition};
+use millrace_connect::clock::now_us;
 use millrace_consumer::{Body, Delivery, ReadError, Reader, ReaderOptions, Start, Token};
 use millrace_event::{Lsn, Op, Position, TableName};
 use tokio_util::sync::CancellationToken;
@@ -19,7 +20,7 @@ use crate::asking;
 use crate::batch::{Batch, Step};
 use crate::catching::{Catching, Part};
 use crate::error::Error;
-use crate::life::{Life, now_us};
+use crate::life::Life;
 use crate::progress::{Claim, CopyProgress, CopyState};
 
 /// A table that is so many messages behind its sink, or fewer, rejoins while the sink waits.

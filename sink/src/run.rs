@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use millrace_config::{Code, Condition, Config, Sink as Settings, State};
+use millrace_connect::clock::now_us;
 use millrace_consumer::{Body, Delivery, Reader, ReaderOptions, Start, Token};
 use millrace_event::TableName;
 use tokio::time::{Interval, MissedTickBehavior};
@@ -15,7 +16,7 @@ use crate::copy::withdraw;
 use crate::error::Error;
 use crate::failures::Failures;
 use crate::late::may_run_beside;
-use crate::life::{Life, now_us};
+use crate::life::Life;
 use crate::progress::{CopyProgress, CopyState};
 use crate::rejoin;
 use crate::schedule::{InFlight, Schedule};

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use async_nats::jetstream::{self, kv::Store};
 use futures_util::TryStreamExt as _;
-use millrace_event::work::{COPIES, SCHEMAS, SINKS, STATE, SinkReport};
-use millrace_event::{Position, subject};
+use millrace_event::work::{BackfillOrder, COPIES, SCHEMAS, SINKS, STATE, SinkReport};
+use millrace_event::{Position, TableName, subject};
 use millrace_lab::Pipeline;
 
 use crate::stage::{PATIENCE, Setting, Stage};
@@ -287,8 +287,26 @@ async fn an_older_schema_that_cannot_be_described_while_its_table_is_locked_hold
     stage.equal(&pipeline).await;
 }
 
+/// What became of the list by the time that capture looks.
+#[derive(Clone, Copy, PartialEq)]
+enum List {
+    /// It is gone.
+    Lost,
+    /// An operator has begun it anew.
+    WrittenAgain,
+}
+
 #[tokio::test]
 async fn an_order_that_the_broker_lost_is_given_again_though_it_is_remembered_as_given() {
+    is_given_again(List::Lost).await;
+}
+
+#[tokio::test]
+async fn an_order_is_given_again_though_its_lost_list_was_written_anew_before_the_look() {
+    is_given_again(List::WrittenAgain).await;
+}
+
+async fn is_given_again(list: List) {
     let stage = Stage::set(Setting {
         stream: SYNCED,
         ..Setting::two_tables()
@@ -320,6 +338,13 @@ async fn an_order_that_the_broker_lost_is_given_again_though_it_is_remembered_as
     assert!(!capture.logs().contains(said), "{}", capture.logs());
     capture.kill9();
     lost(&copies, "orders.replica").await;
+    lost(&copies, "witnesses").await;
+    if list == List::WrittenAgain {
+        let own = BackfillOrder::new("19ab-0".to_owned(), TableName::new("public", "t"));
+        let value = serde_json::to_vec(&[own]).expect("JSON");
+        let written = copies.put("orders.replica", value.into()).await;
+        written.expect("written");
+    }
     let mut pipeline = stage.start();
     stage.equal(&pipeline).await;
     assert!(pipeline.logs().contains(said), "{}", pipeline.logs());

@@ -46,6 +46,7 @@ mod late;
 mod least_privilege;
 mod load;
 mod locked_tables;
+mod lost_chunks;
 mod lost_end_when_full;
 mod lost_identity;
 mod lost_targets;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use async_nats::jetstream::{self, stream::Stream};
 use millrace_cdc::stream as source;
-use millrace_event::subject;
+use millrace_event::{Lsn, Position, subject};
 
 use crate::broker_loss::SYNCED;
 use crate::stage::{Setting, Stage};
@@ -101,4 +101,53 @@ async fn a_sequence_without_a_message_is_as_old_as_the_message_behind_it() {
     assert_eq!(newest(1, 19).await, Some(2));
     lose(&stream, 16, 20).await;
     assert_eq!(newest(1, 19).await, Some(2));
+}
+
+/// What a publisher that was overtaken sent late lies behind the hole.
+#[tokio::test]
+async fn the_highest_message_is_found_before_a_long_hole() {
+    let stage = Stage::set(Setting::default()).await;
+    let client = stage.nats.client().await.expect("client");
+    let jetstream = jetstream::new(client.clone());
+    let name = subject::stream_name("shop");
+    let config = jetstream::stream::Config {
+        name: name.clone(),
+        subjects: vec![subject::all("shop")],
+        ..Default::default()
+    };
+    let stream = jetstream.create_stream(config).await.expect("made");
+    let at = |n| Position::new(1, Lsn(n), u32::MAX);
+    let heartbeat = async |n: u64| {
+        let (position, end_lsn) = (at(n), n + 5);
+        let payload = format!(
+            r#"{{"kind":"heartbeat","position":"{position}","end_lsn":{end_lsn},"ts_us":1}}"#
+        );
+        let sent = jetstream.publish("cdc.shop._ctl.heartbeat", payload.into());
+        sent.await.expect("sent").await.expect("stored").sequence
+    };
+    for n in [10, 20, 30] {
+        heartbeat(n).await;
+    }
+    for _ in 0..5_000 {
+        let sent = client.publish("cdc.shop.public.u.c", "{}".into()).await;
+        sent.expect("sent");
+    }
+    client.flush().await.expect("flushed");
+    assert_eq!(heartbeat(20).await, 5_004);
+    let purged = stream.purge().filter("cdc.shop.public.u.c").await;
+    assert_eq!(purged.expect("purged").purged, 5_000);
+
+    let highest = source::highest(&jetstream, &name).await.expect("answers");
+    assert_eq!(highest.map(|highest| highest.stream_seq), Some(3));
+    let covered = source::is_covered(&jetstream, &name, at(20)).await;
+    assert!(!covered.expect("answers"));
+    for (confirmed, expected) in [(25, 5_004), (26, 3), (35, 3), (36, 5_004)] {
+        let covering = source::tail_covering(&jetstream, &name, Lsn(confirmed)).await;
+        let covering = covering.expect("answers").expect("a tail");
+        assert_eq!(covering.stream_seq, expected, "{confirmed}");
+    }
+    // The hole has a message, and the stream begins in it.
+    stream.purge().sequence(4).await.expect("purged");
+    let highest = source::highest(&jetstream, &name).await.expect("answers");
+    assert_eq!(highest.map(|highest| highest.stream_seq), Some(5_004));
 }

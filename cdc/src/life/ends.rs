@@ -1,6 +1,6 @@
 //! Where the slot and the stream end: from there a life goes on.
 
-use millrace_event::Lsn;
+use millrace_event::{Lsn, Position};
 use tokio_postgres::Client;
 
 use super::Stream;
@@ -39,6 +39,11 @@ impl Ends {
     /// The stream's last sequence.
     pub(super) fn last_seq(&self) -> u64 {
         self.state.last_seq
+    }
+
+    /// The highest whole message at the stream's end.
+    pub(super) async fn after(&self, stream: &Stream) -> Result<Position, Error> {
+        Ok(stream::whole_at(&stream.jetstream, &stream.name, &self.tail).await?)
     }
 
     /// What capture goes on from.

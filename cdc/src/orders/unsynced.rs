@@ -3,8 +3,9 @@
 //! a broker may lose, it is looked for on its sink's list, and given again where it has gone.
 //!
 //! A list that is as old as the order or older has lost it. Whoever takes an order off writes the list anew, so a newer
-//! list without it says that it was carried out. (A list that was lost and written again before anybody looked says so
-//! too. That takes a sink or an operator that is faster than the life that begins with the lost connection.)
+//! list without it says that it was carried out; unless the list was lost first, and somebody who did not know wrote it
+//! again. So capture writes a witness behind the lists, into the same bucket: a broker loses what it wrote last, and never
+//! the lists without their witness.
 
 use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};
@@ -16,12 +17,15 @@ use millrace_event::work::{BackfillOrder, orders_key};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
 
-use super::order;
+use super::{ATTEMPTS, PAUSE, order};
 use crate::life::Stream;
 use crate::{Error, identity, understood};
 
 /// Where they are remembered.
 const KEY: &str = "ordered";
+
+/// Where the witnesses are, in the bucket of the lists.
+const WITNESSES: &str = "witnesses";
 
 /// So many are looked for; of more, the oldest are taken for synced.
 const ORDERS_MAX: usize = 1_024;
@@ -34,6 +38,9 @@ pub(super) struct Placed {
     pub(super) id: String,
     /// The list's revision that has it.
     pub(super) revision: u64,
+    /// What was written behind the list; `None` of an order that is older than that.
+    #[serde(default)]
+    pub(super) witness: Option<u64>,
 }
 
 /// An order that was not on its list for long enough.
@@ -67,14 +74,17 @@ enum Fate {
     Lost,
 }
 
-/// `held` is how long the list has been as it is, and `age` how long the broker may take to sync it.
-fn fate(placed: &Placed, list: &List, held: Duration, age: Duration) -> Fate {
+/// `witnesses` are those that the bucket has. `held` is how long the list has been as it is, and `age` how long the broker may take to sync it.
+fn fate(placed: &Placed, list: &List, witnesses: &[u64], held: Duration, age: Duration) -> Fate {
     let Some(orders) = &list.orders else {
         return Fate::Young;
     };
     let is_it = |order: &BackfillOrder| order.id == placed.id && order.table == placed.table;
     if !orders.iter().any(is_it) {
-        return match list.revision > placed.revision {
+        let witnessed = placed
+            .witness
+            .is_none_or(|witness| witnesses.contains(&witness));
+        return match list.revision > placed.revision && witnessed {
             true => Fate::Settled,
             false => Fate::Lost,
         };
@@ -125,6 +135,10 @@ pub(crate) async fn renew(config: &Config, stream: &Stream) -> Result<(), Error>
         let list = list(&stream.copies, &sink).await?;
         lists.insert(sink, list);
     }
+    let witnesses = match young.is_empty() {
+        true => Vec::new(),
+        false => witnesses(&stream.copies).await?.0,
+    };
     let (mut left, mut news) = (Vec::with_capacity(young.len()), false);
     for Young {
         mut placed,
@@ -135,14 +149,16 @@ pub(crate) async fn renew(config: &Config, stream: &Stream) -> Result<(), Error>
             sink, table, id, ..
         } = &placed;
         let list = &lists[sink];
-        let fate = fate(&placed, list, since.elapsed(), age);
+        let fate = fate(&placed, list, &witnesses, since.elapsed(), age);
         news |= fate != Fate::Young;
         let revision = match fate {
             Fate::Settled => continue,
             Fate::Young => list.revision,
             Fate::Lost => {
                 tracing::warn!(%sink, %table, order = id, "the broker lost a backfill order: it is given again");
-                order(&stream.copies, sink, table, id).await?
+                let revision = order(&stream.copies, sink, table, id).await?;
+                placed.witness = Some(witness(&stream.copies).await?);
+                revision
             }
         };
         if revision != placed.revision {
@@ -155,6 +171,44 @@ pub(crate) async fn renew(config: &Config, stream: &Stream) -> Result<(), Error>
         true => store(&stream.state, young).await,
         false => Ok(()),
     }
+}
+
+/// Bears witness to the lists that were written before. Whoever writes it again takes over what is there, so what the
+/// broker lost never comes back.
+///
+/// # Errors
+/// The broker is away.
+pub(super) async fn witness(copies: &kv::Store) -> Result<u64, Error> {
+    let witness = rand::random();
+    for _ in 0..ATTEMPTS {
+        let (mut all, revision) = witnesses(copies).await?;
+        all.push(witness);
+        all.drain(..all.len().saturating_sub(ORDERS_MAX));
+        let value = serde_json::to_vec(&all).expect("plain JSON");
+        if copies
+            .update(WITNESSES, value.into(), revision)
+            .await
+            .is_ok()
+        {
+            return Ok(witness);
+        }
+        // Another capture wrote, or the broker is away: the next look tells.
+        tokio::time::sleep(PAUSE).await;
+    }
+    Err(Error::retry_because("backfill orders cannot be stored"))
+}
+
+/// The newest witnesses, and their revision.
+async fn witnesses(copies: &kv::Store) -> Result<(Vec<u64>, u64), Error> {
+    let entry = crate::stream::entry(copies, WITNESSES)
+        .await
+        .map_err(|error| Error::retry("backfill orders cannot be read", error))?;
+    let revision = entry.as_ref().map_or(0, |entry| entry.revision);
+    let all = match entry.filter(|entry| entry.operation == Operation::Put) {
+        Some(entry) => understood(&copies.name, WITNESSES, &entry.value)?,
+        None => Vec::new(),
+    };
+    Ok((all, revision))
 }
 
 /// A sink's list as it is now.
@@ -204,6 +258,7 @@ mod tests {
             table: TableName::new("public", "t"),
             id: "schema-7".to_owned(),
             revision: 10,
+            witness: Some(7),
         }
     }
 
@@ -215,7 +270,13 @@ mod tests {
             revision,
             orders: Some(orders.iter().map(order).collect()),
         };
-        fate(&placed(), &list, Duration::from_secs(held_secs), AGE)
+        fate(
+            &placed(),
+            &list,
+            &[6, 7],
+            Duration::from_secs(held_secs),
+            AGE,
+        )
     }
 
     #[test]
@@ -240,9 +301,32 @@ mod tests {
     }
 
     #[test]
+    fn a_newer_list_says_nothing_where_the_broker_lost_the_older_one() {
+        let fate = |placed: &Placed, witnesses: &[u64], orders| {
+            let list = List {
+                revision: 12,
+                orders: Some(orders),
+            };
+            fate(placed, &list, witnesses, AGE, AGE)
+        };
+        for witnesses in [&[][..], &[6], &[6, 8]] {
+            assert_eq!(fate(&placed(), witnesses, Vec::new()), Fate::Lost);
+        }
+        // The witness alone was lost.
+        let listed = BackfillOrder::new(placed().id, placed().table);
+        assert_eq!(fate(&placed(), &[6], vec![listed]), Fate::Young);
+        // Of a capture that knew no witnesses.
+        let older = Placed {
+            witness: None,
+            ..placed()
+        };
+        assert_eq!(fate(&older, &[], Vec::new()), Fate::Settled);
+    }
+
+    #[test]
     fn a_list_that_nobody_understands_says_nothing() {
         let (revision, orders) = (12, None);
         let list = List { revision, orders };
-        assert_eq!(fate(&placed(), &list, AGE, AGE), Fate::Young);
+        assert_eq!(fate(&placed(), &list, &[], AGE, AGE), Fate::Young);
     }
 }

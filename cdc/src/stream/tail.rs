@@ -7,13 +7,15 @@ use async_nats::jetstream::Context;
 use async_nats::jetstream::stream::{RawMessageBuilder, RawMessageErrorKind};
 use millrace_event::{Control, Lsn, Position, decode_line, header, subject};
 
+use super::backwards::Backwards;
+use super::whole::{Search, Whole};
 use super::{StoredMessage, StreamError};
 
 /// Messages without a position that are stepped over at the end of a stream before it counts as empty.
 const FOREIGN_MAX: u64 = 1_000;
 
 /// Messages that publishers which were taken over may have sent late. One has 2,000 under way at most.
-const STRAGGLERS_MAX: u64 = 4_000;
+pub(super) const STRAGGLERS_MAX: u64 = 4_000;
 
 /// How a stream ends.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,6 +30,8 @@ pub struct Tail {
     pub end_lsn: Option<Lsn>,
     /// Whether the message is a control message of kind `start`.
     pub is_start: bool,
+    /// The row of which the message is a chunk, and not the last one.
+    pub unfinished_row: Option<Position>,
 }
 
 pub(super) async fn message(
@@ -48,7 +52,7 @@ async fn newest(
 }
 
 /// The first message of a subject at a sequence or above it.
-async fn next(
+pub(super) async fn next(
     jetstream: &Context,
     name: &str,
     subject: &str,
@@ -133,9 +137,10 @@ pub(super) async fn tail_covering(
     if newest.represented() >= confirmed {
         return Ok(Some(newest));
     }
-    let oldest = newest.stream_seq.saturating_sub(STRAGGLERS_MAX).max(1);
-    for stream_seq in (oldest..newest.stream_seq).rev() {
-        let Some(message) = message(jetstream, name, stream_seq).await? else {
+    // Whoever goes on behind one of them writes again what a hole between has swallowed.
+    let mut older = Backwards::from(jetstream, name, newest.stream_seq);
+    for _ in 0..STRAGGLERS_MAX {
+        let Some(message) = older.next().await? else {
             break;
         };
         match end(&message) {
@@ -153,9 +158,9 @@ pub(super) async fn highest(jetstream: &Context, name: &str) -> Result<Option<Ta
         return Ok(None);
     };
     let mut highest = newest.clone();
-    let oldest = newest.stream_seq.saturating_sub(STRAGGLERS_MAX).max(1);
-    for stream_seq in (oldest..newest.stream_seq).rev() {
-        let Some(message) = message(jetstream, name, stream_seq).await? else {
+    let mut older = Backwards::from(jetstream, name, newest.stream_seq);
+    for _ in 0..STRAGGLERS_MAX {
+        let Some(message) = older.next().await? else {
             break;
         };
         match end(&message) {
@@ -164,6 +169,28 @@ pub(super) async fn highest(jetstream: &Context, name: &str) -> Result<Option<Ta
         }
     }
     Ok(Some(highest))
+}
+
+/// The highest whole message at or below a tail: nothing of the source lies between the two.
+pub(super) async fn whole_at(
+    jetstream: &Context,
+    name: &str,
+    tail: &Tail,
+) -> Result<Position, StreamError> {
+    let Some(row) = tail.unfinished_row else {
+        return Ok(tail.position);
+    };
+    let mut whole = Whole::below(row);
+    let mut older = Backwards::from(jetstream, name, tail.stream_seq + 1);
+    loop {
+        let search = match older.next().await? {
+            Some(message) => whole.on_message(&message),
+            None => whole.end(),
+        };
+        if let Search::Found(position) = search {
+            return Ok(position);
+        }
+    }
 }
 
 pub(super) async fn tail(jetstream: &Context, name: &str) -> Result<Option<Tail>, StreamError> {
@@ -225,6 +252,7 @@ pub(super) fn end(message: &StoredMessage) -> Option<Tail> {
         stored_at: message.stored_at,
         end_lsn,
         is_start,
+        unfinished_row: unfinished_row(&message.headers),
     };
     if let Some(position) = chunk_position(&message.headers) {
         return Some(at(position, None, false));
@@ -244,15 +272,23 @@ pub(super) fn end(message: &StoredMessage) -> Option<Tail> {
 
 /// A chunk's position: its row's where it is the last of its set, else just below.
 fn chunk_position(headers: &HeaderMap) -> Option<Position> {
-    let position: Position = headers.get(header::POSITION)?.as_str().parse().ok()?;
+    let (row, is_last) = chunk(headers)?;
+    // A last chunk need not close a whole set, but whoever wrote it had written the others before.
+    Some(if is_last { row } else { row.just_below() })
+}
+
+/// The row of a chunk that is not the last of its set.
+pub(super) fn unfinished_row(headers: &HeaderMap) -> Option<Position> {
+    let (row, is_last) = chunk(headers)?;
+    (!is_last).then_some(row)
+}
+
+/// A chunk's row, and whether it is the last of its set.
+fn chunk(headers: &HeaderMap) -> Option<(Position, bool)> {
+    let row: Position = headers.get(header::POSITION)?.as_str().parse().ok()?;
     let mut place = headers.get(header::CHUNK)?.as_str().splitn(3, '/');
     let (index, count) = (place.next()?, place.next()?);
-    // A last chunk need not close a whole set, but whoever wrote it had written the others before.
-    Some(if index == count {
-        position
-    } else {
-        position.just_below()
-    })
+    Some((row, index == count))
 }
 
 /// Reads the time of an answer, RFC 3339 in UTC with up to nine digits of a second's fraction.
@@ -306,6 +342,7 @@ mod tests {
             stored_at: SystemTime::UNIX_EPOCH,
             end_lsn,
             is_start: false,
+            unfinished_row: None,
         };
         let end = tail(Position::new(1, Lsn(100), 9), Some(Lsn(120)));
         let next = tail(Position::new(1, Lsn(120), 1), None);
@@ -322,6 +359,7 @@ mod tests {
             stored_at: SystemTime::UNIX_EPOCH,
             end_lsn,
             is_start: false,
+            unfinished_row: None,
         };
         assert!(tail(Some(Lsn(120))).lies_before(Lsn(120)));
         assert!(!tail(Some(Lsn(120))).lies_before(Lsn(119)));

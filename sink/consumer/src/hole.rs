@@ -34,6 +34,11 @@ impl Behind {
             after: value(header::AFTER).and_then(|after| after.parse().ok()),
         }
     }
+
+    /// Whether its publisher saw the stream end right before it.
+    pub(crate) fn opens_batch(self) -> bool {
+        self.expected_last == Some(self.stream_seq - 1)
+    }
 }
 
 /// Whether a reader that has read up to `own` misses nothing in the hole.
@@ -49,10 +54,9 @@ impl Behind {
 /// hole swallowed.
 #[must_use]
 pub(crate) fn is_harmless(own: Position, behind: Behind) -> bool {
-    let opens_batch = behind.expected_last == Some(behind.stream_seq - 1);
     // Of a publisher that does not say it, what it writes first shows that it is no higher.
     let after = behind.after.or(behind.position);
-    opens_batch && after.is_some_and(|after| after <= own)
+    behind.opens_batch() && after.is_some_and(|after| after <= own)
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ mod coverage;
 mod delivery;
 mod gate;
 mod hole;
+mod holes;
 mod link;
 mod position;
 mod progress;

@@ -124,7 +124,7 @@ pub(crate) async fn make(options: ReaderOptions, reached: Option<Token>) -> Resu
     let gate = gate.then(|| {
         let begins = reached.is_none() && options.start == Start::Beginning;
         let coverage = Coverage::new(after, info.state.last_sequence, begins);
-        Gate::new(stream, consumer, coverage)
+        Gate::new(stream, consumer, coverage, after)
     });
     let link = Link {
         messages,
@@ -298,7 +298,10 @@ async fn position_at(stream: &Stream, stream_seq: u64) -> Result<Option<Position
 }
 
 /// A message, read through the stream's leader.
-async fn message_at(stream: &Stream, stream_seq: u64) -> Result<Option<StreamMessage>, Fault> {
+pub(crate) async fn message_at(
+    stream: &Stream,
+    stream_seq: u64,
+) -> Result<Option<StreamMessage>, Fault> {
     match answer(stream.get_raw_message(stream_seq)).await? {
         Ok(message) => Ok(Some(message)),
         Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(None),

@@ -6,6 +6,8 @@ use async_nats::HeaderMap;
 use memchr::memmem::Finder;
 use millrace_event::{Control, Position, Version, decode_line, header};
 
+use crate::chunks::Place;
+
 /// What stands before the object that holds the position of an event. Its quotes are not escaped and an object
 /// follows, so it cannot occur inside a row: values of columns are never objects.
 const SOURCE: &[u8] = b"\"source\":";
@@ -20,6 +22,16 @@ pub(crate) fn of_message(headers: Option<&HeaderMap>, payload: &[u8]) -> Option<
         return position.as_str().parse().ok();
     }
     of_changes(payload).or_else(|| control(payload).map(|control| control.position))
+}
+
+/// The position of a message that readers take as soon as they have it: no chunk, or the last one of its set.
+#[must_use]
+pub(crate) fn of_whole(headers: &HeaderMap, payload: &[u8]) -> Option<Position> {
+    if let Some(place) = headers.get(header::CHUNK) {
+        let place = Place::parse(place.as_str())?;
+        return (place.index == place.count).then(|| of_message(Some(headers), payload))?;
+    }
+    of_message(Some(headers), payload)
 }
 
 /// The position of a message with changes: its last line's. `None` for a message that is not ours.

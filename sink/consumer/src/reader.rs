@@ -212,7 +212,9 @@ impl Reader {
         }
         let Some(link) = &mut self.link else { return };
         if let Some(gate) = &mut link.gate {
-            gate.begin_look(link.consumer_seq);
+            let own = self.progress.as_ref().map(Progress::token);
+            let own = own.unwrap_or_default().position;
+            gate.begin_look(link.consumer_seq, own);
         }
     }
 
