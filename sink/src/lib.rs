@@ -4,7 +4,6 @@
 //! ([`fold`]) into a [`batch::Batch`]; a [`sink::Sink`] applies it in one target transaction together with its
 //! checkpoint. [`run`] carries deliveries to the machine and batches to the target.
 
-mod asking;
 mod beside;
 mod catching;
 mod copy;
@@ -21,6 +20,7 @@ mod turns;
 mod upkeep;
 mod waiting;
 
+pub mod asking;
 pub mod batch;
 #[cfg(feature = "conformance")]
 pub mod conformance;
