@@ -12,6 +12,7 @@ mod reader;
 mod replica;
 mod source;
 mod transaction;
+mod visible;
 mod wire;
 mod world;
 

@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use millrace_cdc::assemble::MessageLimits;
 use millrace_cdc::frontier::ConfirmPolicy;
+use millrace_event::work::BackfillOrder;
 use millrace_event::{Control, ControlKind, Position, TableName, TableSchema, subject};
+use millrace_sink::progress::CopyState;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
@@ -42,6 +44,24 @@ pub(crate) enum Sabotage {
     CopyTooNew,
     /// A reader passes over a message.
     SkipMessage,
+    /// A chunk has the reader's position before the snapshot as its version, whatever is in limbo.
+    LowWatermark,
+    /// A chunk has the end of the WAL as its version.
+    WalAfter,
+    /// Capture does not wait for the transactions whose commits it has not recorded.
+    NoBarrier,
+    /// Chunks are published whose version lies below the request's begin.
+    NoBegin,
+    /// Chunks are published and applied before the stream has come as far as their snapshot.
+    NoReach,
+    /// The first chunk that ends is taken for the last one.
+    LastTooSoon,
+    /// The sweep behind the last chunk removes what is older than the sink's position.
+    SweepMore,
+    /// Deletes are forgotten that a chunk to come may meet.
+    ForgetDeletes,
+    /// Nobody looks at the numbers of the copy stream's messages.
+    NoNumbers,
 }
 
 /// Why a run is wrong.
@@ -84,6 +104,16 @@ pub(crate) struct Counts {
     pub(crate) copies_lost: u64,
     pub(crate) copy_attempts: u64,
     pub(crate) resumes_searched: u64,
+    pub(crate) loads_cut: u64,
+    pub(crate) chunks: u64,
+    pub(crate) chunks_limbo: u64,
+    pub(crate) chunks_older: u64,
+    pub(crate) chunks_rewritten: u64,
+    pub(crate) chunks_waited: u64,
+    pub(crate) copies_too_old: u64,
+    pub(crate) gaps: u64,
+    pub(crate) repairs: u64,
+    pub(crate) rows_healed: u64,
 }
 
 impl Counts {
@@ -98,6 +128,16 @@ impl Counts {
         self.copies_lost += other.copies_lost;
         self.copy_attempts += other.copy_attempts;
         self.resumes_searched += other.resumes_searched;
+        self.loads_cut += other.loads_cut;
+        self.chunks += other.chunks;
+        self.chunks_limbo += other.chunks_limbo;
+        self.chunks_older += other.chunks_older;
+        self.chunks_rewritten += other.chunks_rewritten;
+        self.chunks_waited += other.chunks_waited;
+        self.copies_too_old += other.copies_too_old;
+        self.gaps += other.gaps;
+        self.repairs += other.repairs;
+        self.rows_healed += other.rows_healed;
     }
 }
 
@@ -189,10 +229,16 @@ impl World {
         self.sabotage == sabotage && !self.sabotaged && self.rng.random_bool(0.1)
     }
 
+    /// Whether a rule is broken here, for the whole run.
+    pub(crate) fn breaks(&mut self, sabotage: Sabotage) -> bool {
+        self.sabotaged |= self.sabotage == sabotage;
+        self.sabotage == sabotage
+    }
+
     /// Everything at once, faults included.
     fn live(&mut self) -> Result<(), Failure> {
         let transactions = self.rng.random_range(25..50);
-        while self.source.transactions.len() < transactions {
+        while self.source.own < transactions {
             self.turn()?;
         }
         Ok(())
@@ -213,10 +259,16 @@ impl World {
                 let seconds = [0.1, 1.0, 4.0, 15.0][self.rng.random_range(0..4)];
                 self.pass(Duration::from_secs_f64(seconds))?;
             }
-            19..58 => self.capture_turn()?,
-            58..63 => self.zombie_turn(),
-            63..70 => self.copier_turn(),
-            70..97 => self.replica_turn()?,
+            19..53 => self.capture_turn()?,
+            53..57 => self.zombie_turn(),
+            57..66 => self.copier_turn(),
+            66..68 => self.source.visible.open(),
+            68..72 => {
+                if let Some(xid) = self.source.visible.surface(&mut self.rng) {
+                    self.note(format!("transaction {xid} is visible"));
+                }
+            }
+            72..97 => self.replica_turn()?,
             _ => self.disaster()?,
         }
         Ok(())
@@ -234,7 +286,12 @@ impl World {
     }
 
     fn disaster(&mut self) -> Result<(), Failure> {
-        match self.rng.random_range(0..9) {
+        match self.rng.random_range(0..13) {
+            9..12 => self.order(),
+            12 => {
+                self.note("the broker lost the copy's request");
+                self.copier.request = None;
+            }
             0..3 => self.kill_life(),
             3 => {
                 self.source.crash(&mut self.rng);
@@ -251,6 +308,36 @@ impl World {
             _ => self.kill_replica(),
         }
         Ok(())
+    }
+
+    /// The operator orders a table to be read again, mostly because somebody else has changed its rows; or cancels that.
+    fn order(&mut self) {
+        let Some(row) = self.replica.position() else {
+            return;
+        };
+        let tables = row
+            .copy
+            .those(|state| matches!(state, CopyState::Copied { .. }));
+        let wrong = &self.replica.wrong;
+        if let Some(order) = self.copier.orders.iter_mut().next()
+            && !wrong.values().any(|id| *id == order.id)
+        {
+            order.cancelled = true;
+            return;
+        }
+        if tables.is_empty() {
+            return;
+        }
+        let table = tables[self.rng.random_range(0..tables.len())].clone();
+        let order = BackfillOrder::new(self.copier.next_name(), table.clone());
+        self.note(format!("ordered {table}: {}", order.id));
+        if self.rng.random_bool(0.7) && !self.replica.wrong.contains_key(&table) {
+            for _ in 0..self.rng.random_range(1..4) {
+                self.spoil(&table, row.checkpoint.position.0);
+            }
+            self.replica.wrong.insert(table, order.id.clone());
+        }
+        self.copier.orders.push(order);
     }
 
     fn lose_tail(&mut self) -> Result<(), Failure> {
@@ -272,6 +359,7 @@ impl World {
     fn rest(&mut self) -> Result<(), Failure> {
         self.faults = false;
         self.zombie = None;
+        self.source.visible.settle();
         self.note("at rest");
         let committed = self.source.transactions.len();
         for turn in 0..REST_TURNS_MAX {
@@ -298,8 +386,10 @@ impl World {
         let reached = Position::new(EPOCH, last.end_lsn, 0);
         let applied = self.replica.position();
         self.source.confirmed() >= last.end_lsn
-            && applied.is_some_and(|row| row.copy.is_whole() && row.checkpoint.position >= reached)
-            && self.replica.is_consistent()
+            && applied.is_some_and(|row| {
+                self.replica.is_whole(&row.copy) && row.checkpoint.position >= reached
+            })
+            && self.replica.is_shown
     }
 }
 
