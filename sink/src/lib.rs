@@ -5,7 +5,6 @@
 //! checkpoint. [`run`] carries deliveries to the machine and batches to the target.
 
 mod beside;
-mod catching;
 mod copy;
 mod error;
 mod evolution;
@@ -22,6 +21,7 @@ mod waiting;
 
 pub mod asking;
 pub mod batch;
+pub mod catching;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 pub mod copying;

@@ -211,3 +211,60 @@ fn a_copy_that_claims_too_much_is_noticed() {
 fn a_reader_that_skips_a_message_is_noticed() {
     is_noticed(Sabotage::SkipMessage);
 }
+
+/// Some history must end wrong where a rule of the chunks is broken. Not every one does.
+fn is_found_out(sabotage: Sabotage) {
+    let found = (0..SEEDS).find_map(|seed| {
+        let failure = run_caught(seed, sabotage).result.err()?;
+        Some((seed, failure.chars().take(80).collect::<String>()))
+    });
+    match found {
+        Some((seed, failure)) => println!("{sabotage:?}: seed {seed}: {failure}"),
+        None => panic!("{sabotage:?} is not noticed"),
+    }
+}
+
+#[test]
+fn the_plain_low_watermark_is_found_out() {
+    is_found_out(Sabotage::LowWatermark);
+}
+
+#[test]
+fn chunks_as_new_as_the_end_of_the_wal_are_found_out() {
+    is_found_out(Sabotage::WalAfter);
+}
+
+#[test]
+fn a_capture_that_starts_anew_without_a_barrier_is_found_out() {
+    is_found_out(Sabotage::NoBarrier);
+}
+
+#[test]
+fn chunks_that_are_too_old_to_repair_are_found_out() {
+    is_found_out(Sabotage::NoBegin);
+}
+
+#[test]
+fn chunks_ahead_of_the_stream_are_found_out() {
+    is_found_out(Sabotage::NoReach);
+}
+
+#[test]
+fn a_sweep_before_the_last_chunk_is_found_out() {
+    is_found_out(Sabotage::LastTooSoon);
+}
+
+#[test]
+fn a_sweep_of_more_than_the_chunks_warrant_is_found_out() {
+    is_found_out(Sabotage::SweepMore);
+}
+
+#[test]
+fn deletes_that_a_chunk_may_meet_are_not_forgotten() {
+    is_found_out(Sabotage::ForgetDeletes);
+}
+
+#[test]
+fn messages_of_a_copy_that_are_not_counted_are_found_out() {
+    is_found_out(Sabotage::NoNumbers);
+}

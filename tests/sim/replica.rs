@@ -3,6 +3,7 @@
 mod applying;
 mod beside;
 mod following;
+mod rejoin;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -19,7 +20,7 @@ use millrace_sink::sink::{Elected, Sink};
 use millrace_sink::worker::{BatchLimits, TableRule, Worker};
 use rand::Rng;
 
-use self::following::{Following, may_rejoin};
+use self::following::Following;
 use crate::check;
 use crate::reader::Reader;
 use crate::source::EPOCH;
@@ -48,6 +49,8 @@ pub(crate) struct Replica {
     pub(crate) mended: BTreeSet<TableName>,
     /// Tables that somebody else has changed, and the order that mends each.
     pub(crate) wrong: BTreeMap<TableName, String>,
+    /// A table that is so many messages behind its sink, or fewer, rejoins while the sink waits.
+    near_messages: u64,
     /// Names copies of a table, as the sink's clock does.
     clock_us: i64,
 }
@@ -67,7 +70,7 @@ enum End {
 }
 
 impl Replica {
-    pub(crate) fn new(rows: usize) -> Self {
+    pub(crate) fn new(rows: usize, near_messages: u64) -> Self {
         Self {
             target: MemoryTarget::new(),
             limits: BatchLimits {
@@ -83,6 +86,7 @@ impl Replica {
             forgotten: BTreeMap::new(),
             mended: BTreeSet::new(),
             wrong: BTreeMap::new(),
+            near_messages,
             clock_us: 0,
         }
     }
@@ -99,6 +103,14 @@ impl Replica {
 
     pub(crate) fn sink(&mut self) -> Option<&mut MemorySink> {
         self.sink.as_mut()
+    }
+
+    /// Whether the target has a transaction open, which would undo what somebody else does.
+    pub(crate) fn is_open(&self) -> bool {
+        match &self.stage {
+            Stage::Down => false,
+            Stage::Following(following) => following.is_open(),
+        }
     }
 
     /// Whether a row of a table is incomplete.
@@ -154,9 +166,7 @@ impl World {
             return Err("two workers were elected".to_owned());
         }
         let PositionRow {
-            checkpoint,
-            mut copy,
-            ..
+            checkpoint, copy, ..
         } = row;
         if copy.stream.is_empty() {
             return self.register(checkpoint, copy);
@@ -165,19 +175,9 @@ impl World {
             "sink opened at {} {}",
             checkpoint.stream_seq, checkpoint.position
         ));
-        if may_rejoin(&copy) {
-            // The sink has stayed where the loads' changes begin: nothing is to be caught up with.
-            for state in copy.tables.values_mut() {
-                if let CopyState::Loaded { lsn, claim } = state {
-                    assert_eq!(claim.position, checkpoint.position, "the sink stayed");
-                    *state = CopyState::Copied { lsn: *lsn };
-                }
-            }
-            let batch = beside(checkpoint, copy.clone());
-            if let End::Over = self.apply(&batch)? {
-                return Ok(());
-            }
-        }
+        let Some(copy) = self.rejoin(copy, checkpoint)? else {
+            return Ok(());
+        };
         let followed = copy.those(CopyState::is_followed);
         let rule = TableRule {
             deletes: true,

@@ -105,7 +105,9 @@ pub(crate) struct Counts {
     pub(crate) copy_attempts: u64,
     pub(crate) resumes_searched: u64,
     pub(crate) loads_cut: u64,
+    pub(crate) caught_up: u64,
     pub(crate) chunks: u64,
+    pub(crate) chunks_below: u64,
     pub(crate) chunks_limbo: u64,
     pub(crate) chunks_older: u64,
     pub(crate) chunks_rewritten: u64,
@@ -129,7 +131,9 @@ impl Counts {
         self.copy_attempts += other.copy_attempts;
         self.resumes_searched += other.resumes_searched;
         self.loads_cut += other.loads_cut;
+        self.caught_up += other.caught_up;
         self.chunks += other.chunks;
+        self.chunks_below += other.chunks_below;
         self.chunks_limbo += other.chunks_limbo;
         self.chunks_older += other.chunks_older;
         self.chunks_rewritten += other.chunks_rewritten;
@@ -179,6 +183,7 @@ impl World {
             row_bytes: 1_000_000,
         };
         let rows = [1, 3, 1_000][rng.random_range(0..3)];
+        let near_messages = [3, 10, 5_000][rng.random_range(0..3)];
         let mut broker = Broker::default();
         broker.append(start(source.confirmed()), Duration::ZERO);
         broker.sync(Duration::ZERO);
@@ -195,7 +200,7 @@ impl World {
             zombie: None,
             publishers: 0,
             copier: Copier::default(),
-            replica: Replica::new(rows),
+            replica: Replica::new(rows, near_messages),
             faults: true,
             sabotage,
             sabotaged: false,
@@ -261,9 +266,9 @@ impl World {
             }
             19..53 => self.capture_turn()?,
             53..57 => self.zombie_turn(),
-            57..66 => self.copier_turn(),
-            66..68 => self.source.visible.open(),
-            68..72 => {
+            57..68 => self.copier_turn(),
+            68..70 => self.source.visible.open(),
+            70..72 => {
                 if let Some(xid) = self.source.visible.surface(&mut self.rng) {
                     self.note(format!("transaction {xid} is visible"));
                 }
@@ -331,7 +336,8 @@ impl World {
         let table = tables[self.rng.random_range(0..tables.len())].clone();
         let order = BackfillOrder::new(self.copier.next_name(), table.clone());
         self.note(format!("ordered {table}: {}", order.id));
-        if self.rng.random_bool(0.7) && !self.replica.wrong.contains_key(&table) {
+        let may_spoil = !self.replica.wrong.contains_key(&table) && !self.replica.is_open();
+        if may_spoil && self.rng.random_bool(0.7) {
             for _ in 0..self.rng.random_range(1..4) {
                 self.spoil(&table, row.checkpoint.position.0);
             }

@@ -211,7 +211,10 @@ impl World {
                 self.counts.chunks_rewritten += 1;
                 return Some(At::Position);
             }
-            Ok(version) => version,
+            Ok(version) => {
+                self.counts.chunks_below += u64::from(version < m);
+                version
+            }
             Err(Wait::Barrier) => {
                 self.take_barrier();
                 return Some(At::Marked);

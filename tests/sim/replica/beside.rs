@@ -74,12 +74,8 @@ impl World {
         collected: Position,
     ) -> Result<Option<CopyProgress>, Failure> {
         let now_us = self.replica.now_us();
-        // A table that was loaded is `Copied` here before its sink has passed its load; an order waits until then.
-        let at = self.replica.position().unwrap_or_default();
-        let at = at.checkpoint.position.commit_lsn();
-        let mut orders = self.copier.orders.clone();
-        orders.retain(|order| progress.copied_below(&order.table) <= at);
-        if let Some(mut next) = asking::follow_orders(progress, &orders, collected, now_us) {
+        let orders = &self.copier.orders;
+        if let Some(mut next) = asking::follow_orders(progress, orders, collected, now_us) {
             let begun = asking::begun(progress, &next);
             if !begun.is_empty() {
                 let newest = self.broker.tail().position;

@@ -10,6 +10,7 @@ use millrace_sink::worker::{Input, Worker};
 use rand::Rng;
 
 use super::beside::Beside;
+use super::rejoin::{CatchUp, near};
 use super::{End, Stage, beside, events_above, now};
 use crate::reader::{Body, Reader};
 use crate::world::{Failure, Sabotage, World};
@@ -27,6 +28,7 @@ pub(super) struct Following {
     pub(super) reader: Reader,
     flight: Option<(Whose, Box<Batch>)>,
     pub(super) beside: Beside,
+    behind: Option<CatchUp>,
     /// The tables whose changes the worker applies.
     followed: Vec<TableName>,
     /// How the tables stand in the target.
@@ -45,9 +47,14 @@ impl Following {
             reader,
             flight: None,
             beside: Beside::default(),
+            behind: None,
             followed,
             progress,
         }
+    }
+
+    pub(super) fn is_open(&self) -> bool {
+        self.flight.is_some() || self.worker.is_open()
     }
 
     /// Whether the target has no transaction open and nothing to apply.
@@ -55,31 +62,13 @@ impl Following {
         self.flight.is_none() && self.worker.is_at_rest()
     }
 
-    /// Whether tables wait for their loads. Here the sink stays meanwhile, so that it need not catch up afterwards.
-    fn stays(&self) -> bool {
-        self.progress.tables.values().any(is_loading) || may_rejoin(&self.progress)
-    }
-
     /// Whether tables stand differently than this life took them.
-    fn has_turned(&self) -> bool {
-        let is_near = may_rejoin(&self.progress);
+    fn has_turned(&self, near_messages: u64) -> bool {
+        let at = self.worker.checkpoint();
+        let is_near = !near(&self.progress, at, near_messages).is_empty();
         let may_end = self.flight.is_none() && !self.worker.is_open();
         may_end && (is_near || self.progress.those(CopyState::is_followed) != self.followed)
     }
-}
-
-fn is_loading(state: &CopyState) -> bool {
-    matches!(
-        state,
-        CopyState::Pending { .. } | CopyState::Loading { .. }
-    )
-}
-
-/// Whether there are tables whose loads are here, and none whose load is to come.
-pub(super) fn may_rejoin(progress: &CopyProgress) -> bool {
-    let is_loaded = |state: &CopyState| matches!(state, CopyState::Loaded { .. });
-    let tables = &progress.tables;
-    tables.values().any(is_loaded) && !tables.values().any(is_loading)
 }
 
 impl World {
@@ -92,8 +81,7 @@ impl World {
             life.reader
                 .rewind(life.reader.stream_seq.saturating_sub(back));
         }
-        if !life.stays()
-            && life.reader.stream_seq < self.broker.last_seq()
+        if life.reader.stream_seq < self.broker.last_seq()
             && self.sabotage(Sabotage::SkipMessage)
         {
             life.reader.skip();
@@ -120,7 +108,7 @@ impl World {
             if !self.flush(&mut life)? {
                 return Ok(());
             }
-            if life.has_turned() {
+            if life.has_turned(self.replica.near_messages) {
                 return Ok(());
             }
             self.hand_out(&mut life);
@@ -139,7 +127,10 @@ impl World {
                 return Ok(());
             }
         }
-        let batch = self.beside_batch(&mut life.beside, &life.progress, at)?;
+        let batch = match self.beside_batch(&mut life.beside, &life.progress, at)? {
+            Some(batch) => Some(batch),
+            None => self.catch_up(&mut life.behind, &life.progress, at)?,
+        };
         life.flight = batch.map(|batch| (Whose::Beside, Box::new(batch)));
         Ok(())
     }
@@ -179,7 +170,7 @@ impl World {
                 Some((Whose::Beside, _)) => !life.worker.is_full(),
                 _ => life.worker.wants_delivery(),
             };
-            if life.stays() || !has_room {
+            if !has_room {
                 break;
             }
             let searches = life.reader.searches;
