@@ -88,11 +88,7 @@ fn is_same(asked: &Wanted, wanted: &Wanted) -> bool {
 
 /// The tables of which a request's rows of single keys are awaited: capture has not `copied` them, or not all that it
 /// has put on the copy stream is read.
-pub fn awaited_keys(
-    asked: &[TableRequest],
-    copied: &[TableName],
-    is_read: bool,
-) -> Vec<TableName> {
+pub fn awaited_keys(asked: &[TableRequest], copied: &[TableName], is_read: bool) -> Vec<TableName> {
     let asked = asked.iter().filter(|asked| {
         let keys = matches!(asked.rows, Wanted::Keys { .. });
         keys && !(is_read && copied.contains(&asked.table))

@@ -9,7 +9,7 @@ use rand::Rng;
 
 use crate::broker::{BatchFailed, Message, Pipe, Place};
 use crate::source::EPOCH;
-use crate::world::{Failure, Sabotage, World};
+use crate::world::{BATCH_IDLE, Failure, Sabotage, World};
 
 /// One life: a replication connection, a publisher, and the machine between them.
 pub(crate) struct Life {
@@ -241,7 +241,7 @@ impl World {
         if self.confirm == ConfirmPolicy::Acked {
             // A dead publisher's message that arrives behind what its successor had confirmed would be the tail
             // that the next life reads, below the slot: capture halts, although nothing is missing. The server
-            // forgets an idle batch after 10 s, so this model lets none arrive that late.
+            // forgets an idle batch, so this model lets none arrive that late.
             self.zombie = None;
         }
         if !self.fault(0.1) {
@@ -344,6 +344,7 @@ impl World {
             _ if !life.is_cut_off => {
                 self.counts.zombies += 1;
                 self.zombie = Some(life.pipe);
+                self.zombie_until = self.now + BATCH_IDLE;
             }
             _ => {}
         }

@@ -164,8 +164,7 @@ impl World {
 
     fn begin_load(&mut self, tables: &[TableRequest]) -> Load {
         let (lsn, state) = self.source.snapshot();
-        let claimed = if self.sabotage(Sabotage::CopyTooNew) {
-            self.sabotaged = true;
+        let claimed = if self.breaks(Sabotage::CopyTooNew) {
             Lsn(lsn.0 + 4_000)
         } else {
             lsn

@@ -293,7 +293,10 @@ impl Source {
             ts_us,
             ..
         } = *transaction;
-        let mut frames = vec![(commit_lsn, wire::begin(commit_lsn, ts_us, transaction.xid as u32))];
+        let mut frames = vec![(
+            commit_lsn,
+            wire::begin(commit_lsn, ts_us, transaction.xid as u32),
+        )];
         for (lsn, record) in &transaction.records {
             for table in record.tables() {
                 let spec = &self.specs[table];

@@ -82,7 +82,9 @@ impl Visible {
     /// What the transactions in limbo hold.
     pub(crate) fn held(&self) -> Locks {
         let mut held = Locks::default();
-        self.limbo.iter().for_each(|limbo| held.extend(&limbo.locks));
+        self.limbo
+            .iter()
+            .for_each(|limbo| held.extend(&limbo.locks));
         held
     }
 
@@ -148,7 +150,10 @@ impl Visible {
 
     /// The file that a table is in; `None` while somebody who empties it holds it.
     pub(crate) fn file(&self, table: usize) -> Option<u32> {
-        let held = self.limbo.iter().any(|limbo| limbo.locks.tables.contains(&table));
+        let held = self
+            .limbo
+            .iter()
+            .any(|limbo| limbo.locks.tables.contains(&table));
         (!held).then(|| self.files[table])
     }
 }

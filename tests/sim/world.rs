@@ -21,6 +21,8 @@ use crate::source::{EPOCH, Source};
 pub(crate) const SYNC_INTERVAL: Duration = Duration::from_secs(20);
 /// What capture waits beyond that before the slot may forget.
 const CONFIRM_MARGIN: Duration = Duration::from_secs(5);
+/// The server forgets a batch that is idle for so long.
+pub(crate) const BATCH_IDLE: Duration = Duration::from_secs(10);
 /// At rest, so many turns must be enough for everything to arrive.
 const REST_TURNS_MAX: u32 = 3_000;
 
@@ -80,6 +82,8 @@ pub(crate) struct World {
     pub(crate) life: Option<Life>,
     /// A publisher whose process is gone, and whose messages are still on their way.
     pub(crate) zombie: Option<Pipe>,
+    /// The server forgets its batch then, and takes no more of it.
+    pub(crate) zombie_until: Duration,
     pub(crate) publishers: u64,
     pub(crate) copier: Copier,
     pub(crate) replica: Replica,
@@ -198,6 +202,7 @@ impl World {
             limits,
             life: None,
             zombie: None,
+            zombie_until: Duration::ZERO,
             publishers: 0,
             copier: Copier::default(),
             replica: Replica::new(rows, near_messages),
@@ -281,6 +286,9 @@ impl World {
 
     fn pass(&mut self, time: Duration) -> Result<(), Failure> {
         self.now += time;
+        if self.now >= self.zombie_until {
+            self.zombie = None;
+        }
         if self.rng.random_bool(0.9) {
             self.broker.on_time(self.now, SYNC_INTERVAL);
         }

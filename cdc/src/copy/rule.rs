@@ -210,12 +210,7 @@ impl Recent {
 /// the source had has a version of at least `begun` at the sink, and what stays below is a row too many.
 ///
 /// Not decided here: the rows wait until the sink has applied the stream up to an LSN above all that S shows.
-pub fn version(
-    m: Lsn,
-    snapshot: &Snapshot,
-    recent: &Recent,
-    begun: Lsn,
-) -> Result<Lsn, Wait> {
+pub fn version(m: Lsn, snapshot: &Snapshot, recent: &Recent, begun: Lsn) -> Result<Lsn, Wait> {
     match recent.barrier {
         Barrier::Absent | Barrier::Taking => return Err(Wait::Barrier),
         Barrier::Taken(_) if !recent.passes(snapshot) => return Err(Wait::Older),

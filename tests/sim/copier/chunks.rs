@@ -180,7 +180,11 @@ impl World {
             reading.recent.take_barrier();
         }
         let xid = self.leave_mark();
-        let xid = if self.breaks(Sabotage::NoBarrier) { 0 } else { xid };
+        let xid = if self.breaks(Sabotage::NoBarrier) {
+            0
+        } else {
+            xid
+        };
         if let Some(reading) = &mut self.copier.reading {
             reading.recent.barrier_taken(xid);
         }
@@ -230,7 +234,11 @@ impl World {
             }
         };
         let is_weak = self.sabotage == Sabotage::NoBegin
-            && self.copier.reading.as_ref().is_some_and(|reading| version < reading.begun);
+            && self
+                .copier
+                .reading
+                .as_ref()
+                .is_some_and(|reading| version < reading.begun);
         self.sabotaged |= is_weak;
         let version = match low {
             Sabotage::LowWatermark if self.breaks(low) => m,
@@ -243,7 +251,8 @@ impl World {
                 .filter_map(|key| Some((key, &state[table].get(key)?.1)))
                 .collect(),
             _ => {
-                let behind = |key: &&Vec<String>| turn.after.as_ref().is_none_or(|after| *key > after);
+                let behind =
+                    |key: &&Vec<String>| turn.after.as_ref().is_none_or(|after| *key > after);
                 let keys = state[table].keys().filter(behind).take(turn.limit);
                 keys.map(|key| (key, &state[table][key].1)).collect()
             }

@@ -23,7 +23,9 @@ fn check_versions(before: &Tables, after: &Tables) -> Result<(), Failure> {
             }
             let known = row.max(before.tombstones.get(key).copied());
             if known > Some(*version) {
-                return Err(format!("{name} {key:?} went back from {known:?} to {version}"));
+                return Err(format!(
+                    "{name} {key:?} went back from {known:?} to {version}"
+                ));
             }
         }
     }

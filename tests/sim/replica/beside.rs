@@ -147,9 +147,8 @@ impl World {
             asking::awaited_keys(&answer.machine.request().tables, copied, is_read)
         });
         beside.debts.retain(|(table, _)| awaited.contains(table));
-        let stays = answer.is_some_and(|answer| {
-            asking::must_stay(&answer.machine.request().tables, progress)
-        });
+        let stays = answer
+            .is_some_and(|answer| asking::must_stay(&answer.machine.request().tables, progress));
         if stays || beside.clearing {
             return Ok(());
         }
@@ -295,11 +294,7 @@ impl World {
     }
 
     /// Takes what has come, up to a full batch; returns whether nothing more is waiting.
-    pub(super) fn collect(
-        &mut self,
-        beside: &mut Beside,
-        at: Checkpoint,
-    ) -> Result<bool, Failure> {
+    pub(super) fn collect(&mut self, beside: &mut Beside, at: Checkpoint) -> Result<bool, Failure> {
         loop {
             let Some(answer) = &mut beside.answer else {
                 return Ok(true);

@@ -81,9 +81,7 @@ impl World {
             life.reader
                 .rewind(life.reader.stream_seq.saturating_sub(back));
         }
-        if life.reader.stream_seq < self.broker.last_seq()
-            && self.sabotage(Sabotage::SkipMessage)
-        {
+        if life.reader.stream_seq < self.broker.last_seq() && self.sabotage(Sabotage::SkipMessage) {
             life.reader.skip();
             self.sabotaged = true;
         }

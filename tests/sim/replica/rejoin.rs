@@ -13,11 +13,7 @@ use crate::reader::{Body, Delivery, Reader};
 use crate::world::{Failure, World};
 
 /// The loaded tables that are near their sink, which has passed the point that their loads show.
-pub(super) fn near(
-    progress: &CopyProgress,
-    at: Checkpoint,
-    near_messages: u64,
-) -> Vec<TableName> {
+pub(super) fn near(progress: &CopyProgress, at: Checkpoint, near_messages: u64) -> Vec<TableName> {
     progress.those(|state| match state {
         CopyState::Loaded { lsn, claim } => {
             at.position.commit_lsn() >= *lsn && claim.stream_seq + near_messages >= at.stream_seq
