@@ -244,7 +244,11 @@ impl World {
             // forgets an idle batch, so this model lets none arrive that late.
             self.zombie = None;
         }
-        if !self.fault(0.1) {
+        // The same where it has arrived already: the report of what is confirmed is lost then.
+        let tail = self.broker.tail();
+        let is_behind = tail.end_lsn.unwrap_or(tail.position.commit_lsn()) < lsn;
+        let is_sound = !self.sabotaged;
+        if !self.fault(0.1) && !(is_behind && is_sound) {
             self.source.confirm(lsn);
         }
         Ok(())

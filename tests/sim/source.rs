@@ -150,6 +150,8 @@ pub(crate) struct Source {
     /// Transactions that nobody else has asked for: marks do not count.
     pub(crate) own: usize,
     pub(crate) visible: Visible,
+    /// The table that most changes are of: one whose updates may leave a column out.
+    hot: Option<usize>,
     slot: Vec<Lsn>,
 }
 
@@ -161,6 +163,7 @@ impl Source {
         let mut source = Self {
             visible: Visible::new(empty.clone(), rng),
             own: 0,
+            hot: rng.random_bool(0.3).then_some(2),
             specs,
             transactions: Vec::new(),
             states: vec![empty],
@@ -182,6 +185,7 @@ impl Source {
 
     /// Commits a random transaction.
     pub(crate) fn commit(&mut self, rng: &mut SmallRng) {
+        let hot = self.hot;
         let changes = match rng.random_range(0..12) {
             0 => 0,
             1 => rng.random_range(8..20),
@@ -189,7 +193,7 @@ impl Source {
         };
         self.commit_with(rng, |builder, rng| {
             for _ in 0..changes {
-                builder.change(rng);
+                builder.change(hot, rng);
             }
             if rng.random_bool(0.1) {
                 builder.heartbeat(None);

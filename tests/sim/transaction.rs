@@ -83,9 +83,10 @@ impl Builder {
         self.records.push(Record::Heartbeat(mark));
     }
 
-    /// One random change, or three that swap two keys.
-    pub(crate) fn change(&mut self, rng: &mut SmallRng) {
-        let table = rng.random_range(0..self.specs.len());
+    /// One random change, or three that swap two keys; mostly of the hot table.
+    pub(crate) fn change(&mut self, hot: Option<usize>, rng: &mut SmallRng) {
+        let any = rng.random_range(0..self.specs.len());
+        let table = hot.filter(|_| rng.random_bool(0.7)).unwrap_or(any);
         if self.held.tables.contains(&table) {
             return;
         }
