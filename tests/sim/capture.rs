@@ -247,8 +247,8 @@ impl World {
         // The same where it has arrived already: the report of what is confirmed is lost then.
         let tail = self.broker.tail();
         let is_behind = tail.end_lsn.unwrap_or(tail.position.commit_lsn()) < lsn;
-        let is_sound = !self.sabotaged;
-        if !self.fault(0.1) && !(is_behind && is_sound) {
+        let is_lost = is_behind && !self.sabotaged;
+        if !is_lost && !self.fault(0.1) {
             self.source.confirm(lsn);
         }
         Ok(())

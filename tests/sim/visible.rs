@@ -49,7 +49,7 @@ impl Visible {
             ended: next_xid - 1,
             open: BTreeSet::new(),
             limbo: Vec::new(),
-            probability: [0.0, 0.2, 0.5][rng.random_range(0..3)],
+            probability: [0.0, 0.4, 0.9][rng.random_range(0..3)],
         }
     }
 
