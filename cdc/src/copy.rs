@@ -23,7 +23,7 @@ mod pack;
 mod ranges;
 mod reading;
 mod room;
-mod rule;
+pub mod rule;
 mod session;
 mod setbacks;
 mod span;

@@ -38,6 +38,7 @@ pub mod stream;
 
 pub use check::check;
 pub use commits::Committed;
+pub use copy::rule;
 pub use error::Error;
 pub use identity::published::{Captured, captured};
 pub use millrace_config::understood;

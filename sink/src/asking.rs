@@ -7,11 +7,11 @@ use crate::progress::{Chunks, CopyProgress, CopyState};
 use millrace_event::Position;
 
 /// Rows of which the target knows some columns only: their table, and the texts of their keys.
-pub(crate) type Debts = Vec<(TableName, Vec<Vec<String>>)>;
+pub type Debts = Vec<(TableName, Vec<Vec<String>>)>;
 
 /// Everything that a sink needs now: single rows first, because a table waits for few of them, then loads, which
 /// share a snapshot, then chunks.
-pub(crate) fn wanted(progress: &CopyProgress, debts: &Debts) -> Vec<TableRequest> {
+pub fn wanted(progress: &CopyProgress, debts: &Debts) -> Vec<TableRequest> {
     let mut wanted = Vec::new();
     for (table, keys) in debts {
         // Chunks that are to come bring these rows too.
@@ -57,7 +57,7 @@ fn by_chunks(state: &Chunks) -> Wanted {
 
 /// Whether a request that is being answered brings all that is wanted, in the way that it is wanted. One that was made
 /// for an earlier copy of a table does not: what came of that one is given up.
-pub(crate) fn brings(asked: &[TableRequest], wanted: &[TableRequest]) -> bool {
+pub fn brings(asked: &[TableRequest], wanted: &[TableRequest]) -> bool {
     let brings = |wanted: &TableRequest| {
         let asked = asked.iter().find(|asked| asked.table == wanted.table);
         asked.is_some_and(|asked| {
@@ -88,11 +88,7 @@ fn is_same(asked: &Wanted, wanted: &Wanted) -> bool {
 
 /// The tables of which a request's rows of single keys are awaited: capture has not `copied` them, or not all that it
 /// has put on the copy stream is read.
-pub(crate) fn awaited_keys(
-    asked: &[TableRequest],
-    copied: &[TableName],
-    is_read: bool,
-) -> Vec<TableName> {
+pub fn awaited_keys(asked: &[TableRequest], copied: &[TableName], is_read: bool) -> Vec<TableName> {
     let asked = asked.iter().filter(|asked| {
         let keys = matches!(asked.rows, Wanted::Keys { .. });
         keys && !(is_read && copied.contains(&asked.table))
@@ -101,7 +97,7 @@ pub(crate) fn awaited_keys(
 }
 
 /// Whether a request must not be replaced for now: a snapshot that has been read in part cannot be read again.
-pub(crate) fn must_stay(asked: &[TableRequest], progress: &CopyProgress) -> bool {
+pub fn must_stay(asked: &[TableRequest], progress: &CopyProgress) -> bool {
     asked.iter().any(|asked| {
         asked.rows == Wanted::Load
             && matches!(
@@ -135,7 +131,7 @@ pub(crate) fn has_load_under_way(
 /// from here on, beside their changes.
 ///
 /// `asked` is the request that is being answered, and `cut` what capture says of it.
-pub(crate) fn cut_loads(
+pub fn cut_loads(
     progress: &CopyProgress,
     asked: Option<&str>,
     cut: &[TableName],
@@ -158,7 +154,7 @@ pub(crate) fn cut_loads(
 }
 
 /// Lets these tables' rows come in chunks, from a sink that has read its stream up to `position`.
-pub(crate) fn begin_chunks(
+pub fn begin_chunks(
     progress: &mut CopyProgress,
     tables: &[TableName],
     position: Position,
@@ -171,7 +167,7 @@ pub(crate) fn begin_chunks(
 }
 
 /// What the orders change, if they change anything.
-pub(crate) fn follow_orders(
+pub fn follow_orders(
     progress: &CopyProgress,
     orders: &[BackfillOrder],
     position: Position,
@@ -231,7 +227,7 @@ pub(crate) fn follow_orders(
 }
 
 /// The tables whose rows come in chunks from `next` on, and did not before.
-pub(crate) fn begun(before: &CopyProgress, next: &CopyProgress) -> Vec<TableName> {
+pub fn begun(before: &CopyProgress, next: &CopyProgress) -> Vec<TableName> {
     next.those(|state| matches!(state, CopyState::Chunks(_)))
         .into_iter()
         .filter(|table| !matches!(before.tables.get(table), Some(CopyState::Chunks(_))))
@@ -239,7 +235,7 @@ pub(crate) fn begun(before: &CopyProgress, next: &CopyProgress) -> Vec<TableName
 }
 
 /// Has these tables' chunks doubt what the stream tells of up to `newest`.
-pub(crate) fn doubt(progress: &mut CopyProgress, tables: &[TableName], newest: Position) {
+pub fn doubt(progress: &mut CopyProgress, tables: &[TableName], newest: Position) {
     for table in tables {
         if let Some(CopyState::Chunks(chunks)) = progress.tables.get_mut(table) {
             chunks.doubt(newest);

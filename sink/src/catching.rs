@@ -14,15 +14,16 @@ use crate::worker::BatchLimits;
 
 /// A part of what the table missed.
 #[derive(Debug)]
-pub(crate) struct Part {
+pub struct Part {
     /// Where the table goes on once this is applied.
-    pub(crate) after: Token,
-    pub(crate) steps: Vec<Step>,
+    pub after: Token,
+    /// What to apply.
+    pub steps: Vec<Step>,
 }
 
 /// Collects a table's changes, message by message.
 #[derive(Debug)]
-pub(crate) struct Catching {
+pub struct Catching {
     limits: BatchLimits,
     fold: Fold,
     /// The message before the one whose changes are taken.
@@ -34,7 +35,7 @@ pub(crate) struct Catching {
 
 impl Catching {
     /// Begins behind `from`.
-    pub(crate) fn new(limits: BatchLimits, from: Token) -> Self {
+    pub fn new(limits: BatchLimits, from: Token) -> Self {
         Self {
             limits,
             fold: Fold::new(),
@@ -47,7 +48,7 @@ impl Catching {
     ///
     /// # Errors
     /// The event does not have its key.
-    pub(crate) fn push(
+    pub fn push(
         &mut self,
         layout: &Arc<TableLayout>,
         event: &ChangeEvent<'_>,
@@ -63,7 +64,7 @@ impl Catching {
     /// Where the message ends in a delete, that one is held back, and the table stands before the message: after a
     /// crash it is read again as a whole, and what was applied of it is stale then. Waiting for a better place would
     /// hold all of a transaction that empties the table row by row.
-    pub(crate) fn end_message(&mut self, at: Token) -> Option<Part> {
+    pub fn end_message(&mut self, at: Token) -> Option<Part> {
         let before = std::mem::replace(&mut self.before, at);
         if self.fold.rows() < self.limits.rows && self.fold.bytes() < self.limits.bytes {
             return None;
@@ -72,7 +73,7 @@ impl Catching {
     }
 
     /// What was taken so far, however little: where the table stands then, too.
-    pub(crate) fn flush(&mut self) -> Option<Part> {
+    pub fn flush(&mut self) -> Option<Part> {
         let at = self.before;
         if self.open == Some(at.position) {
             return None;
@@ -96,7 +97,7 @@ impl Catching {
     }
 
     /// What is left once the table is where its sink is: at the end of a transaction.
-    pub(crate) fn finish(mut self) -> Vec<Step> {
+    pub fn finish(mut self) -> Vec<Step> {
         self.fold.finish()
     }
 }

@@ -4,9 +4,7 @@
 //! ([`fold`]) into a [`batch::Batch`]; a [`sink::Sink`] applies it in one target transaction together with its
 //! checkpoint. [`run`] carries deliveries to the machine and batches to the target.
 
-mod asking;
 mod beside;
-mod catching;
 mod copy;
 mod error;
 mod evolution;
@@ -22,7 +20,9 @@ mod status;
 mod upkeep;
 mod waiting;
 
+pub mod asking;
 pub mod batch;
+pub mod catching;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 pub mod copying;

@@ -108,6 +108,16 @@ impl MemoryTarget {
         table.rows.insert(key, (Version::ZERO, row));
     }
 
+    /// Somebody else's hand: from now on a row is this one, or is gone, and no event tells of it.
+    pub fn set(&self, table: &TableName, key: Key, row: Option<(Version, Row)>) {
+        let mut shared = self.lock();
+        let table = shared.committed.tables.entry(table.clone()).or_default();
+        match row {
+            Some(row) => table.rows.insert(key, row),
+            None => table.rows.remove(&key),
+        };
+    }
+
     fn lock(&self) -> MutexGuard<'_, Shared> {
         // A panic of a test elsewhere leaves whole values behind.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)

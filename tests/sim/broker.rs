@@ -20,6 +20,8 @@ pub(crate) struct Mark {
     pub(crate) request: String,
     pub(crate) attempt: u64,
     pub(crate) number: u64,
+    /// Up to where the stream must be applied before it.
+    pub(crate) reach: Option<Lsn>,
 }
 
 /// A message.

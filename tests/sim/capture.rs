@@ -9,7 +9,7 @@ use rand::Rng;
 
 use crate::broker::{BatchFailed, Message, Pipe, Place};
 use crate::source::EPOCH;
-use crate::world::{Failure, Sabotage, World};
+use crate::world::{BATCH_IDLE, Failure, Sabotage, World};
 
 /// One life: a replication connection, a publisher, and the machine between them.
 pub(crate) struct Life {
@@ -20,6 +20,8 @@ pub(crate) struct Life {
     next: usize,
     known: BTreeSet<u32>,
     frames: VecDeque<(Lsn, Vec<u8>)>,
+    /// How far it has read, as it told while that was asked for.
+    pub(crate) told: Lsn,
     /// The broker crashed, and the publisher has not noticed yet.
     is_cut_off: bool,
 }
@@ -40,7 +42,7 @@ impl World {
         let choice = self.rng.random_range(0..10);
         if life.is_cut_off && (choice < 4 || !self.faults) {
             self.note("capture noticed that the broker was gone");
-            self.life = None;
+            self.end_life();
             return Ok(());
         }
         match choice {
@@ -105,6 +107,7 @@ impl World {
             next: self.source.start(),
             known: BTreeSet::new(),
             frames: VecDeque::new(),
+            told: Lsn::ZERO,
             is_cut_off: false,
         });
         let publisher = self.publishers;
@@ -122,6 +125,8 @@ impl World {
         };
         let sent_at_us = self.source.now_us();
         let failed = |error| format!("capture failed: {error}");
+        let reading = &mut self.copier.reading;
+        life.capture.record_commits(reading.is_some());
         for _ in 0..self.rng.random_range(1..25) {
             if life.frames.is_empty() {
                 let next = self.source.transactions.get(life.next);
@@ -150,6 +155,11 @@ impl World {
                 };
                 life.capture.handle(input, self.now).map_err(failed)?;
             }
+        }
+        if let Some(reading) = reading {
+            let (position, commits) = life.capture.take_commits();
+            life.told = position;
+            reading.tell(position, &commits);
         }
         life.capture
             .handle(Input::EndOfBatch, self.now)
@@ -213,7 +223,7 @@ impl World {
                             "sequence {} is not ours any more",
                             boundary.stream_seq
                         ));
-                        self.life = None;
+                        self.end_life();
                         return Ok(());
                     }
                     let input = Input::Verified(boundary);
@@ -231,10 +241,14 @@ impl World {
         if self.confirm == ConfirmPolicy::Acked {
             // A dead publisher's message that arrives behind what its successor had confirmed would be the tail
             // that the next life reads, below the slot: capture halts, although nothing is missing. The server
-            // forgets an idle batch after 10 s, so this model lets none arrive that late.
+            // forgets an idle batch, so this model lets none arrive that late.
             self.zombie = None;
         }
-        if !self.fault(0.1) {
+        // The same where it has arrived already: the report of what is confirmed is lost then.
+        let tail = self.broker.tail();
+        let is_behind = tail.end_lsn.unwrap_or(tail.position.commit_lsn()) < lsn;
+        let is_lost = is_behind && !self.sabotaged;
+        if !is_lost && !self.fault(0.1) {
             self.source.confirm(lsn);
         }
         Ok(())
@@ -251,6 +265,7 @@ impl World {
             }
             if let Err(BatchFailed) = life.pipe.store(&mut self.broker, self.now) {
                 self.note(format!("publisher {} was overtaken", life.pipe.publisher));
+                self.copier.forget_attempt();
                 return;
             }
             if self.sabotage(Sabotage::DropMessage) {
@@ -275,7 +290,7 @@ impl World {
             && let Err(BatchFailed) = life.pipe.commit(&self.broker)
         {
             self.note("publisher found a foreign message in its batch");
-            self.life = None;
+            self.end_life();
             return Ok(());
         }
         let stored = life.pipe.stored;
@@ -306,6 +321,12 @@ impl World {
         self.perform()
     }
 
+    /// What a life did for the sinks' copies ends with it.
+    pub(crate) fn end_life(&mut self) {
+        self.life = None;
+        self.copier.forget_attempt();
+    }
+
     /// Kill -9. What was sent may still arrive: nothing of it, a part at once, or a part later.
     pub(crate) fn kill_life(&mut self) {
         self.copier.forget_attempt();
@@ -327,6 +348,7 @@ impl World {
             _ if !life.is_cut_off => {
                 self.counts.zombies += 1;
                 self.zombie = Some(life.pipe);
+                self.zombie_until = self.now + BATCH_IDLE;
             }
             _ => {}
         }

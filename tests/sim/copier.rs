@@ -1,10 +1,14 @@
-//! Capture's side of the initial copy: requests, attempts under a snapshot, and the copy stream.
+//! Capture's side of copies: requests, loads under one snapshot, chunks each under one of its own, and the copy stream.
+
+mod chunks;
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use bytes::Bytes;
-use millrace_event::work::{Copied, CopyStatus, Part};
+use millrace_event::work::{
+    BackfillOrder, Copied, CopyApplied, CopyRequest, CopyStatus, Part, TableRequest, Wanted,
+};
 use millrace_event::{
     Before, Change, Datum, LineEnd, Lsn, Op, TableName, Transaction, subject, write_change,
     write_line_end,
@@ -12,47 +16,56 @@ use millrace_event::{
 use rand::Rng;
 use rand::rngs::SmallRng;
 
+pub(crate) use self::chunks::Reading;
+use self::chunks::Turn;
 use crate::broker::{Broker, Mark, Message};
-use crate::source::{EPOCH, Row, Source, State};
+use crate::source::{EPOCH, Row, TableSpec};
 use crate::world::{Sabotage, World};
 
-/// What is asked for.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Request {
-    pub(crate) id: String,
-    pub(crate) tables: Vec<TableName>,
-}
-
-/// The KV bucket of copies, the copy stream, and the attempt under way.
+/// The KV bucket of copies, the copy stream, and what capture does about them.
 #[derive(Default)]
 pub(crate) struct Copier {
-    pub(crate) request: Option<Request>,
+    pub(crate) request: Option<CopyRequest>,
+    pub(crate) orders: Vec<BackfillOrder>,
     pub(crate) status: Option<CopyStatus>,
+    pub(crate) applied: Option<CopyApplied>,
     pub(crate) stream: Broker,
     attempt: Option<Attempt>,
-    requests: u64,
+    /// What is known of commits. It ends with capture's life.
+    pub(crate) reading: Option<Reading>,
+    /// Attempts ever: their numbers rise, whatever the broker loses.
+    attempts: u64,
+    names: u64,
 }
 
-struct Attempt {
+/// What capture is at.
+enum Attempt {
+    Load(Load),
+    Chunks(Box<Turn>),
+}
+
+/// Tables under one snapshot.
+struct Load {
     number: u64,
     steps: VecDeque<Step>,
 }
 
 enum Step {
-    Rows(String, Bytes),
+    Rows(TableName, Bytes),
     End(Copied),
     Told(TableName),
 }
 
 impl Copier {
-    /// A new name for a request.
-    pub(crate) fn next_id(&mut self) -> String {
-        self.requests += 1;
-        format!("r{}", self.requests)
+    /// A new name for a request or an order.
+    pub(crate) fn next_name(&mut self) -> String {
+        self.names += 1;
+        format!("r{}", self.names)
     }
 
+    /// Capture's life has ended.
     pub(crate) fn forget_attempt(&mut self) {
-        self.attempt = None;
+        (self.attempt, self.reading) = (None, None);
     }
 
     /// The copy stream loses its tail; returns how much.
@@ -61,9 +74,14 @@ impl Copier {
         let kept = rng.random_range(self.stream.synced()..=last);
         self.stream.crash(kept);
         if rng.random_bool(0.5) {
-            self.attempt = None;
+            self.forget_attempt();
         }
         last - kept
+    }
+
+    fn still_wanted(&self) -> bool {
+        let asked = self.request.as_ref().map(|request| &request.id);
+        asked.is_some() && asked == self.status.as_ref().map(|status| &status.request)
     }
 }
 
@@ -73,155 +91,190 @@ impl World {
         if self.life.is_none() {
             return;
         }
-        if let Some(mut attempt) = self.copier.attempt.take() {
-            for _ in 0..self.rng.random_range(1..4) {
-                let Some(step) = attempt.steps.pop_front() else {
-                    return;
-                };
-                self.copy_step(&mut attempt, step);
-            }
-            self.copier.attempt = Some(attempt);
-            return;
-        }
         if self.rng.random_bool(0.1) {
             self.copier.stream.sync(self.now);
         }
-        let Some(request) = self.copier.request.clone() else {
-            if self.copier.status.take().is_some() {
-                self.copier.stream = Broker::default();
+        for _ in 0..self.rng.random_range(1..4) {
+            match self.copier.attempt.take() {
+                Some(Attempt::Load(load)) => self.load_step(load),
+                Some(Attempt::Chunks(turn)) => {
+                    let turn = self.chunk_step(turn);
+                    self.copier.attempt = turn.map(Attempt::Chunks);
+                }
+                None => self.look(),
+            }
+        }
+    }
+
+    fn look(&mut self) {
+        let copier = &mut self.copier;
+        let Some(request) = copier.request.clone() else {
+            if copier.status.take().is_some() {
+                copier.stream = Broker::default();
+                copier.applied = None;
             }
             return;
         };
-        let status = self.copier.status.clone();
+        let status = copier.status.take();
         let status = status.filter(|status| status.request == request.id);
-        let copied = status
-            .as_ref()
-            .map(|status| status.copied.clone())
-            .unwrap_or_default();
-        let mut remaining = request.tables.clone();
-        remaining.retain(|table| !copied.contains(table));
-        if remaining.is_empty() {
-            return;
+        let mut status = status.unwrap_or_else(|| CopyStatus::new(request.id.clone()));
+        // Nothing runs now: what still says that it is loading was cut off.
+        if let Some(table) = status.loading.take() {
+            status.cut.push(table);
+            self.counts.loads_cut += 1;
         }
-        let attempt = status.map_or(0, |status| status.attempt) + 1;
+        let left = request.tables.into_iter();
+        let left = left.filter(|wanted| !status.copied.contains(&wanted.table));
+        let left = left.filter(|wanted| !status.cut.contains(&wanted.table));
+        let left: Vec<TableRequest> = left.collect();
+        // Keys come before loads, and loads before chunks.
+        let stage = |wanted: &TableRequest| match wanted.rows {
+            Wanted::Keys { .. } => 0,
+            Wanted::Load => 1,
+            Wanted::Chunks { .. } => 2,
+        };
+        let Some(first) = left.iter().map(stage).min() else {
+            self.copier.status = Some(status);
+            return;
+        };
+        let due: Vec<_> = left
+            .into_iter()
+            .filter(|wanted| stage(wanted) == first)
+            .collect();
+        self.copier.attempts += 1;
+        status.attempt = self.copier.attempts;
+        let line = format!(
+            "copy {}/{} of {} tables, {}",
+            status.request,
+            status.attempt,
+            due.len(),
+            ["keys", "whole", "in chunks"][first]
+        );
+        self.note(line);
+        self.counts.copy_attempts += 1;
+        self.copier.status = Some(status);
+        let attempt = if first == 1 {
+            self.copier.reading = None;
+            Attempt::Load(self.begin_load(&due))
+        } else {
+            Attempt::Chunks(Box::new(self.begin_chunks(due)))
+        };
+        self.copier.attempt = Some(attempt);
+    }
+
+    fn begin_load(&mut self, tables: &[TableRequest]) -> Load {
         let (lsn, state) = self.source.snapshot();
-        let claimed = if self.sabotage(Sabotage::CopyTooNew) {
-            self.sabotaged = true;
+        let claimed = if self.breaks(Sabotage::CopyTooNew) {
             Lsn(lsn.0 + 4_000)
         } else {
             lsn
         };
-        let rows = self.rng.random_range(1..4);
-        let steps = steps(&self.source, &state, &remaining, claimed, rows);
-        self.note(format!(
-            "copy {}/{attempt} of {} tables at {lsn}",
-            request.id,
-            remaining.len()
-        ));
-        self.counts.copy_attempts += 1;
-        self.copier.status = Some(CopyStatus {
-            attempt,
-            copied,
-            ..CopyStatus::new(request.id)
-        });
-        self.copier.attempt = Some(Attempt { number: 0, steps });
+        let rows_a_message = self.rng.random_range(1..4);
+        let mut steps = VecDeque::new();
+        for TableRequest { table: name, .. } in tables {
+            let at = self.source.table(name);
+            let spec = &self.source.specs[at];
+            let rows: Vec<&Row> = state[at].values().map(|(_, row)| row).collect();
+            for some in rows.chunks(rows_a_message) {
+                steps.push_back(Step::Rows(name.clone(), payload(spec, claimed, some)));
+            }
+            let rows = rows.len() as u64;
+            steps.push_back(Step::End(Copied {
+                table: name.clone(),
+                epoch: EPOCH,
+                lsn: claimed,
+                rows,
+                part: Part::Load,
+            }));
+            steps.push_back(Step::Told(name.clone()));
+        }
+        Load { number: 0, steps }
     }
 
-    fn copy_step(&mut self, attempt: &mut Attempt, step: Step) {
-        let copier = &mut self.copier;
-        let Some(status) = &mut copier.status else {
+    fn load_step(&mut self, mut load: Load) {
+        let (Some(step), Some(status)) = (load.steps.pop_front(), &mut self.copier.status) else {
             return;
         };
-        let (subject, payload) = match step {
+        match step {
             Step::Told(table) => {
-                status.last_seq = copier.stream.last_seq();
+                status.last_seq = self.copier.stream.last_seq();
+                status.loading = None;
                 status.copied.push(table);
-                return;
             }
-            Step::Rows(subject, payload) => (subject, payload),
-            Step::End(copied) => {
-                let payload = serde_json::to_vec(&copied).expect("plain JSON");
-                (subject::copied("shop", "replica"), payload.into())
+            Step::Rows(table, payload) => {
+                let subject = subject::copy("shop", "replica", &table);
+                status.loading = Some(table);
+                self.publish_copy(&mut load.number, subject, payload, None);
             }
+            Step::End(copied) => self.publish_end(&mut load.number, &copied, None),
+        }
+        self.copier.attempt = Some(Attempt::Load(load));
+    }
+
+    fn publish_end(&mut self, number: &mut u64, copied: &Copied, reach: Option<Lsn>) {
+        let payload = serde_json::to_vec(copied).expect("plain JSON");
+        let subject = subject::copied("shop", "replica");
+        self.publish_copy(number, subject, payload.into(), reach);
+    }
+
+    /// Puts a message on the copy stream; `number` is that of the attempt's last one.
+    fn publish_copy(
+        &mut self,
+        number: &mut u64,
+        subject: String,
+        payload: Bytes,
+        reach: Option<Lsn>,
+    ) {
+        let Some(status) = &self.copier.status else {
+            return;
         };
-        attempt.number += 1;
-        let (request, number) = (status.request.clone(), attempt.number);
-        let mark = Some(Mark {
-            request,
+        *number += 1;
+        let mark = Mark {
+            request: status.request.clone(),
             attempt: status.attempt,
-            number,
-        });
-        copier.stream.append(
-            Message {
-                subject,
-                payload,
-                chunk: None,
-                mark,
-            },
-            Duration::ZERO,
-        );
+            number: *number,
+            reach,
+        };
+        let message = Message {
+            subject,
+            payload,
+            chunk: None,
+            mark: Some(mark),
+        };
+        self.copier.stream.append(message, Duration::ZERO);
     }
 }
 
-fn steps(
-    source: &Source,
-    state: &State,
-    tables: &[TableName],
-    lsn: Lsn,
-    rows_a_message: usize,
-) -> VecDeque<Step> {
-    let mut steps = VecDeque::new();
-    for name in tables {
-        let at = source
-            .specs
-            .iter()
-            .position(|spec| spec.name == *name)
-            .expect("a table of ours");
-        let rows: Vec<&Row> = state[at].values().map(|(_, row)| row).collect();
-        let relation = source.specs[at].relation();
-        let transaction = Transaction::new(EPOCH, lsn, 0, 0);
-        for some in rows.chunks(rows_a_message) {
-            let mut payload = Vec::new();
-            for row in some {
-                if !payload.is_empty() {
-                    payload.push(b'\n');
-                }
-                let datum = |value: &'_ Option<String>| value.clone();
-                let values: Vec<Option<String>> = row.iter().map(datum).collect();
-                let data: Vec<Datum<'_>> = values
-                    .iter()
-                    .map(|value| {
-                        value
-                            .as_ref()
-                            .map_or(Datum::Null, |text| Datum::Text(text.as_bytes()))
-                    })
-                    .collect();
-                let change = Change {
-                    op: Op::Read,
-                    before: Before::None,
-                    after: Some(&data),
-                    key: Some(&data),
-                    seq: 0,
-                    lsn,
-                    sent_at_us: 0,
-                };
-                write_change(&mut payload, &relation, &transaction, &change).expect("UTF-8");
-                write_line_end(&mut payload, LineEnd::More);
-            }
-            steps.push_back(Step::Rows(
-                subject::copy("shop", "replica", name),
-                payload.into(),
-            ));
+/// Rows as one message of a copy.
+fn payload(spec: &TableSpec, version: Lsn, rows: &[&Row]) -> Bytes {
+    let relation = spec.relation();
+    let transaction = Transaction::new(EPOCH, version, 0, 0);
+    let mut payload = Vec::new();
+    for row in rows {
+        if !payload.is_empty() {
+            payload.push(b'\n');
         }
-        let rows = rows.len() as u64;
-        steps.push_back(Step::End(Copied {
-            table: name.clone(),
-            epoch: EPOCH,
-            lsn,
-            rows,
-            part: Part::Load,
-        }));
-        steps.push_back(Step::Told(name.clone()));
+        let datum = |value: &'_ Option<String>| value.clone();
+        let values: Vec<Option<String>> = row.iter().map(datum).collect();
+        let data: Vec<Datum<'_>> = values
+            .iter()
+            .map(|value| {
+                value
+                    .as_ref()
+                    .map_or(Datum::Null, |text| Datum::Text(text.as_bytes()))
+            })
+            .collect();
+        let change = Change {
+            op: Op::Read,
+            before: Before::None,
+            after: Some(&data),
+            key: Some(&data),
+            seq: 0,
+            lsn: version,
+            sent_at_us: 0,
+        };
+        write_change(&mut payload, &relation, &transaction, &change).expect("UTF-8");
+        write_line_end(&mut payload, LineEnd::More);
     }
-    steps
+    payload.into()
 }

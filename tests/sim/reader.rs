@@ -9,6 +9,8 @@ use crate::broker::{Assembly, Broker};
 pub(crate) struct Delivery {
     pub(crate) stream_seq: u64,
     pub(crate) floor: Position,
+    /// Its own.
+    pub(crate) position: Position,
     pub(crate) body: Body,
 }
 
@@ -111,6 +113,7 @@ impl Reader {
             return Some(Delivery {
                 stream_seq,
                 floor,
+                position: stored.position,
                 body,
             });
         }

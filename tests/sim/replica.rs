@@ -1,26 +1,30 @@
 //! The lives of a sink: what its loop does, turn by turn, around the real machines and the memory target.
 
 mod applying;
+mod beside;
+mod following;
+mod rejoin;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use futures_util::FutureExt;
 use millrace_config::{Columns, OnDelete, OnRowError, OnSchemaChange, OnTruncate, Table};
-use millrace_event::work::{CopyRequest, CopyStatus, TableRequest, Wanted};
 use millrace_event::{ChangeEvent, TableName, Version, decode, decode_line};
 use millrace_sink::batch::{Batch, Checkpoint, PositionRow};
-use millrace_sink::copying::{CopyMark, Copying, Input as CopyInput};
 use millrace_sink::memory::{MemorySink, MemoryTarget};
-use millrace_sink::progress::CopyState;
+use millrace_sink::progress::{Chunks, CopyProgress, CopyState};
 use millrace_sink::row::TableLayout;
 use millrace_sink::sink::{Elected, Sink};
-use millrace_sink::worker::{BatchLimits, Input, TableRule, Worker};
+use millrace_sink::worker::{BatchLimits, TableRule, Worker};
 use rand::Rng;
 
-use crate::copier::Request;
-use crate::reader::{Body, Reader};
-use crate::world::{Failure, Sabotage, World};
+use self::following::Following;
+use crate::check;
+use crate::reader::Reader;
+use crate::source::EPOCH;
+use crate::world::{Failure, World};
 
 /// The sink's name.
 pub(crate) const NAME: &str = "replica";
@@ -35,20 +39,27 @@ pub(crate) struct Replica {
     pub(crate) cursor: usize,
     /// The transactions that the target showed when it was looked at last.
     pub(crate) shown: usize,
+    /// Whether all tables were compared with the source at once.
     pub(crate) is_shown: bool,
     /// Batches that were applied, for sabotage.
     applied: Vec<Batch>,
+    /// Up to which version deletes of a table were forgotten.
+    forgotten: BTreeMap<TableName, Version>,
+    /// Tables whose rows did not all come with one load and the stream.
+    pub(crate) mended: BTreeSet<TableName>,
+    /// Tables that somebody else has changed, and the order that mends each.
+    pub(crate) wrong: BTreeMap<TableName, String>,
+    /// A table that is so many messages behind its sink, or fewer, rejoins while the sink waits.
+    near_messages: u64,
+    /// Names copies of a table, as the sink's clock does.
+    clock_us: i64,
 }
 
 enum Stage {
     /// No life.
     Down,
-    /// Opened; a copy is missing, and capture has not taken up the request yet.
-    Asking(Request),
-    /// Rows are copied.
-    Copying(Request, Box<Copying>, u64),
-    /// The stream is followed.
-    Following(Box<Worker>, Reader, Option<Box<Batch>>),
+    /// The stream is followed, and copies run beside it.
+    Following(Box<Following>),
 }
 
 /// How applying a batch ended.
@@ -59,7 +70,7 @@ enum End {
 }
 
 impl Replica {
-    pub(crate) fn new(rows: usize) -> Self {
+    pub(crate) fn new(rows: usize, near_messages: u64) -> Self {
         Self {
             target: MemoryTarget::new(),
             limits: BatchLimits {
@@ -72,6 +83,11 @@ impl Replica {
             shown: 0,
             is_shown: false,
             applied: Vec::new(),
+            forgotten: BTreeMap::new(),
+            mended: BTreeSet::new(),
+            wrong: BTreeMap::new(),
+            near_messages,
+            clock_us: 0,
         }
     }
 
@@ -80,8 +96,8 @@ impl Replica {
     }
 
     pub(crate) fn disconnect(&mut self) {
-        if let Stage::Following(_, reader, _) = &mut self.stage {
-            reader.disconnect();
+        if let Stage::Following(following) = &mut self.stage {
+            following.reader.disconnect();
         }
     }
 
@@ -89,9 +105,31 @@ impl Replica {
         self.sink.as_mut()
     }
 
-    /// Whether the target's tables have been compared with the source since the copies were complete.
-    pub(crate) fn is_consistent(&self) -> bool {
-        self.is_shown
+    /// Whether the target has a transaction open, which would undo what somebody else does.
+    pub(crate) fn is_open(&self) -> bool {
+        match &self.stage {
+            Stage::Down => false,
+            Stage::Following(following) => following.is_open(),
+        }
+    }
+
+    /// Whether a row of a table is incomplete.
+    pub(crate) fn is_healing(&self, table: &TableName) -> bool {
+        let letters = self.target.letters();
+        letters
+            .iter()
+            .any(|letter| letter.open && letter.table == *table)
+    }
+
+    /// Whether all tables have all their rows, and those are right.
+    pub(crate) fn is_whole(&self, copy: &CopyProgress) -> bool {
+        let healing = |table| self.is_healing(table);
+        copy.is_whole() && self.wrong.is_empty() && !copy.tables.keys().any(healing)
+    }
+
+    fn now_us(&mut self) -> i64 {
+        self.clock_us += 1;
+        self.clock_us
     }
 }
 
@@ -107,9 +145,7 @@ impl World {
     pub(crate) fn replica_turn(&mut self) -> Result<(), Failure> {
         match std::mem::replace(&mut self.replica.stage, Stage::Down) {
             Stage::Down => self.open_sink(),
-            Stage::Asking(request) => self.ask(request),
-            Stage::Copying(request, machine, read_seq) => self.copy(request, machine, read_seq),
-            Stage::Following(worker, reader, flight) => self.follow(worker, reader, flight),
+            Stage::Following(following) => self.follow(following),
         }
     }
 
@@ -130,82 +166,97 @@ impl World {
             return Err("two workers were elected".to_owned());
         }
         let PositionRow {
-            checkpoint,
-            mut copy,
-            ..
+            checkpoint, copy, ..
         } = row;
         if copy.stream.is_empty() {
-            let Some(to) = self.newest() else {
-                return Ok(());
-            };
-            copy.stream = "the only one".to_owned();
-            for spec in self.source.specs.iter().filter(|spec| spec.configured) {
-                let claim = to.into();
-                let pending = CopyState::Pending { claim, began_us: 0 };
-                copy.tables.insert(spec.name.clone(), pending);
-            }
-            let batch = Batch {
-                from: checkpoint,
-                to,
-                copy: Some(copy),
-                steps: Vec::new(),
-                commit: true,
-            };
-            self.apply(&batch)?;
-            return Ok(());
+            return self.register(checkpoint, copy);
         }
         self.note(format!(
             "sink opened at {} {}",
             checkpoint.stream_seq, checkpoint.position
         ));
-        if !copy.is_complete() {
-            let remaining = copy.tables.iter().filter(|(_, state)| !state.is_copied());
-            let tables: Vec<TableName> = remaining.map(|(table, _)| table.clone()).collect();
-            let known = self.copier.request.clone();
-            let known =
-                known.filter(|known| tables.iter().all(|table| known.tables.contains(table)));
-            let request = known.unwrap_or_else(|| Request {
-                id: self.copier.next_id(),
-                tables,
-            });
-            self.copier.request = Some(request.clone());
-            self.replica.stage = Stage::Asking(request);
+        let Some(copy) = self.rejoin(copy, checkpoint)? else {
             return Ok(());
-        }
-        self.copier.request = None;
-        if !copy.is_whole() {
-            // The sink has stayed where the loads' changes begin: nothing is to be caught up with.
-            for state in copy.tables.values_mut() {
-                if let CopyState::Loaded { lsn, claim } = state {
-                    assert_eq!(claim.position, checkpoint.position, "the sink stayed");
-                    *state = CopyState::Copied { lsn: *lsn };
-                }
-            }
-            let batch = Batch {
-                from: checkpoint,
-                to: checkpoint,
-                copy: Some(copy.clone()),
-                steps: Vec::new(),
-                commit: true,
-            };
-            if let End::Over = self.apply(&batch)? {
-                return Ok(());
-            }
-        }
+        };
+        let followed = copy.those(CopyState::is_followed);
         let rule = TableRule {
             deletes: true,
             truncates: true,
         };
-        let tables = self.source.specs.iter().filter(|spec| spec.configured);
-        let rules = tables
-            .map(|spec| (spec.name.clone(), rule.clone()))
-            .collect();
-        let worker = Worker::new(self.replica.limits, rules, checkpoint, copy, self.now);
+        let rules = followed.iter().map(|name| (name.clone(), rule.clone()));
+        let (limits, rules) = (self.replica.limits, rules.collect());
+        let worker = Worker::new(limits, rules, checkpoint, copy.clone(), self.now);
         let reader = Reader::new(checkpoint.stream_seq, checkpoint.position);
         let seen = |event: &crate::transaction::Expected| checkpoint.position.0 >= event.version;
         self.replica.cursor = self.source.expected.partition_point(seen);
-        self.replica.stage = Stage::Following(Box::new(worker), reader, None);
+        let following = Following::new(worker, reader, followed, copy);
+        self.replica.stage = Stage::Following(Box::new(following));
         Ok(())
+    }
+
+    /// A new sink begins behind the newest message. Some of its tables it may have had before: nobody followed their
+    /// changes meanwhile, and their rows are still there.
+    fn register(&mut self, from: Checkpoint, mut copy: CopyProgress) -> Result<(), Failure> {
+        let Some(to) = self.newest() else {
+            return Ok(());
+        };
+        copy.stream = "the only one".to_owned();
+        let old = [0.0, 0.0, 0.5, 1.0][self.rng.random_range(0..4)];
+        let specs = Arc::clone(&self.source.specs);
+        for spec in specs.iter().filter(|spec| spec.configured) {
+            let began_us = self.replica.now_us();
+            let state = if self.rng.random_bool(old) {
+                self.replica.mended.insert(spec.name.clone());
+                CopyState::Chunks(Chunks::begin(to.position, None, began_us))
+            } else {
+                let claim = to.into();
+                CopyState::Pending { claim, began_us }
+            };
+            copy.tables.insert(spec.name.clone(), state);
+        }
+        let old = copy.those(|state| matches!(state, CopyState::Chunks(_)));
+        let mut batch = beside(from, copy);
+        batch.to = to;
+        if let End::Applied = self.apply(&batch)? {
+            for table in old {
+                for _ in 0..self.rng.random_range(0..6) {
+                    self.spoil(&table, Version::new(EPOCH, to.position.commit_lsn(), 0));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Somebody else changes a row of the target's, up to a version.
+    pub(crate) fn spoil(&mut self, table: &TableName, up_to: Version) {
+        let at = self.source.table(table);
+        let specs = Arc::clone(&self.source.specs);
+        let spec = &specs[at];
+        let states = &self.source.states;
+        let state = &states[self.rng.random_range(0..states.len())][at];
+        let version = if self.rng.random_bool(0.5) {
+            let lsn = up_to.commit_lsn.0 - self.rng.random_range(0..5_000);
+            Version::new(EPOCH, millrace_event::Lsn(lsn), 1).min(up_to)
+        } else {
+            up_to
+        };
+        let id = self.rng.random_range(0..12_u32);
+        let known = state.iter().nth(id as usize);
+        let (key, mut row) = match known {
+            Some((key, (_, row))) => (key.clone(), row.clone()),
+            None => {
+                let row = vec![Some(id.to_string()); spec.columns.len()];
+                (spec.key_of(&row), row)
+            }
+        };
+        if self.rng.random_bool(0.5) {
+            let last = spec.columns.len() - 1;
+            let value = if spec.key.contains(&last) { 0 } else { last };
+            row[value] = Some("spoilt".to_owned());
+        }
+        let row = (!self.rng.random_bool(0.3)).then(|| (version, check::cells(&row)));
+        self.note(format!("spoilt {table} {key:?}: {row:?}"));
+        self.replica.target.set(table, check::key(&key), row);
     }
 
     /// Where a new sink begins; a chunk is no place to begin.
@@ -220,41 +271,6 @@ impl World {
             position: stored.position,
             source_ts_us: 0,
         })
-    }
-
-    fn ask(&mut self, request: Request) -> Result<(), Failure> {
-        let taken = self
-            .copier
-            .status
-            .as_ref()
-            .is_some_and(|status| status.request == request.id);
-        if !taken {
-            self.replica.stage = Stage::Asking(request);
-            return Ok(());
-        }
-        let row = self.replica.position().unwrap_or_default();
-        let wanted = request.tables.iter().map(|table| TableRequest {
-            table: table.clone(),
-            began_us: row
-                .copy
-                .tables
-                .get(table)
-                .and_then(CopyState::copy_began_us)
-                .unwrap_or_default(),
-            rows: Wanted::Load,
-        });
-        let wanted = CopyRequest {
-            id: request.id.clone(),
-            tables: wanted.collect(),
-            binary: false,
-        };
-        let limits = self.replica.limits;
-        let mut machine = Copying::new(wanted, limits, HashMap::new(), row.copy);
-        for table in &request.tables {
-            machine.set_layout(self.layout(table, None)?);
-        }
-        self.replica.stage = Stage::Copying(request, Box::new(machine), 0);
-        Ok(())
     }
 
     fn layout(
@@ -285,178 +301,16 @@ impl World {
             now(sink.ensure_table(schema, None, &settings)).map_err(|error| error.to_string())?;
         Ok(ensured.layout)
     }
+}
 
-    fn copy(
-        &mut self,
-        request: Request,
-        mut machine: Box<Copying>,
-        mut read_seq: u64,
-    ) -> Result<(), Failure> {
-        for _ in 0..self.rng.random_range(1..6) {
-            let stored = self.copier.stream.get(read_seq + 1).cloned();
-            let checkpoint = self.replica.position().unwrap_or_default().checkpoint;
-            if let Some(batch) = machine.poll(checkpoint, stored.is_none())
-                && let End::Over = self.apply(&batch)?
-            {
-                return Ok(());
-            }
-            let Some(stored) = stored else {
-                let row = self.replica.position().unwrap_or_default();
-                let status = self
-                    .copier
-                    .status
-                    .as_ref()
-                    .filter(|status| status.request == request.id);
-                // The stream may end before what was told: the broker lost it.
-                let end = self.copier.stream.last_seq();
-                let told = |status: &CopyStatus| {
-                    let told = |table| status.copied.contains(table);
-                    request.tables.iter().all(told) && read_seq >= status.last_seq.min(end)
-                };
-                if row.copy.is_complete() || status.is_some_and(told) {
-                    self.end_copy(row.copy.is_complete());
-                    return Ok(());
-                }
-                break;
-            };
-            read_seq += 1;
-            let mark = stored
-                .message
-                .mark
-                .as_ref()
-                .ok_or("a copy stream's message has a mark")?;
-            let mark = CopyMark {
-                request: &mark.request,
-                attempt: mark.attempt,
-                number: mark.number,
-            };
-            let payload = &stored.message.payload;
-            let copied: Option<millrace_event::work::Copied> = serde_json::from_slice(payload).ok();
-            let handled = match &copied {
-                Some(copied) => {
-                    if machine.misses(&copied.table, None) {
-                        machine.set_layout(self.layout(&copied.table, None)?);
-                    }
-                    machine.handle(CopyInput::Copied { mark, copied })
-                }
-                None => {
-                    let events = events_above(payload, Version::ZERO)?;
-                    if let Some(first) = events.first() {
-                        let (table, version) =
-                            (first.source.table_name(), &first.source.table_version);
-                        if machine.misses(&table, Some(version)) {
-                            machine.set_layout(self.layout(&table, None)?);
-                        }
-                    }
-                    machine.handle(CopyInput::Rows {
-                        mark,
-                        payload,
-                        events: &events,
-                    })
-                }
-            };
-            if let Err(error) = handled {
-                self.note(error);
-                self.end_copy(false);
-                return Ok(());
-            }
-        }
-        self.replica.stage = Stage::Copying(request, machine, read_seq);
-        Ok(())
-    }
-
-    fn end_copy(&mut self, complete: bool) {
-        self.note(if complete {
-            "copies complete"
-        } else {
-            "a part of the copy was lost"
-        });
-        self.counts.copies_lost += u64::from(!complete);
-        self.copier.request = None;
-        self.replica.stage = Stage::Down;
-    }
-
-    fn follow(
-        &mut self,
-        mut worker: Box<Worker>,
-        mut reader: Reader,
-        mut flight: Option<Box<Batch>>,
-    ) -> Result<(), Failure> {
-        if self.fault(0.04) {
-            reader.disconnect();
-        }
-        if self.fault(0.04) {
-            reader.rewind(
-                reader
-                    .stream_seq
-                    .saturating_sub(self.rng.random_range(1..10)),
-            );
-        }
-        if reader.stream_seq < self.broker.last_seq() && self.sabotage(Sabotage::SkipMessage) {
-            reader.skip();
-            self.sabotaged = true;
-        }
-        for _ in 0..self.rng.random_range(1..30) {
-            if !worker.wants_delivery() {
-                break;
-            }
-            let searches = reader.searches;
-            let delivery = reader.next(&self.broker);
-            self.counts.resumes_searched += reader.searches - searches;
-            let Some(delivery) = delivery else {
-                worker
-                    .handle(Input::Drained)
-                    .map_err(|error| error.to_string())?;
-                break;
-            };
-            self.check_delivery(&delivery)?;
-            let stream_seq = delivery.stream_seq;
-            match &delivery.body {
-                Body::Control(control) => worker.handle(Input::Control {
-                    stream_seq,
-                    control,
-                }),
-                Body::Changes(payload) => {
-                    let events = events_above(payload, delivery.floor.0)?;
-                    for event in &events {
-                        if let Some(table) = worker.missing_layout(event) {
-                            if let Some(batch) = flight.take() {
-                                let End::Applied = self.apply(&batch)? else {
-                                    return Ok(());
-                                };
-                                worker
-                                    .handle(Input::Flushed)
-                                    .map_err(|error| error.to_string())?;
-                            }
-                            worker.set_layout(
-                                self.layout(&table, Some(&event.source.table_version))?,
-                            );
-                        }
-                    }
-                    worker.handle(Input::Changes {
-                        stream_seq,
-                        payload,
-                        events: &events,
-                    })
-                }
-            }
-            .map_err(|error| error.to_string())?;
-            flight = flight.or(worker.poll(self.now).map(Box::new));
-        }
-        flight = flight.or(worker.poll(self.now).map(Box::new));
-        if (!self.faults || self.rng.random_bool(0.6))
-            && let Some(batch) = flight.take()
-        {
-            let End::Applied = self.apply(&batch)? else {
-                return Ok(());
-            };
-            worker
-                .handle(Input::Flushed)
-                .map_err(|error| error.to_string())?;
-            flight = worker.poll(self.now).map(Box::new);
-        }
-        self.replica.stage = Stage::Following(worker, reader, flight);
-        Ok(())
+/// A batch that stores how the tables stand, beside the stream.
+fn beside(at: Checkpoint, copy: CopyProgress) -> Batch {
+    Batch {
+        from: at,
+        to: at,
+        copy: Some(copy),
+        steps: Vec::new(),
+        commit: true,
     }
 }
 

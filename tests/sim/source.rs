@@ -7,7 +7,8 @@ use millrace_event::{ColumnSchema, ColumnShape, Lsn, Relation, TableName, TableS
 use rand::Rng;
 use rand::rngs::SmallRng;
 
-use crate::transaction::{Builder, Expected};
+use crate::transaction::{Builder, Expected, Locks};
+use crate::visible::Visible;
 use crate::wire::{self, Record};
 
 /// The epoch of every version.
@@ -131,7 +132,7 @@ pub(crate) fn specs() -> Vec<TableSpec> {
 pub(crate) struct Committed {
     pub(crate) commit_lsn: Lsn,
     pub(crate) end_lsn: Lsn,
-    xid: u32,
+    xid: u64,
     ts_us: i64,
     records: Vec<(Lsn, Record)>,
 }
@@ -146,6 +147,11 @@ pub(crate) struct Source {
     pub(crate) expected: Vec<Expected>,
     /// Where the WAL ends.
     pub(crate) wal_end: Lsn,
+    /// Transactions that nobody else has asked for: marks do not count.
+    pub(crate) own: usize,
+    pub(crate) visible: Visible,
+    /// The table that most changes are of: one whose updates may leave a column out.
+    hot: Option<usize>,
     slot: Vec<Lsn>,
 }
 
@@ -153,8 +159,11 @@ impl Source {
     /// A source with some rows and a slot that was made just now.
     pub(crate) fn new(rng: &mut SmallRng) -> Self {
         let specs = Arc::new(specs());
-        let empty = specs.iter().map(|_| Arc::default()).collect();
+        let empty: State = specs.iter().map(|_| Arc::default()).collect();
         let mut source = Self {
+            visible: Visible::new(empty.clone(), rng),
+            own: 0,
+            hot: rng.random_bool(0.3).then_some(2),
             specs,
             transactions: Vec::new(),
             states: vec![empty],
@@ -165,7 +174,8 @@ impl Source {
         for _ in 0..rng.random_range(0..4) {
             source.commit(rng);
         }
-        // What was committed before the slot is not streamed.
+        // What was committed before the slot is not streamed, and a slot is not made before all of it is visible.
+        source.visible.settle();
         source.transactions.clear();
         source.expected.clear();
         source.states.drain(..source.states.len() - 1);
@@ -175,6 +185,7 @@ impl Source {
 
     /// Commits a random transaction.
     pub(crate) fn commit(&mut self, rng: &mut SmallRng) {
+        let hot = self.hot;
         let changes = match rng.random_range(0..12) {
             0 => 0,
             1 => rng.random_range(8..20),
@@ -182,28 +193,50 @@ impl Source {
         };
         self.commit_with(rng, |builder, rng| {
             for _ in 0..changes {
-                builder.change(rng);
+                builder.change(hot, rng);
             }
             if rng.random_bool(0.1) {
-                builder.heartbeat();
+                builder.heartbeat(None);
             }
         });
+        self.own += 1;
     }
 
     /// Commits nothing but a heartbeat.
     pub(crate) fn heartbeat(&mut self, rng: &mut SmallRng) {
-        self.commit_with(rng, |builder, _| builder.heartbeat());
+        self.commit_with(rng, |builder, _| builder.heartbeat(None));
+        self.own += 1;
     }
 
-    fn commit_with(&mut self, rng: &mut SmallRng, fill: impl FnOnce(&mut Builder, &mut SmallRng)) {
+    /// Commits a mark that somebody waits for; returns its transaction's id.
+    pub(crate) fn mark(&mut self, mark: u64, rng: &mut SmallRng) -> u64 {
+        self.commit_with(rng, |builder, _| builder.heartbeat(Some(mark)))
+    }
+
+    fn commit_with(
+        &mut self,
+        rng: &mut SmallRng,
+        fill: impl FnOnce(&mut Builder, &mut SmallRng),
+    ) -> u64 {
         // Sometimes the commit record follows directly on the commit record before it.
         let commit_lsn = Lsn(self.wal_end.0 + [0, 8, 1000][rng.random_range(0..3)]);
         let end_lsn = Lsn(commit_lsn.0 + 48);
         self.wal_end = Lsn(end_lsn.0 + if rng.random_bool(0.3) { 0 } else { 56 });
         let state = self.states.last().cloned().unwrap_or_default();
-        let mut builder = Builder::new(Arc::clone(&self.specs), state, commit_lsn, end_lsn);
+        let specs = Arc::clone(&self.specs);
+        let held = self.visible.held();
+        let mut builder = Builder::new(specs, state, held, commit_lsn, end_lsn);
         fill(&mut builder, rng);
-        let (records, expected, state) = builder.finish();
+        let (records, expected, state, locks) = builder.finish();
+        let xid = if locks == Locks::default() {
+            let xid = self.visible.new_xid();
+            self.visible.ended(xid);
+            xid
+        } else {
+            let xid = self.visible.take_xid(rng);
+            self.visible.committed(xid, locks, state.clone(), rng);
+            xid
+        };
         // Transactions run at the same time: a change may lie below the commit before.
         let mut lsns: Vec<u64> = records
             .iter()
@@ -214,12 +247,19 @@ impl Source {
         self.transactions.push(Committed {
             commit_lsn,
             end_lsn,
-            xid: 700 + number,
+            xid,
             ts_us: CLOCK_START_US + i64::from(number) * 1_000_003,
             records: lsns.into_iter().map(Lsn).zip(records).collect(),
         });
         self.expected.extend(expected);
         self.states.push(state);
+        xid
+    }
+
+    /// Where a table of ours stands in all of them.
+    pub(crate) fn table(&self, name: &TableName) -> usize {
+        let found = self.specs.iter().position(|spec| spec.name == *name);
+        found.expect("a table of ours")
     }
 
     /// What the slot has forgotten.
@@ -238,6 +278,7 @@ impl Source {
     pub(crate) fn crash(&mut self, rng: &mut SmallRng) {
         let kept = rng.random_range(1..=self.slot.len());
         self.slot.truncate(kept);
+        self.visible.settle();
     }
 
     /// The first transaction that a connection streams.
@@ -256,7 +297,10 @@ impl Source {
             ts_us,
             ..
         } = *transaction;
-        let mut frames = vec![(commit_lsn, wire::begin(commit_lsn, ts_us, transaction.xid))];
+        let mut frames = vec![(
+            commit_lsn,
+            wire::begin(commit_lsn, ts_us, transaction.xid as u32),
+        )];
         for (lsn, record) in &transaction.records {
             for table in record.tables() {
                 let spec = &self.specs[table];

@@ -1,6 +1,7 @@
 //! One random transaction of the model source, and what readers must see of it. The numbering and the events
 //! are written from the format's description, not from capture's code.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use millrace_event::{Lsn, Op, Version};
@@ -18,10 +19,31 @@ pub(crate) struct Expected {
     pub(crate) text: String,
 }
 
+/// What transactions hold until they have ended: the keys that they wrote, and the tables that they emptied.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Locks {
+    pub(crate) keys: BTreeSet<(usize, Vec<String>)>,
+    pub(crate) tables: BTreeSet<usize>,
+}
+
+impl Locks {
+    pub(crate) fn extend(&mut self, other: &Self) {
+        self.keys.extend(other.keys.iter().cloned());
+        self.tables.extend(&other.tables);
+    }
+
+    fn touch(&self, table: usize) -> bool {
+        self.tables.contains(&table) || self.keys.iter().any(|(of, _)| *of == table)
+    }
+}
+
 /// Builds a transaction.
 pub(crate) struct Builder {
     specs: Arc<Vec<TableSpec>>,
     state: State,
+    /// What others hold.
+    held: Locks,
+    own: Locks,
     commit_lsn: Lsn,
     end_lsn: Lsn,
     seq: u32,
@@ -33,12 +55,15 @@ impl Builder {
     pub(crate) fn new(
         specs: Arc<Vec<TableSpec>>,
         state: State,
+        held: Locks,
         commit_lsn: Lsn,
         end_lsn: Lsn,
     ) -> Self {
         Self {
             specs,
             state,
+            held,
+            own: Locks::default(),
             commit_lsn,
             end_lsn,
             seq: 0,
@@ -47,21 +72,27 @@ impl Builder {
         }
     }
 
-    pub(crate) fn finish(mut self) -> (Vec<Record>, Vec<Expected>, State) {
+    pub(crate) fn finish(mut self) -> (Vec<Record>, Vec<Expected>, State, Locks) {
         if let Some(last) = self.expected.last_mut() {
             last.text.push_str(&format!(" last={}", self.end_lsn.0));
         }
-        (self.records, self.expected, self.state)
+        (self.records, self.expected, self.state, self.own)
     }
 
-    pub(crate) fn heartbeat(&mut self) {
-        self.records.push(Record::Heartbeat);
+    pub(crate) fn heartbeat(&mut self, mark: Option<u64>) {
+        self.records.push(Record::Heartbeat(mark));
     }
 
-    /// One random change, or three that swap two keys.
-    pub(crate) fn change(&mut self, rng: &mut SmallRng) {
-        let table = rng.random_range(0..self.specs.len());
-        let keys: Vec<_> = self.state[table].keys().cloned().collect();
+    /// One random change, or three that swap two keys; mostly of the hot table.
+    pub(crate) fn change(&mut self, hot: Option<usize>, rng: &mut SmallRng) {
+        let any = rng.random_range(0..self.specs.len());
+        let table = hot.filter(|_| rng.random_bool(0.7)).unwrap_or(any);
+        if self.held.tables.contains(&table) {
+            return;
+        }
+        let keys = self.state[table].keys();
+        let keys = keys.filter(|key| self.is_free(table, key));
+        let keys: Vec<_> = keys.cloned().collect();
         let pick = |rng: &mut SmallRng| keys[rng.random_range(0..keys.len())].clone();
         match rng.random_range(0..20) {
             0 => self.truncate(table, rng),
@@ -100,7 +131,17 @@ impl Builder {
                 ["", "1:", "x\"y\\", "ü\n"][id as usize % 4].to_owned(),
             ]
         };
-        (!self.state[table].contains_key(&key)).then_some(key)
+        let is_free = !self.state[table].contains_key(&key) && self.is_free(table, &key);
+        is_free.then_some(key)
+    }
+
+    /// Whoever writes a row waits until the one before has ended.
+    fn is_free(&self, table: usize, key: &[String]) -> bool {
+        !self.held.keys.contains(&(table, key.to_vec()))
+    }
+
+    fn hold(&mut self, table: usize, key: &[String]) {
+        self.own.keys.insert((table, key.to_vec()));
     }
 
     fn version(&self) -> Version {
@@ -126,6 +167,7 @@ impl Builder {
         let version = self.version();
         let new = cells(&row);
         self.expect(spec, Op::Create, None, Some(&new), &row);
+        self.hold(table, key);
         self.table(table).insert(key.to_vec(), (version, row));
         self.records.push(Record::Insert { table, new });
     }
@@ -136,6 +178,7 @@ impl Builder {
         let Some((_, row)) = self.table(table).remove(key) else {
             return;
         };
+        self.hold(table, key);
         self.seq += 1;
         let old = old_tuple(spec, &row);
         self.expect(spec, Op::Delete, Some(&old), None, &row);
@@ -185,20 +228,28 @@ impl Builder {
         if logged && to.is_none() {
             self.seq += 1;
         }
-        let key = spec.key_of(&row);
-        self.table(table).insert(key, (version, row));
+        let new_key = spec.key_of(&row);
+        self.hold(table, key);
+        self.hold(table, &new_key);
+        self.table(table).insert(new_key, (version, row));
         self.records.push(Record::Update { table, old, new });
     }
 
     fn truncate(&mut self, table: usize, rng: &mut SmallRng) {
+        if self.held.touch(table) {
+            return;
+        }
         let mut tables = vec![table];
         let other = rng.random_range(0..self.specs.len());
-        if other != table && rng.random_bool(0.5) {
+        if other != table && !self.held.touch(other) && rng.random_bool(0.5) {
             tables.push(other);
         }
         let specs = Arc::clone(&self.specs);
         for table in &tables {
             self.seq += 1;
+            let keys: Vec<_> = self.state[*table].keys().cloned().collect();
+            keys.iter().for_each(|key| self.hold(*table, key));
+            self.own.tables.insert(*table);
             self.table(*table).clear();
             self.expect(&specs[*table], Op::Truncate, None, None, &Vec::new());
         }

@@ -41,7 +41,8 @@ pub(crate) enum Record {
     Truncate {
         tables: Vec<usize>,
     },
-    Heartbeat,
+    /// With the mark that somebody waits for, if there is one.
+    Heartbeat(Option<u64>),
 }
 
 impl Record {
@@ -51,7 +52,7 @@ impl Record {
             | Self::Update { table, .. }
             | Self::Delete { table, .. } => vec![*table],
             Self::Truncate { tables } => tables.clone(),
-            Self::Heartbeat => Vec::new(),
+            Self::Heartbeat(_) => Vec::new(),
         }
     }
 }
@@ -116,11 +117,13 @@ pub(crate) fn record(record: &Record, specs: &[TableSpec], lsn: Lsn) -> Vec<u8> 
             out.push(0);
             tables.iter().for_each(|table| out.extend(oid(table)));
         }
-        Record::Heartbeat => {
+        Record::Heartbeat(mark) => {
             out.extend([b'M', 1]);
             out.extend(lsn.0.to_be_bytes());
             text(&mut out, millrace_cdc::capture::HEARTBEAT_PREFIX);
-            out.extend(0_u32.to_be_bytes());
+            let content = mark.map(|mark| format!("{mark:016x}")).unwrap_or_default();
+            out.extend(u32::try_from(content.len()).unwrap_or(0).to_be_bytes());
+            out.extend(content.as_bytes());
         }
     }
     out

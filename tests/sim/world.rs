@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use millrace_cdc::assemble::MessageLimits;
 use millrace_cdc::frontier::ConfirmPolicy;
+use millrace_event::work::BackfillOrder;
 use millrace_event::{Control, ControlKind, Position, TableName, TableSchema, subject};
+use millrace_sink::progress::CopyState;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
@@ -19,6 +21,8 @@ use crate::source::{EPOCH, Source};
 pub(crate) const SYNC_INTERVAL: Duration = Duration::from_secs(20);
 /// What capture waits beyond that before the slot may forget.
 const CONFIRM_MARGIN: Duration = Duration::from_secs(5);
+/// The server forgets a batch that is idle for so long.
+pub(crate) const BATCH_IDLE: Duration = Duration::from_secs(10);
 /// At rest, so many turns must be enough for everything to arrive.
 const REST_TURNS_MAX: u32 = 3_000;
 
@@ -42,6 +46,24 @@ pub(crate) enum Sabotage {
     CopyTooNew,
     /// A reader passes over a message.
     SkipMessage,
+    /// A chunk has the reader's position before the snapshot as its version, whatever is in limbo.
+    LowWatermark,
+    /// A chunk has the end of the WAL as its version.
+    WalAfter,
+    /// Capture does not wait for the transactions whose commits it has not recorded.
+    NoBarrier,
+    /// Chunks are published whose version lies below the request's begin.
+    NoBegin,
+    /// Chunks are published and applied before the stream has come as far as their snapshot.
+    NoReach,
+    /// The first chunk that ends is taken for the last one.
+    LastTooSoon,
+    /// The sweep behind the last chunk removes what is older than the sink's position.
+    SweepMore,
+    /// Deletes are forgotten that a chunk to come may meet.
+    ForgetDeletes,
+    /// Nobody looks at the numbers of the copy stream's messages.
+    NoNumbers,
 }
 
 /// Why a run is wrong.
@@ -60,6 +82,8 @@ pub(crate) struct World {
     pub(crate) life: Option<Life>,
     /// A publisher whose process is gone, and whose messages are still on their way.
     pub(crate) zombie: Option<Pipe>,
+    /// The server forgets its batch then, and takes no more of it.
+    pub(crate) zombie_until: Duration,
     pub(crate) publishers: u64,
     pub(crate) copier: Copier,
     pub(crate) replica: Replica,
@@ -84,6 +108,18 @@ pub(crate) struct Counts {
     pub(crate) copies_lost: u64,
     pub(crate) copy_attempts: u64,
     pub(crate) resumes_searched: u64,
+    pub(crate) loads_cut: u64,
+    pub(crate) caught_up: u64,
+    pub(crate) chunks: u64,
+    pub(crate) chunks_below: u64,
+    pub(crate) chunks_limbo: u64,
+    pub(crate) chunks_older: u64,
+    pub(crate) chunks_rewritten: u64,
+    pub(crate) chunks_waited: u64,
+    pub(crate) copies_too_old: u64,
+    pub(crate) gaps: u64,
+    pub(crate) repairs: u64,
+    pub(crate) rows_healed: u64,
 }
 
 impl Counts {
@@ -98,6 +134,18 @@ impl Counts {
         self.copies_lost += other.copies_lost;
         self.copy_attempts += other.copy_attempts;
         self.resumes_searched += other.resumes_searched;
+        self.loads_cut += other.loads_cut;
+        self.caught_up += other.caught_up;
+        self.chunks += other.chunks;
+        self.chunks_below += other.chunks_below;
+        self.chunks_limbo += other.chunks_limbo;
+        self.chunks_older += other.chunks_older;
+        self.chunks_rewritten += other.chunks_rewritten;
+        self.chunks_waited += other.chunks_waited;
+        self.copies_too_old += other.copies_too_old;
+        self.gaps += other.gaps;
+        self.repairs += other.repairs;
+        self.rows_healed += other.rows_healed;
     }
 }
 
@@ -139,6 +187,7 @@ impl World {
             row_bytes: 1_000_000,
         };
         let rows = [1, 3, 1_000][rng.random_range(0..3)];
+        let near_messages = [3, 10, 5_000][rng.random_range(0..3)];
         let mut broker = Broker::default();
         broker.append(start(source.confirmed()), Duration::ZERO);
         broker.sync(Duration::ZERO);
@@ -153,9 +202,10 @@ impl World {
             limits,
             life: None,
             zombie: None,
+            zombie_until: Duration::ZERO,
             publishers: 0,
             copier: Copier::default(),
-            replica: Replica::new(rows),
+            replica: Replica::new(rows, near_messages),
             faults: true,
             sabotage,
             sabotaged: false,
@@ -189,10 +239,16 @@ impl World {
         self.sabotage == sabotage && !self.sabotaged && self.rng.random_bool(0.1)
     }
 
+    /// Whether a rule is broken here, for the whole run.
+    pub(crate) fn breaks(&mut self, sabotage: Sabotage) -> bool {
+        self.sabotaged |= self.sabotage == sabotage;
+        self.sabotage == sabotage
+    }
+
     /// Everything at once, faults included.
     fn live(&mut self) -> Result<(), Failure> {
         let transactions = self.rng.random_range(25..50);
-        while self.source.transactions.len() < transactions {
+        while self.source.own < transactions {
             self.turn()?;
         }
         Ok(())
@@ -213,10 +269,16 @@ impl World {
                 let seconds = [0.1, 1.0, 4.0, 15.0][self.rng.random_range(0..4)];
                 self.pass(Duration::from_secs_f64(seconds))?;
             }
-            19..58 => self.capture_turn()?,
-            58..63 => self.zombie_turn(),
-            63..70 => self.copier_turn(),
-            70..97 => self.replica_turn()?,
+            19..53 => self.capture_turn()?,
+            53..57 => self.zombie_turn(),
+            57..68 => self.copier_turn(),
+            68..70 => self.source.visible.open(),
+            70..72 => {
+                if let Some(xid) = self.source.visible.surface(&mut self.rng) {
+                    self.note(format!("transaction {xid} is visible"));
+                }
+            }
+            72..97 => self.replica_turn()?,
             _ => self.disaster()?,
         }
         Ok(())
@@ -224,6 +286,9 @@ impl World {
 
     fn pass(&mut self, time: Duration) -> Result<(), Failure> {
         self.now += time;
+        if self.now >= self.zombie_until {
+            self.zombie = None;
+        }
         if self.rng.random_bool(0.9) {
             self.broker.on_time(self.now, SYNC_INTERVAL);
         }
@@ -234,7 +299,12 @@ impl World {
     }
 
     fn disaster(&mut self) -> Result<(), Failure> {
-        match self.rng.random_range(0..9) {
+        match self.rng.random_range(0..13) {
+            9..12 => self.order(),
+            12 => {
+                self.note("the broker lost the copy's request");
+                self.copier.request = None;
+            }
             0..3 => self.kill_life(),
             3 => {
                 self.source.crash(&mut self.rng);
@@ -251,6 +321,37 @@ impl World {
             _ => self.kill_replica(),
         }
         Ok(())
+    }
+
+    /// The operator orders a table to be read again, mostly because somebody else has changed its rows; or cancels that.
+    fn order(&mut self) {
+        let Some(row) = self.replica.position() else {
+            return;
+        };
+        let tables = row
+            .copy
+            .those(|state| matches!(state, CopyState::Copied { .. }));
+        let wrong = &self.replica.wrong;
+        if let Some(order) = self.copier.orders.iter_mut().next()
+            && !wrong.values().any(|id| *id == order.id)
+        {
+            order.cancelled = true;
+            return;
+        }
+        if tables.is_empty() {
+            return;
+        }
+        let table = tables[self.rng.random_range(0..tables.len())].clone();
+        let order = BackfillOrder::new(self.copier.next_name(), table.clone());
+        self.note(format!("ordered {table}: {}", order.id));
+        let may_spoil = !self.replica.wrong.contains_key(&table) && !self.replica.is_open();
+        if may_spoil && self.rng.random_bool(0.7) {
+            for _ in 0..self.rng.random_range(1..4) {
+                self.spoil(&table, row.checkpoint.position.0);
+            }
+            self.replica.wrong.insert(table, order.id.clone());
+        }
+        self.copier.orders.push(order);
     }
 
     fn lose_tail(&mut self) -> Result<(), Failure> {
@@ -272,6 +373,7 @@ impl World {
     fn rest(&mut self) -> Result<(), Failure> {
         self.faults = false;
         self.zombie = None;
+        self.source.visible.settle();
         self.note("at rest");
         let committed = self.source.transactions.len();
         for turn in 0..REST_TURNS_MAX {
@@ -298,8 +400,10 @@ impl World {
         let reached = Position::new(EPOCH, last.end_lsn, 0);
         let applied = self.replica.position();
         self.source.confirmed() >= last.end_lsn
-            && applied.is_some_and(|row| row.copy.is_whole() && row.checkpoint.position >= reached)
-            && self.replica.is_consistent()
+            && applied.is_some_and(|row| {
+                self.replica.is_whole(&row.copy) && row.checkpoint.position >= reached
+            })
+            && self.replica.is_shown
     }
 }
 

@@ -10,12 +10,12 @@ mod tests;
 
 /// How many commits are remembered for one sink: 4 MiB, and more than two minutes of 2,000 a second. Only those
 /// since the newest snapshot must be; what it showed is forgotten.
-pub(crate) const COMMITS_MAX: usize = 1 << 18;
+pub const COMMITS_MAX: usize = 1 << 18;
 
 /// What a snapshot of the primary shows of transactions, as `pg_current_snapshot()` prints it. Ids have 64 bits and
 /// never wrap around.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Snapshot {
+pub struct Snapshot {
     /// Every transaction below had ended.
     xmin: u64,
     /// No transaction from here on had ended.
@@ -27,7 +27,7 @@ pub(crate) struct Snapshot {
 /// A text that is not a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("not a snapshot of the form 10:20:10,14: {0:?}")]
-pub(crate) struct ParseSnapshotError(String);
+pub struct ParseSnapshotError(String);
 
 impl FromStr for Snapshot {
     type Err = ParseSnapshotError;
@@ -84,7 +84,7 @@ enum Barrier {
 
 /// What the reader of the WAL has told since it was asked first: how far it is, and who committed.
 #[derive(Clone, Debug)]
-pub(crate) struct Recent {
+pub struct Recent {
     /// Every transaction whose commit record lies below was read to its end.
     position: Lsn,
     /// Id and commit LSN, in the order of the LSNs, of transactions that no snapshot has shown yet.
@@ -95,7 +95,7 @@ pub(crate) struct Recent {
 
 /// Why a chunk cannot be read now: another snapshot, later, may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Wait {
+pub enum Wait {
     /// The barrier must be taken: see [`Recent::take_barrier`].
     Barrier,
     /// Transactions that are older than the barrier are still open.
@@ -106,7 +106,7 @@ pub(crate) enum Wait {
 
 impl Recent {
     /// Begins to record, where the reader is now.
-    pub(crate) fn new(position: Lsn, commits_max: usize) -> Self {
+    pub fn new(position: Lsn, commits_max: usize) -> Self {
         Self {
             position,
             commits: VecDeque::new(),
@@ -116,12 +116,12 @@ impl Recent {
     }
 
     /// How far the reader is: the `m` of [`version`], if it is asked before the snapshot is taken.
-    pub(crate) fn position(&self) -> Lsn {
+    pub fn position(&self) -> Lsn {
         self.position
     }
 
     /// The reader has read a transaction to its end. Its commit LSN is above those of all before it.
-    pub(crate) fn committed(&mut self, xid: u32, commit_lsn: Lsn) {
+    pub fn committed(&mut self, xid: u32, commit_lsn: Lsn) {
         if self.commits.len() >= self.commits_max {
             self.commits.clear();
             self.barrier = Barrier::Absent;
@@ -130,22 +130,22 @@ impl Recent {
     }
 
     /// The reader has read every transaction whose commit record lies below.
-    pub(crate) fn read_to(&mut self, position: Lsn) {
+    pub fn read_to(&mut self, position: Lsn) {
         self.position = self.position.max(position);
     }
 
     /// Whether nothing says of the transactions before the recording: a barrier must be taken.
-    pub(crate) fn lacks_barrier(&self) -> bool {
+    pub fn lacks_barrier(&self) -> bool {
         matches!(self.barrier, Barrier::Absent | Barrier::Taking)
     }
 
     /// The next transaction id of the source is about to be taken.
-    pub(crate) fn take_barrier(&mut self) {
+    pub fn take_barrier(&mut self) {
         self.barrier = Barrier::Taking;
     }
 
     /// The id that was taken. Without effect if commits were forgotten meanwhile: it does not cover those.
-    pub(crate) fn barrier_taken(&mut self, xid: u64) {
+    pub fn barrier_taken(&mut self, xid: u64) {
         if self.barrier == Barrier::Taking {
             self.barrier = Barrier::Taken(xid);
         }
@@ -153,7 +153,7 @@ impl Recent {
 
     /// Takes note of what a snapshot shows: every later one shows it too. It must not be told of a snapshot while
     /// an older one is still to be judged.
-    pub(crate) fn shown(&mut self, snapshot: &Snapshot) {
+    pub fn shown(&mut self, snapshot: &Snapshot) {
         self.commits
             .retain(|(xid, _)| !snapshot.shows(snapshot.widen(*xid)));
         if self.passes(snapshot) {
@@ -210,12 +210,7 @@ impl Recent {
 /// the source had has a version of at least `begun` at the sink, and what stays below is a row too many.
 ///
 /// Not decided here: the rows wait until the sink has applied the stream up to an LSN above all that S shows.
-pub(crate) fn version(
-    m: Lsn,
-    snapshot: &Snapshot,
-    recent: &Recent,
-    begun: Lsn,
-) -> Result<Lsn, Wait> {
+pub fn version(m: Lsn, snapshot: &Snapshot, recent: &Recent, begun: Lsn) -> Result<Lsn, Wait> {
     match recent.barrier {
         Barrier::Absent | Barrier::Taking => return Err(Wait::Barrier),
         Barrier::Taken(_) if !recent.passes(snapshot) => return Err(Wait::Older),
