@@ -344,10 +344,13 @@ async fn catch_up(
     for (table, (lsn, _)) in &behind.tables {
         let copied = CopyState::Copied { lsn: *lsn };
         progress.tables.insert(table.clone(), copied);
-        tracing::info!(sink = %life.settings.name, %table, "table is up to date");
     }
     let steps = behind.catching.finish();
-    store(life, progress, steps).await
+    store(life, progress, steps).await?;
+    for table in behind.tables.keys() {
+        tracing::info!(sink = %life.settings.name, %table, "table is up to date");
+    }
+    Ok(())
 }
 
 /// The stream has let go of what these tables need: their rows come in chunks, beside what comes above `position`.

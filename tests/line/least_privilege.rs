@@ -232,7 +232,7 @@ async fn rows_that_a_policy_hides_from_capture_are_not_left_out_silently() {
     stage
         .target_shows(&pipeline, "SELECT count(*)::text FROM t", "50")
         .await;
-    let caught_up = "\"from\":\"snapshotting\",\"to\":\"streaming\"";
+    let caught_up = "\"table is up to date\",\"sink\":\"replica\",\"table\":\"public.t\"";
     let whole = pipeline.wait_for_log(caught_up, PATIENCE).await;
     whole.expect("told");
     // Read again in chunks, the same holds.
