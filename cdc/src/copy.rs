@@ -180,7 +180,7 @@ impl Asked<'_> {
             return Ok(());
         };
         let mut status = self.begun(&request, status).await?;
-        let takes_binary = request.binary;
+        let binary = request.binary;
         let remaining: Vec<TableRequest> = request
             .tables
             .into_iter()
@@ -211,7 +211,7 @@ impl Asked<'_> {
         if stage == Stage::Load {
             self.reading = None;
             let tables: Vec<_> = due.into_iter().map(|wanted| wanted.table).collect();
-            return Box::pin(self.attempt(status, &tables, takes_binary)).await;
+            return Box::pin(self.attempt(status, &tables, &binary)).await;
         }
         Box::pin(self.backfill(status, &due)).await
     }

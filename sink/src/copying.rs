@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use millrace_event::work::{Copied, CopyRequest, Part, TableRequest, Wanted};
-use millrace_event::{ChangeEvent, LoadHead, TableName, Version};
+use millrace_event::{ChangeEvent, LoadError, LoadHead, TableName, Version};
 
 use crate::batch::{Batch, Checkpoint, Step};
 use crate::fold::{Fold, RowChange};
@@ -46,8 +46,6 @@ pub enum Input<'a> {
         head: &'a LoadHead,
         /// The rows.
         rows: &'a Bytes,
-        /// How many there are.
-        count: usize,
     },
     /// The end of a table, a chunk, or the keys that were asked for.
     Copied {
@@ -69,6 +67,9 @@ pub enum CopyError {
         /// The number that came.
         found: u64,
     },
+    /// Rows of a load that are not what its head says.
+    #[error(transparent)]
+    Load(#[from] LoadError),
     /// A row without its key.
     #[error(transparent)]
     Row(#[from] RowError),
@@ -175,7 +176,7 @@ impl Copying {
     /// as a chunk's snapshot reaches.
     ///
     /// # Errors
-    /// Messages are missing, or a row is.
+    /// Messages are missing, or rows are not what they should be.
     pub fn handle(&mut self, input: Input<'_>) -> Result<(), CopyError> {
         match input {
             Input::Rows {
@@ -196,14 +197,9 @@ impl Copying {
                     self.note_rows(&table, event.source.version, 1);
                 }
             }
-            Input::Load {
-                mark,
-                head,
-                rows,
-                count,
-            } => {
+            Input::Load { mark, head, rows } => {
                 if self.follow(mark)? && self.takes(&head.load) {
-                    self.load(head, rows, count);
+                    self.load(head, rows)?;
                 }
             }
             Input::Copied { mark, copied } => {
@@ -295,7 +291,8 @@ impl Copying {
         }
     }
 
-    fn load(&mut self, head: &LoadHead, rows: &Bytes, count: usize) {
+    fn load(&mut self, head: &LoadHead, rows: &Bytes) -> Result<(), CopyError> {
+        let count = head.count(rows)?;
         match self.loads.last_mut() {
             Some(load) if load.takes(head) => load.push(rows.clone(), count),
             _ => {
@@ -308,6 +305,7 @@ impl Copying {
         }
         self.load_bytes += rows.len();
         self.note_rows(&head.load, head.version, count as u64);
+        Ok(())
     }
 
     fn note_rows(&mut self, table: &TableName, version: Version, count: u64) {

@@ -154,7 +154,8 @@ async fn follow(
             line.begin_beside().await?;
         }
         line.hand_out().await?;
-        // What was collected beside the stream while the target worked may be the last of it: nothing would wake us.
+        // What was collected beside the stream while the target worked may be the last of it: nothing would wake us. The
+        // next round hands it out, because nothing is being applied.
         if line.is_beside_next() && line.beside.has_collected() {
             continue;
         }

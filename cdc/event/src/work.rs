@@ -61,9 +61,9 @@ pub struct CopyRequest {
     pub id: String,
     /// The tables, in the order in which they shall come; each at most once.
     pub tables: Vec<TableRequest>,
-    /// Whether rows of loads may come in COPY's binary format.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub binary: bool,
+    /// Rows of loads may come in COPY's binary format where every column is of one of these types, by OID.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub binary: Vec<u32>,
 }
 
 /// What a sink asks of one table.

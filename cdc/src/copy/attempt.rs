@@ -49,7 +49,7 @@ impl Asked<'_> {
         &mut self,
         mut status: CopyStatus,
         tables: &[TableName],
-        takes_binary: bool,
+        binary: &[u32],
     ) -> Result<(), Failure> {
         let (copier, sink) = (self.copier, self.sink);
         let (config, stream) = (copier.config, copier.stream);
@@ -84,7 +84,7 @@ impl Asked<'_> {
             client: &client,
             snapshot: &snapshot,
             lsn,
-            takes_binary,
+            binary,
         };
         for table in tables {
             match self.turn(&reader, table, &mut out, &mut status).await? {

@@ -13,6 +13,7 @@ mod rows;
 use std::iter::Enumerate;
 use std::pin::pin;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use futures_util::future::{join, try_join, try_join_all};
@@ -21,7 +22,7 @@ use millrace_connect::postgres::{Dsn, connect};
 use millrace_event::{
     LoadColumn, LoadFormat, LoadHead, Lsn, Version, fingerprint, quote_literal, subject,
 };
-use tokio::sync::{Mutex, mpsc};
+use tokio::sync::{Mutex, mpsc, watch};
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
@@ -36,11 +37,14 @@ use super::writer::Writer;
 use crate::Error;
 use crate::source::SourceTable;
 use packing::{Message, Packing};
-use rows::{Rows, format_of, option};
+use rows::{Rows, format_of, option, text_bytes};
 
-/// Connections that read a table at the same time. One reads about twice as fast as a target takes rows, so more
-/// would only cost the source more at once.
+/// Connections that read a table at the same time.
 const READERS_MAX: usize = 2;
+
+/// The second one begins once the sink was not waited for so long: usually one reads at least twice as fast as a target
+/// takes rows, and more would only take processors from it.
+const ALONE: Duration = Duration::from_secs(1);
 
 /// How long a table's lock may be waited for, in milliseconds: the other tables wait behind it.
 const LOCK_TIMEOUT_MS: u32 = 30_000;
@@ -76,8 +80,8 @@ pub(super) struct Reader<'r> {
     pub(super) snapshot: &'r str,
     /// Its consistent point.
     pub(super) lsn: Lsn,
-    /// Whether the sink takes rows in binary format.
-    pub(super) takes_binary: bool,
+    /// The types that the sink takes in binary format.
+    pub(super) binary: &'r [u32],
 }
 
 /// Begins a transaction that sees what the snapshot shows, and waits for no lock for long.
@@ -100,7 +104,7 @@ impl Asked<'_> {
         let source = &self.copier.config.source.name;
         let ranges = look(reader.client, table).await?;
         let version = Version::new(self.copier.source.epoch, reader.lsn, 0);
-        let format = format_of(table, reader.takes_binary);
+        let format = format_of(table, reader.binary);
         let head = head_of(table, version, format).line();
         let subject = subject::copy(source, out.sink(), &table.name);
         // One range may wait beside those that are read: what is read ahead has a limit.
@@ -118,9 +122,16 @@ impl Asked<'_> {
             ranges: &ranges,
             room: &room,
         };
+        let (help, helps) = watch::channel(Help::NotWanted);
+        let (help, began) = (&help, Instant::now());
         let reading = async {
-            let others = (1..READERS_MAX.min(count)).map(|_| work.on_own(reader));
-            let read = try_join(work.read(reader.client), try_join_all(others)).await;
+            let others = (1..READERS_MAX.min(count)).map(|_| work.on_own(reader, helps.clone()));
+            let first = async {
+                let read = work.read(reader.client).await;
+                help.send_replace(Help::TooLate);
+                read
+            };
+            let read = try_join(first, try_join_all(others)).await;
             // Whatever became of it: nothing more comes.
             ranges.lock().await.turns = None;
             read
@@ -146,6 +157,8 @@ impl Asked<'_> {
                         return Err(failure);
                     }
                     drop(place);
+                    let waited_at = out.waited_at().unwrap_or(began).max(began);
+                    help.send_if_modified(|help| help.is_wanted_now(waited_at.elapsed()));
                 }
             }
             Ok(rows)
@@ -154,6 +167,26 @@ impl Asked<'_> {
         let rows = published?;
         read?;
         Ok(rows)
+    }
+}
+
+/// Whether a reader beside the first one would make a load faster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Help {
+    NotWanted,
+    Wanted,
+    /// All ranges are taken.
+    TooLate,
+}
+
+impl Help {
+    /// Takes notice of how long the sink was not waited for; returns whether that has changed anything.
+    fn is_wanted_now(&mut self, not_waited: Duration) -> bool {
+        let changes = *self == Self::NotWanted && not_waited >= ALONE;
+        if changes {
+            *self = Self::Wanted;
+        }
+        changes
     }
 }
 
@@ -270,8 +303,16 @@ impl Outlet {
 }
 
 impl Work<'_> {
-    /// Reads ranges on a connection of its own.
-    async fn on_own(self, reader: &Reader<'_>) -> Result<(), Failure> {
+    /// Reads ranges on a connection of its own, once help is wanted.
+    async fn on_own(
+        self,
+        reader: &Reader<'_>,
+        mut helps: watch::Receiver<Help>,
+    ) -> Result<(), Failure> {
+        let help = helps.wait_for(|help| *help != Help::NotWanted).await;
+        if !help.is_ok_and(|help| *help == Help::Wanted) {
+            return Ok(());
+        }
         let client = connect(reader.dsn, session()).await.map_err(Error::from)?;
         client.batch_execute(&begin(reader.snapshot)).await?;
         // All of it, at once, and without waiting: who waits for the lock of the first connection goes before us, and
@@ -322,8 +363,9 @@ impl Work<'_> {
                 .row(&message)
                 .map_err(|error| Failure::of_row(&table.name, &error))?;
             let Some(row) = row else { continue };
-            if row.len() + self.head.len() > limits::ROW_BYTES_MAX {
-                return Err(Failure::too_large(&table.name, row.len()));
+            let bytes = text_bytes(table, self.format, row);
+            if bytes + self.head.len() > limits::ROW_BYTES_MAX {
+                return Err(Failure::too_large(&table.name, bytes));
             }
             for message in packing.push(row).into_iter().flatten() {
                 outlet.send(message, self.room).await?;
@@ -402,6 +444,16 @@ mod tests {
             let expected: Vec<_> = expected.iter().map(named).collect();
             assert_eq!(published(blocks).await, expected, "{blocks:?}");
         }
+    }
+
+    #[test]
+    fn help_is_wanted_once_and_not_too_late() {
+        let mut help = Help::NotWanted;
+        assert!(!help.is_wanted_now(ALONE - Duration::from_millis(1)));
+        assert!(help.is_wanted_now(ALONE) && help == Help::Wanted);
+        assert!(!help.is_wanted_now(ALONE));
+        let mut help = Help::TooLate;
+        assert!(!help.is_wanted_now(ALONE * 2) && help == Help::TooLate);
     }
 
     #[tokio::test]

@@ -2,7 +2,7 @@
 //!
 //! Pure. A field's text is the value's own, as the stream carries it, once COPY's escapes are undone.
 
-use millrace_event::{Datum, escape_load_value};
+use millrace_event::{Datum, escape_load_value, load_fields, load_value};
 
 /// A row that is not in COPY's text format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -31,16 +31,19 @@ impl CopyRow {
         self.text.clear();
         self.fields.clear();
         let line = line.strip_suffix(b"\n").unwrap_or(line);
-        for field in line.split(|byte| *byte == b'\t') {
-            if field == b"\\N" {
-                self.fields.push(Field::Null);
-                continue;
-            }
-            let start = self.text.len();
-            self.unescape(field)?;
-            self.fields.push(Field::Text {
-                start,
-                end: self.text.len(),
+        let mut buffer = Vec::new();
+        for field in load_fields(line) {
+            let value = load_value(field, &mut buffer).map_err(|_| CopyTextError)?;
+            self.fields.push(match value {
+                None => Field::Null,
+                Some(text) => {
+                    let start = self.text.len();
+                    self.text.extend_from_slice(text);
+                    Field::Text {
+                        start,
+                        end: self.text.len(),
+                    }
+                }
             });
         }
         Ok(())
@@ -54,30 +57,6 @@ impl CopyRow {
                 Datum::Text(self.text.get(start..end).unwrap_or_default())
             }
         })
-    }
-
-    fn unescape(&mut self, field: &[u8]) -> Result<(), CopyTextError> {
-        let mut rest = field;
-        while let Some(at) = memchr::memchr(b'\\', rest) {
-            let (plain, escaped) = rest.split_at(at);
-            self.text.extend_from_slice(plain);
-            let [_, code, after @ ..] = escaped else {
-                return Err(CopyTextError);
-            };
-            self.text.push(match code {
-                b'b' => 8,
-                b't' => b'\t',
-                b'n' => b'\n',
-                b'v' => 11,
-                b'f' => 12,
-                b'r' => b'\r',
-                b'\\' => b'\\',
-                _ => return Err(CopyTextError),
-            });
-            rest = after;
-        }
-        self.text.extend_from_slice(rest);
-        Ok(())
     }
 }
 

@@ -1,7 +1,7 @@
 //! The writing end of a copy stream: numbered messages, and never more of them than the sink keeps up with.
 
 use std::collections::VecDeque;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_nats::jetstream::context::PublishAckFuture;
 use async_nats::jetstream::kv;
@@ -35,6 +35,8 @@ pub(super) struct Writer<'c> {
     /// How many payload bytes the broker takes in one message.
     chunk_bytes: usize,
     unacked: VecDeque<(PublishAckFuture, u64)>,
+    /// When it last had waited for its sink.
+    waited_at: Option<Instant>,
     ahead: Ahead,
     last_seq: u64,
     /// What must be told before the next message is published.
@@ -85,9 +87,15 @@ impl<'c> Writer<'c> {
             ahead: Ahead::new(found.max_bytes, found.bytes, stored.sequence),
             last_seq: stored.sequence,
             tell_first: None,
+            waited_at: None,
         };
         writer.wait_for_sink().await?;
         Ok(writer)
+    }
+
+    /// When it last had waited for its sink.
+    pub(super) fn waited_at(&self) -> Option<Instant> {
+        self.waited_at
     }
 
     /// The sink that reads it.
@@ -193,6 +201,7 @@ impl<'c> Writer<'c> {
             let applied = applied(self.stream, self.sink, &self.request).await?;
             self.ahead.applied(applied);
             if !self.ahead.is_full() {
+                self.waited_at = Some(Instant::now());
                 return Ok(stream::purge(jetstream, &self.name, applied).await?);
             }
             tokio::time::sleep(LOOK_INTERVAL).await;

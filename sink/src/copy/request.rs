@@ -1,8 +1,8 @@
 //! How a sink asks for what it needs, and gives up what it asked for.
 
 use millrace_config::{OnDelete, OnTruncate};
-use millrace_event::subject;
 use millrace_event::work::{CopyRequest, TableRequest, Wanted};
+use millrace_event::{BinaryType, subject};
 
 use super::Copies;
 use super::answer::Answer;
@@ -83,7 +83,7 @@ impl Copies {
                 let request = CopyRequest {
                     id: format!("{:016x}", rand::random::<u64>()),
                     tables: wanted,
-                    binary: true,
+                    binary: BinaryType::TYPE_OIDS.to_vec(),
                 };
                 put(life, &request_key(life), &request).await?;
                 let tables = request.tables.len();

@@ -57,18 +57,14 @@ pub(super) async fn take(
             })
             .map_err(Taken::Lost);
     }
-    let unreadable = |error| Error::retry("copied rows cannot be understood", error);
-    if let Some((head, at)) = LoadHead::of(payload).map_err(unreadable)? {
-        let rows = payload.slice(at..);
-        let count = head.count(&rows).map_err(unreadable)?;
+    let head = LoadHead::of(payload)
+        .map_err(|error| Error::retry("copied rows cannot be understood", error))?;
+    if let Some((head, at)) = head {
         lay_out(life, machine, &head.load, Some(&head.table_version)).await?;
-        let rows = Input::Load {
-            mark,
-            head: &head,
-            rows: &rows,
-            count,
-        };
-        return machine.handle(rows).map_err(Taken::Lost);
+        let (head, rows) = (&head, &payload.slice(at..));
+        return machine
+            .handle(Input::Load { mark, head, rows })
+            .map_err(Taken::Lost);
     }
     let events: Vec<ChangeEvent<'_>> = millrace_event::decode(payload)
         .collect::<Result<_, _>>()

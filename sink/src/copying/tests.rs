@@ -48,7 +48,7 @@ fn machine(rows: Wanted, state: CopyState) -> Copying {
             began_us: BEGAN_US,
             rows,
         }],
-        binary: false,
+        binary: Vec::new(),
     };
     let progress = CopyProgress {
         tables: BTreeMap::from([(name(), state)]),

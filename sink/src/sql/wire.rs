@@ -32,7 +32,7 @@ impl Wire {
     #[must_use]
     pub fn of(type_name: &str) -> Option<Self> {
         match type_name {
-            "text" | "character varying" | "character" | "json" => Some(Self::Text),
+            "text" | "character varying" | "bpchar" | "json" => Some(Self::Text),
             "jsonb" => Some(Self::Jsonb),
             "numeric" => Some(Self::Numeric),
             "bytea" => Some(Self::Bytea),
@@ -257,7 +257,7 @@ mod tests {
             (23, "integer"),
             (25, "text"),
             (114, "json"),
-            (1042, "character"),
+            (1042, "bpchar"),
             (1043, "character varying"),
             (1082, "date"),
             (1114, "timestamp without time zone"),

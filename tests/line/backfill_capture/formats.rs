@@ -1,5 +1,7 @@
 //! In which format the rows of a load come.
 
+use std::collections::BTreeSet;
+
 use async_nats::jetstream::message::StreamMessage;
 use millrace_event::work::Wanted;
 use millrace_event::{
@@ -10,13 +12,17 @@ use millrace_event::{
 use super::stand::Line;
 use crate::stage::{Setting, Stage};
 
-/// One table that has a binary form, one with a type that has none, one with a mask.
-const TABLES: &str = "CREATE TABLE plain (id int PRIMARY KEY, n numeric, at timestamptz, b bytea, v text);
+/// One table of all types that have a binary form, one with a type that has none, one with a mask.
+const TABLES: &str = "CREATE TABLE plain (id int PRIMARY KEY, n numeric, at timestamptz, b bytea, v text,
+        c boolean, d smallint, e bigint, f varchar(9), g char(5), h date, i timestamp, j uuid, k json, l jsonb);
     CREATE TABLE odd (id int PRIMARY KEY, f float8);
     CREATE TABLE masked (id int PRIMARY KEY, v text);
     CREATE TABLE empty (LIKE plain INCLUDING ALL);
     INSERT INTO plain SELECT i, i * 1.250, timestamptz '2024-02-29 00:00+00' - i % 4000 * interval '1 year 1 us',
-        nullif(decode(md5(i::text), 'hex'), decode(md5('7'), 'hex')), repeat(E'a\\t\\\\', i % 5) FROM generate_series(1, 9000) i;
+        nullif(decode(md5(i::text), 'hex'), decode(md5('7'), 'hex')), repeat(E'a\t\\\\', i % 5),
+        i % 2 = 0, i - 5000, i * -1000000000000, left(md5(i::text), i % 9), left(md5(i::text), i % 5), date '2024-02-29' - i * 99,
+        timestamp '2024-02-29 12:00' + i * interval '1 day 00:00:00.5', md5(i::text)::uuid,
+        json_build_object('a', i), jsonb_build_object('b', repeat('\"', i % 3)) FROM generate_series(1, 9000) i;
     INSERT INTO odd VALUES (1, 0.1), (2, NULL);
     INSERT INTO masked VALUES (1, 'secret')";
 
@@ -115,6 +121,15 @@ async fn a_load_is_in_binary_format_where_the_sink_takes_it_and_every_column_has
             .collect();
         assert_eq!(heads.is_empty(), *table == "empty", "{table}");
         assert_eq!(rows.is_empty(), *table == "empty", "{table}");
+        if *table == "plain" {
+            let types = heads[0].columns.iter().map(|column| column.type_oid);
+            assert!(
+                types
+                    .collect::<BTreeSet<_>>()
+                    .into_iter()
+                    .eq(BinaryType::TYPE_OIDS)
+            );
+        }
         assert_eq!(rows, as_text, "{table}");
     }
 }

@@ -137,3 +137,30 @@ async fn large_rows_are_not_read_far_ahead_of_a_sink_that_does_not_read() {
     line.takes_until("r1", |status| status.copied.len() == 1)
         .await;
 }
+
+#[tokio::test]
+async fn a_load_that_is_read_more_slowly_than_it_is_taken_gets_another_reader() {
+    // A condition that costs about a millisecond a row.
+    let stage = Stage::set(Setting {
+        schema:
+            "CREATE TABLE t (id int PRIMARY KEY, v text); ALTER TABLE t ALTER v SET STORAGE PLAIN;
+            INSERT INTO t SELECT i, repeat('x', 1900) FROM generate_series(1, 6000) i",
+        tables: &[(
+            "public.t",
+            "where = \"length(repeat(id::text, 300000)) > 0\"\n",
+        )],
+        ..Setting::default()
+    })
+    .await;
+    let line = Line::on(stage).await;
+    line.ask("r1", &[("t", Wanted::Load)]).await;
+    let readers =
+        "SELECT count(DISTINCT pid)::text FROM pg_stat_activity WHERE query LIKE 'COPY (SELECT%'";
+    let deadline = Instant::now() + PATIENCE;
+    while line.stage.source_text(readers).await != "2" {
+        assert!(Instant::now() < deadline, "{}", line.capture.logs());
+        line.takes("r1").await;
+    }
+    line.takes_until("r1", |status| status.copied.len() == 1)
+        .await;
+}

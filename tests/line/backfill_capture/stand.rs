@@ -7,7 +7,7 @@ use async_nats::jetstream::{self, kv};
 use millrace_event::work::{
     COPIES, Copied, CopyApplied, CopyRequest, CopyStatus, TableRequest, Wanted,
 };
-use millrace_event::{Lsn, TableName, header, subject};
+use millrace_event::{BinaryType, Lsn, TableName, header, subject};
 use millrace_lab::Pipeline;
 use serde_json::Value;
 
@@ -60,15 +60,15 @@ impl Line {
     }
 
     pub(super) async fn ask(&self, id: &str, tables: &[(&str, Wanted)]) {
-        self.ask_for(id, tables, false).await;
+        self.ask_for(id, tables, &[]).await;
     }
 
     /// Asks as a sink that takes loads in binary format does.
     pub(super) async fn ask_for_binary(&self, id: &str, tables: &[(&str, Wanted)]) {
-        self.ask_for(id, tables, true).await;
+        self.ask_for(id, tables, &BinaryType::TYPE_OIDS).await;
     }
 
-    async fn ask_for(&self, id: &str, tables: &[(&str, Wanted)], binary: bool) {
+    async fn ask_for(&self, id: &str, tables: &[(&str, Wanted)], binary: &[u32]) {
         let tables = tables.iter().map(|(table, rows)| TableRequest {
             table: TableName::new("public", *table),
             began_us: 0,
@@ -77,7 +77,7 @@ impl Line {
         let request = CopyRequest {
             id: id.to_owned(),
             tables: tables.collect(),
-            binary,
+            binary: binary.to_vec(),
         };
         let value = serde_json::to_vec(&request).expect("json");
         let put = self.copies.put("request.replica", value.into());

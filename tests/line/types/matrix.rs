@@ -1,5 +1,6 @@
 //! All types at once: their tables, their rows on every path, and the comparison.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 use millrace_lab::PostgresOptions;
@@ -180,14 +181,19 @@ const TARGET_DEFAULTS: &str = "ALTER DATABASE target SET datestyle = 'SQL, DMY';
     ALTER DATABASE target SET intervalstyle = 'sql_standard'; ALTER DATABASE target SET array_nulls = off;
     ALTER DATABASE target SET standard_conforming_strings = off";
 
-/// The types whose values are loaded in binary format, with these and all their values.
+/// The types whose values are loaded in binary format, and all their values.
 pub(super) fn plain() -> Vec<Tried> {
-    let is_plain = |(name, _): &&Tried| {
+    let plain_name = |name: &str| {
         let (begin, end) = name.split_once('(').unwrap_or((name, ""));
         let end = end.split_once(')').map_or("", |(_, end)| end);
-        PLAIN.contains(&format!("{begin}{end}").as_str())
+        let mut plain = PLAIN.iter();
+        plain.position(|plain| *plain == format!("{begin}{end}"))
     };
-    BUILT_IN.iter().filter(is_plain).copied().collect()
+    let tried = BUILT_IN.iter();
+    let tried = tried.filter_map(|tried| Some((plain_name(tried.0)?, *tried)));
+    let (found, tried): (BTreeSet<_>, Vec<_>) = tried.unzip();
+    assert_eq!(found.len(), PLAIN.len(), "{found:?}");
+    tried
 }
 
 const PLAIN: [&str; 15] = [

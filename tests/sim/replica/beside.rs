@@ -204,7 +204,7 @@ impl World {
                 let request = CopyRequest {
                     id: self.copier.next_name(),
                     tables: wanted,
-                    binary: false,
+                    binary: Vec::new(),
                 };
                 self.note(format!("asked for {request:?}"));
                 self.copier.request = Some(request.clone());

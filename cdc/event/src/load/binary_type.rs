@@ -50,6 +50,11 @@ const NUMERIC_BASE_DIGITS: usize = 4;
 const NUMERIC_BASE: u16 = 10_000;
 
 impl BinaryType {
+    /// The OIDs of all types that have one.
+    pub const TYPE_OIDS: [u32; 15] = [
+        16, 17, 20, 21, 23, 25, 114, 1042, 1043, 1082, 1114, 1184, 1700, 2950, 3802,
+    ];
+
     /// Of the built-in type that has this OID.
     #[must_use]
     pub const fn of(type_oid: u32) -> Option<Self> {
@@ -239,6 +244,12 @@ mod tests {
 
     fn words(words: &[u16]) -> Vec<u8> {
         words.iter().flat_map(|word| word.to_be_bytes()).collect()
+    }
+
+    #[test]
+    fn every_type_is_listed() {
+        let known = (0..10_000).filter(|oid| BinaryType::of(*oid).is_some());
+        assert!(known.eq(BinaryType::TYPE_OIDS));
     }
 
     #[test]

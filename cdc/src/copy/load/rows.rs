@@ -3,7 +3,8 @@
 //! Pure. Postgres sends a message for each row. In binary format the first has the head before its row, and the last is
 //! the end.
 
-use millrace_event::{BINARY_END, BINARY_HEAD, BinaryType, Datum, LoadFormat};
+use millrace_config::limits;
+use millrace_event::{BINARY_END, BINARY_HEAD, BinaryType, Datum, LoadFormat, binary_field};
 
 use crate::copy::text::{CopyRow, CopyTextError, write_row};
 use crate::source::SourceTable;
@@ -19,13 +20,13 @@ pub(super) enum CopyRowError {
     Binary,
 }
 
-/// The format in which a table's rows are best read for a sink: binary where the sink takes it and every column has a
-/// form that is known to all, which spares the source the printing and the sink the reading of texts. Masks work on
-/// texts.
-pub(super) fn format_of(table: &SourceTable, takes_binary: bool) -> LoadFormat {
+/// The format in which a table's rows are best read for a sink that takes these types in binary format: binary where
+/// every column is of one of them, and we know its form, which spares the source the printing and the sink the reading
+/// of texts. Masks work on texts.
+pub(super) fn format_of(table: &SourceTable, taken: &[u32]) -> LoadFormat {
+    let is_known = |oid: &u32| BinaryType::of(*oid).is_some() && taken.contains(oid);
     let mut columns = table.columns.iter();
-    let is_known = columns.all(|(_, type_oid, _)| BinaryType::of(*type_oid).is_some());
-    match takes_binary && is_known && table.binding.is_none() {
+    match columns.all(|(_, type_oid, _)| is_known(type_oid)) && table.binding.is_none() {
         true => LoadFormat::Binary,
         false => LoadFormat::Text,
     }
@@ -37,6 +38,27 @@ pub(super) fn option(format: LoadFormat) -> &'static str {
         LoadFormat::Text => "",
         LoadFormat::Binary => " (FORMAT binary)",
     }
+}
+
+/// Bytes of a row as text, which is what its limit is about: as an event it would have as many. Of a row in binary
+/// format that is far from it they are not counted.
+pub(super) fn text_bytes(table: &SourceTable, format: LoadFormat, row: &[u8]) -> usize {
+    if format == LoadFormat::Text || row.len() < limits::ROW_BYTES_MAX / 2 {
+        return row.len();
+    }
+    let mut bytes = 0;
+    let (mut rest, mut buffer) = (row.get(2..).unwrap_or_default(), Vec::new());
+    for (_, type_oid, _) in &table.columns {
+        let Ok((value, after)) = binary_field(rest) else {
+            return row.len();
+        };
+        let text = value.zip(BinaryType::of(*type_oid));
+        bytes += text.map_or(0, |(value, of)| {
+            of.text(value, &mut buffer).map_or(0, <[u8]>::len)
+        });
+        rest = after;
+    }
+    bytes
 }
 
 /// The rows of one `COPY`.

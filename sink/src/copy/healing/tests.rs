@@ -97,6 +97,7 @@ fn keys_that_stay_asked_for_take_their_room() {
 
 #[test]
 fn a_request_never_has_more_bytes_than_its_room() {
+    use millrace_event::BinaryType;
     use millrace_event::work::{CopyRequest, TableRequest, Wanted};
     let now = Instant::now();
     for max_payload in [64 * 1024, MAX_PAYLOAD, 64 * MAX_PAYLOAD] {
@@ -123,7 +124,7 @@ fn a_request_never_has_more_bytes_than_its_room() {
             let request = CopyRequest {
                 id: "0123456789abcdef".into(),
                 tables: tables.collect(),
-                binary: true,
+                binary: BinaryType::TYPE_OIDS.to_vec(),
             };
             let bytes = json_bytes(&request);
             assert!(bytes < max_payload.min(REQUEST_BYTES_MAX * 3) / 3 + 64);
