@@ -279,9 +279,8 @@ mod tests {
         let (one, two) = whole.split_at(9);
         let control = |stream_seq, seq| {
             let position = Position::new(0, Lsn(1), seq);
-            let text = format!(
-                r#"{{"kind":"progress","position":"{position}","end_lsn":1,"ts_us":1}}"#
-            );
+            let text =
+                format!(r#"{{"kind":"progress","position":"{position}","end_lsn":1,"ts_us":1}}"#);
             let subject = Subject::from("cdc.s._ctl.progress");
             let arrival = arrival(stream_seq, seq, None, text.as_bytes());
             Arrival { subject, ..arrival }
