@@ -80,6 +80,13 @@ pub(crate) struct Tail {
     pub(crate) end_lsn: Option<Lsn>,
 }
 
+impl Tail {
+    /// A slot that has forgotten more than this has forgotten what the stream does not have.
+    pub(crate) fn represented(&self) -> Lsn {
+        self.end_lsn.unwrap_or(self.position.commit_lsn())
+    }
+}
+
 /// Sets of chunks in progress, at most one of each of two publishers.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Assembly(Vec<(Place, BytesMut)>);
@@ -199,20 +206,33 @@ impl Broker {
         }
     }
 
-    /// How the stream ends: an unfinished set of chunks counts as just below its row.
+    /// How the stream ends.
     pub(crate) fn tail(&self) -> Tail {
-        let newest = self.messages.last().expect("the stream has begun");
-        let position = match &newest.message.chunk {
+        self.end_at(self.last_seq()).expect("the stream has begun")
+    }
+
+    /// The newest message that represents the source up to `confirmed`, as capture finds it: what is behind it is a
+    /// late publisher's. Where there is none, the stream's end.
+    pub(crate) fn tail_covering(&self, confirmed: Lsn) -> Tail {
+        let ends = (1..=self.last_seq()).rev();
+        let mut ends = ends.filter_map(|stream_seq| self.end_at(stream_seq));
+        let covering = ends.find(|end| end.represented() >= confirmed);
+        covering.unwrap_or_else(|| self.tail())
+    }
+
+    /// What a message says of the stream up to itself: an unfinished set of chunks counts as just below its row.
+    fn end_at(&self, stream_seq: u64) -> Option<Tail> {
+        let stored = self.get(stream_seq)?;
+        let position = match &stored.message.chunk {
             Some((position, place)) if place.index < place.count => position.just_below(),
-            _ => newest.position,
+            _ => stored.position,
         };
-        let (stored_at, end_lsn) = (newest.stored_at, newest.end_lsn);
-        Tail {
-            stream_seq: self.last_seq(),
+        Some(Tail {
+            stream_seq,
             position,
-            stored_at,
-            end_lsn,
-        }
+            stored_at: stored.stored_at,
+            end_lsn: stored.end_lsn,
+        })
     }
 
     /// Sabotage: two neighbours change places.

@@ -35,6 +35,8 @@ pub(crate) struct Reader {
     pub(crate) stream_seq: u64,
     highest: Position,
     assembly: Assembly,
+    /// The highest row that chunks came of.
+    begun: Position,
     before_chunks: u64,
     link: Link,
     /// How often its place had to be searched.
@@ -47,6 +49,7 @@ impl Reader {
             stream_seq,
             highest: position,
             assembly: Assembly::default(),
+            begun: Position::ZERO,
             before_chunks: 0,
             link: Link::None,
             searches: 0,
@@ -70,6 +73,7 @@ impl Reader {
                 self.before_chunks
             };
             self.stream_seq = stream_seq.min(newest);
+            self.begun = Position::ZERO;
             self.assembly.clear();
         }
     }
@@ -90,7 +94,8 @@ impl Reader {
             let message = &stored.message;
             let payload = match &message.chunk {
                 None => message.payload.clone(),
-                Some((_, place)) => {
+                Some((row, place)) => {
+                    self.begun = self.begun.max(*row);
                     if self.assembly.is_empty() {
                         self.before_chunks = before;
                     }
@@ -100,7 +105,8 @@ impl Reader {
                     }
                 }
             };
-            if stored.position <= self.highest {
+            // Below a row that is in progress a late publisher's progress tells nothing new.
+            if stored.position <= self.highest || stored.position < self.begun {
                 continue;
             }
             self.assembly.clear();
@@ -144,6 +150,7 @@ impl Reader {
         self.searches += u64::from(found != self.stream_seq);
         // A consumer cannot begin behind the end.
         self.stream_seq = found.min(broker.last_seq());
+        self.begun = Position::ZERO;
         self.link = Link::Made;
         true
     }

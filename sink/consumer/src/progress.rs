@@ -37,6 +37,8 @@ pub(crate) struct Progress {
     /// again: only of a message that set the highest position the token can be checked against the stream.
     delivered: Token,
     assembly: Assembly,
+    /// By position: the highest row that chunks came of. Whatever the source has below it came before them.
+    begun: Position,
     /// By stream order: the sequence before the set in progress.
     before_chunks: u64,
     /// Messages that were not ours.
@@ -52,6 +54,7 @@ impl Progress {
             stream_seq: start.stream_seq,
             delivered: start,
             assembly: Assembly::default(),
+            begun: Position::ZERO,
             before_chunks: 0,
             foreign: 0,
             has_read: false,
@@ -75,7 +78,7 @@ impl Progress {
 
     /// Starts again after `stream_seq`; what was seen stays seen, chunks come again.
     pub(crate) fn rewind(&mut self, stream_seq: u64) {
-        self.stream_seq = stream_seq;
+        (self.stream_seq, self.begun) = (stream_seq, Position::ZERO);
         self.assembly.clear();
     }
 
@@ -101,6 +104,7 @@ impl Progress {
             Some(place) => {
                 let place = Place::parse(place.as_str())?;
                 self.begin_message(before, Some(place));
+                self.begun = self.begun.max(position_of_chunk(headers.as_ref()));
                 self.assembly.push(place, &payload)?
             }
         };
@@ -115,6 +119,9 @@ impl Progress {
         let floor = match self.ordering {
             Ordering::ByStream => None,
             Ordering::ByPosition if position <= self.delivered.position => return None,
+            // An overtaken publisher's `progress`, which no other one writes, between the chunks of a row above it: it
+            // tells nothing new, and behind it the token would pass over the chunks before.
+            Ordering::ByPosition if position < self.begun => return None,
             Ordering::ByPosition => {
                 // Sets in progress are at or below this position: their publisher was overtaken.
                 self.assembly.clear();
@@ -158,6 +165,13 @@ impl Progress {
         }
         Some((of_changes(&payload)?, Body::Changes(payload)))
     }
+}
+
+/// The position of a chunk's row.
+fn position_of_chunk(headers: Option<&HeaderMap>) -> Position {
+    let position = headers.and_then(|headers| headers.get(header::POSITION));
+    let position = position.and_then(|position| position.as_str().parse().ok());
+    position.unwrap_or(Position::ZERO)
 }
 
 /// Whether a subject is a control message's: its third token says so.
@@ -255,6 +269,37 @@ mod tests {
         );
         assert_eq!(progress.token().stream_seq, 4);
     }
+
+    /// Positions of progress are their publisher's own: between the chunks of a row, one below the row may be above all
+    /// that was seen.
+    #[test]
+    fn a_late_publishers_progress_between_the_chunks_of_a_row_does_not_end_it() {
+        let mut progress = Progress::new(Ordering::ByPosition, Token::default());
+        let whole = line(7);
+        let (one, two) = whole.split_at(9);
+        let control = |stream_seq, seq| {
+            let position = Position::new(0, Lsn(1), seq);
+            let text =
+                format!(r#"{{"kind":"progress","position":"{position}","end_lsn":1,"ts_us":1}}"#);
+            let subject = Subject::from("cdc.s._ctl.progress");
+            let arrival = arrival(stream_seq, seq, None, text.as_bytes());
+            Arrival { subject, ..arrival }
+        };
+        assert!(progress.on_message(control(1, 2)).is_some());
+        let first = arrival(2, 7, Some("1/2/b"), one);
+        assert!(progress.on_message(first).is_none());
+        assert!(progress.on_message(control(3, 4)).is_none());
+        assert_eq!(progress.token().stream_seq, 1, "before the chunks");
+        let delivery = progress.on_message(arrival(4, 7, Some("2/2/b"), two));
+        assert_eq!(delivery.map(|delivery| delivery.stream_seq), Some(4));
+        assert!(progress.on_message(control(5, 9)).is_some());
+        // Where it is read again, chunks come again too.
+        let first = arrival(6, 20, Some("1/2/b"), one);
+        assert!(progress.on_message(first).is_none());
+        progress.rewind(5);
+        assert!(progress.on_message(control(6, 10)).is_some());
+    }
+
     /// The token names the message that set the highest position, never one that was dropped behind it: another
     /// position at its sequence then says that the stream was rolled back.
     #[test]
