@@ -147,13 +147,14 @@ async fn a_load_that_is_read_more_slowly_than_it_is_taken_gets_another_reader() 
             INSERT INTO t SELECT i, repeat('x', 1900) FROM generate_series(1, 6000) i",
         tables: &[(
             "public.t",
-            "where = \"length(repeat(id::text, 300000)) > 0\"\n",
+            "where = \"length(repeat('x', 120000 + id)) > 0\"\n",
         )],
         ..Setting::default()
     })
     .await;
     let line = Line::on(stage).await;
     line.ask("r1", &[("t", Wanted::Load)]).await;
+    line.told("r1", |status| loads(status, "t")).await;
     let readers =
         "SELECT count(DISTINCT pid)::text FROM pg_stat_activity WHERE query LIKE 'COPY (SELECT%'";
     let deadline = Instant::now() + PATIENCE;
