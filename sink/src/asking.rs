@@ -120,6 +120,8 @@ pub(crate) fn has_load_under_way(
         asked.rows == Wanted::Load
             && !is_in_trouble
             && !status.cut.contains(&asked.table)
+            // Of a table that it leaves out capture tells no estimate, and its load never begins.
+            && status.estimates.iter().any(|(table, _)| *table == asked.table)
             && matches!(
                 progress.tables.get(&asked.table),
                 Some(CopyState::Pending { began_us, .. }) if *began_us == asked.began_us

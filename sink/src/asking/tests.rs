@@ -390,7 +390,8 @@ fn a_load_is_under_way_until_its_first_row_comes_or_capture_is_in_trouble_with_i
         &progress(&[("a", copied()), ("b", pending())]),
         &Debts::new(),
     );
-    let status = CopyStatus::new("asked".to_owned());
+    let mut status = CopyStatus::new("asked".to_owned());
+    status.estimates = vec![(table("b"), 1)];
     let under_way = |state, status: &CopyStatus| {
         has_load_under_way(&request, &progress(&[("b", state)]), status)
     };
@@ -407,6 +408,10 @@ fn a_load_is_under_way_until_its_first_row_comes_or_capture_is_in_trouble_with_i
     assert!(!under_way(pending(), &in_trouble));
     in_trouble.troubles = vec![(table("c"), "locked".to_owned())];
     assert!(under_way(pending(), &in_trouble));
+    // Capture leaves it out, or has told nothing yet.
+    let mut left_out = status.clone();
+    left_out.estimates = vec![(table("c"), 1)];
+    assert!(!under_way(pending(), &left_out));
     let mut cut = status;
     cut.cut = vec![table("b")];
     assert!(!under_way(pending(), &cut));
