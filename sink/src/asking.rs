@@ -107,24 +107,56 @@ pub fn must_stay(asked: &[TableRequest], progress: &CopyProgress) -> bool {
     })
 }
 
-/// Whether a request has a load that capture has taken up, is in no trouble with, and of which no row has come yet. With
-/// another request it would begin anew, and wait once more for what it has waited for: while single rows are due now and
-/// again, it would never come.
-pub(crate) fn has_load_under_way(
+/// How far a load of a request is of which no row is in the target yet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Load {
+    /// There is none, or capture can do nothing about it for now.
+    None,
+    /// Capture has taken it up, and is in no trouble with it. With another request it would begin anew, and wait once
+    /// more for what it has waited for: while single rows are due now and again, it would never come.
+    Begins {
+        /// Its table.
+        table: TableName,
+        /// When this copy of the table began, microseconds since 1970.
+        began_us: i64,
+    },
+    /// Its rows are on the copy stream: with another request all of them would be read again.
+    Comes,
+}
+
+/// How far the load of a request is, of several the one that is furthest.
+pub(crate) fn load_under_way(
     asked: &[TableRequest],
     progress: &CopyProgress,
     status: &CopyStatus,
-) -> bool {
-    asked.iter().any(|asked| {
-        let is_in_trouble = status.troubles.iter().any(|(of, _)| *of == asked.table);
+) -> Load {
+    let pending = asked.iter().filter(|asked| {
         asked.rows == Wanted::Load
-            && !is_in_trouble
             && !status.cut.contains(&asked.table)
             && matches!(
                 progress.tables.get(&asked.table),
                 Some(CopyState::Pending { began_us, .. }) if *began_us == asked.began_us
             )
-    })
+    });
+    let mut load = Load::None;
+    for TableRequest {
+        table, began_us, ..
+    } in pending
+    {
+        if status.loading.as_ref() == Some(table) || status.copied.contains(table) {
+            return Load::Comes;
+        }
+        let is_in_trouble = status.troubles.iter().any(|(of, _)| of == table);
+        // Of a table that it leaves out capture tells no estimate, and its load never begins.
+        let is_known = status.estimates.iter().any(|(of, _)| of == table);
+        if load == Load::None && is_known && !is_in_trouble {
+            load = Load::Begins {
+                table: table.clone(),
+                began_us: *began_us,
+            };
+        }
+    }
+    load
 }
 
 /// Tables whose load has ended before its end: nobody reads their snapshot any more. Their rows come in chunks

@@ -324,8 +324,8 @@ codes! {
         "A change did not bring all columns of a row that the replica does not have, and the row cannot be read \
         again by its key: all keys of a request have a third of the broker's `max_payload`, and never more than \
         384 KiB. The change stays in `millrace.dead_letter` of the target; everything else flows on. Write the \
-        row's large columns anew at the source, as the statement beside this code does: a complete version of the \
-        row takes its place. Where the broker's `max_payload` is below 1152 KiB, a larger one helps too.";
+        row's large columns anew at the source, as the statement beside this code does (for text; for another type, as \
+        jsonb: `col::text::jsonb`; any way that writes the value anew): a complete version of the row takes its place. Where the broker's `max_payload` is below 1152 KiB, a larger one helps too.";
 
     BackfillTwice = "E1320", "a backfill of the table is under way already",
         "One backfill of a table runs at a time for a sink, and nothing was changed. `millrace backfill status` \

@@ -390,9 +390,10 @@ fn a_load_is_under_way_until_its_first_row_comes_or_capture_is_in_trouble_with_i
         &progress(&[("a", copied()), ("b", pending())]),
         &Debts::new(),
     );
-    let status = CopyStatus::new("asked".to_owned());
+    let mut status = CopyStatus::new("asked".to_owned());
+    status.estimates = vec![(table("b"), 1)];
     let under_way = |state, status: &CopyStatus| {
-        has_load_under_way(&request, &progress(&[("b", state)]), status)
+        load_under_way(&request, &progress(&[("b", state)]), status) != Load::None
     };
     assert!(under_way(pending(), &status));
     assert!(!under_way(loading(), &status));
@@ -407,7 +408,31 @@ fn a_load_is_under_way_until_its_first_row_comes_or_capture_is_in_trouble_with_i
     assert!(!under_way(pending(), &in_trouble));
     in_trouble.troubles = vec![(table("c"), "locked".to_owned())];
     assert!(under_way(pending(), &in_trouble));
+    // Capture leaves it out, or has told nothing yet.
+    let mut left_out = status.clone();
+    left_out.estimates = vec![(table("c"), 1)];
+    assert!(!under_way(pending(), &left_out));
+    let whole = status.clone();
     let mut cut = status;
     cut.cut = vec![table("b")];
     assert!(!under_way(pending(), &cut));
+    // Its rows are on the copy stream, whatever else is told of it.
+    let load =
+        |status: &CopyStatus| load_under_way(&request, &progress(&[("b", pending())]), status);
+    in_trouble.troubles = vec![(table("b"), "locked".to_owned())];
+    let begins = Load::Begins {
+        table: table("b"),
+        began_us: NOW_US,
+    };
+    assert_eq!((load(&left_out), load(&whole)), (Load::None, begins));
+    for status in [left_out, in_trouble] {
+        let mut comes = status.clone();
+        comes.loading = Some(table("b"));
+        assert_eq!(load(&comes), Load::Comes);
+        comes = status;
+        comes.copied = vec![table("b")];
+        assert_eq!(load(&comes), Load::Comes);
+        comes.cut = vec![table("b")];
+        assert_eq!(load(&comes), Load::None);
+    }
 }

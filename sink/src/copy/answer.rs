@@ -46,7 +46,7 @@ impl Answer {
         Some(Brought {
             tables: status.copied.len(),
             applied_seq: if chunks { 0 } else { self.applied_seq },
-            loads: asking::has_load_under_way(tables, progress, status),
+            load: asking::load_under_way(tables, progress, status),
         })
     }
 

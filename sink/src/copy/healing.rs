@@ -230,7 +230,8 @@ impl TooLong {
             format!(
                 "find them in the target: SELECT key FROM millrace.dead_letter WHERE relation = {relation} AND \
                  resolved_at IS NULL AND octet_length(key) >= {shortest}; then write each large column of these rows \
-                 anew at the source: UPDATE {source_sql} SET col = col || '' WHERE ..; whole rows then take their place"
+                 anew at the source: UPDATE {source_sql} SET col = col || '' WHERE .. (for text; for \
+                 another type, as jsonb: col::text::jsonb; any way that writes the value anew); whole rows then take their place"
             ),
         ))
     }

@@ -33,8 +33,10 @@ const SEVERITY: [&str; 12] = [
     "halted",
 ];
 
-fn severity(part: &LivePart) -> Option<usize> {
-    SEVERITY.iter().position(|state| *state == part.state)
+/// How bad a part stands. Of two in the same state the one with a code is worse: its operator has something to do.
+fn severity(part: &LivePart) -> (Option<usize>, bool) {
+    let state = SEVERITY.iter().position(|state| *state == part.state);
+    (state, part.code.is_some())
 }
 
 /// The capture's state: by the process that answers, else as the servers show it.
@@ -369,6 +371,25 @@ mod tests {
             assert!(!table.complete, "{unseen:?}");
             assert_eq!(table.part.state, "streaming");
             assert_eq!(table.part.reason.as_deref(), Some(UNSEEN));
+        }
+    }
+
+    #[test]
+    fn what_one_sink_tells_of_a_table_is_not_hidden_by_another_in_the_same_state() {
+        let (mut config, seen) = copied();
+        let sinks = ["a", "wh"].map(|name| SinkReport::new(name, &seen, None, None, 0));
+        config.tables[0].sinks = vec!["a".to_owned(), "wh".to_owned()];
+        let seen = BTreeMap::from([("a", &seen), ("wh", &seen)]);
+        for tells in ["a", "wh"] {
+            let mut live = crate::admin::Board::new("shop", true, []).live(0);
+            live.tables = serde_json::from_value(serde_json::json!([{
+                "name": "public.a", "sink": tells, "state": "streaming", "code": "E1318",
+            }]))
+            .expect("a table");
+            let capture = LivePart::of("streaming");
+            let stream = stream(Some(1));
+            let tables = tables(&config, Some(&live), &seen, &sinks, &stream, &capture);
+            assert_eq!(tables[0].part.code.as_deref(), Some("E1318"), "{tells}");
         }
     }
 }

@@ -200,6 +200,49 @@ fn a_table_whose_many_rows_are_healed_remembers_the_last_ones_one_by_one() {
     assert!(matches!(healing.asked[&table], Remembered::Each(_)));
 }
 
+/// Looks at 100,000 incomplete rows once a second, for so many seconds at most. Returns how many were asked for, and when
+/// none was left.
+fn look_at_many(seconds: u64, are_healed: bool) -> (usize, Option<u64>) {
+    use std::ops::Bound::{Excluded, Unbounded};
+    let (mut healing, table) = (Healing::default(), TableName::new("public", "t"));
+    let all = (0..100_000).map(|row| format!("{row:05}"));
+    let mut all: std::collections::BTreeSet<_> = all.collect();
+    let (begin, mut asked) = (Instant::now(), 0);
+    for second in 0..seconds {
+        let now = begin + Duration::from_secs(second);
+        healing.forget_old(now);
+        let behind = healing.place(&table).to_owned();
+        let here = all.range::<String, _>((Excluded(&behind), Unbounded));
+        let here: Vec<_> = here.take(ROWS_MAX).collect();
+        let picked = keys(healing.pick(&table, &found(&here), room(), now));
+        asked += picked.len();
+        if are_healed {
+            picked.iter().for_each(|key| assert!(all.remove(key)));
+        }
+        if all.is_empty() {
+            return (asked, Some(second));
+        }
+    }
+    (asked, None)
+}
+
+#[test]
+fn many_rows_that_heal_are_through_in_little_more_than_one_pass() {
+    let (asked, through) = look_at_many(1_000, true);
+    assert_eq!(asked, 100_000);
+    // One pass has 200 looks.
+    let through = through.expect("all are healed");
+    assert!(through < 260, "{through} s");
+}
+
+#[test]
+fn many_rows_that_nothing_heals_are_asked_for_at_a_bounded_rate() {
+    let (asked, _) = look_at_many(5_000, false);
+    // The first time without a wait.
+    let times = asked as f64 / 100_000.0;
+    assert!(1.9 < times && times < 1.0 + 2.5, "{times}");
+}
+
 #[test]
 fn rows_whose_keys_no_request_holds_are_told_once_a_table_was_gone_through() {
     let (mut healing, table) = (Healing::default(), TableName::new("public", "t"));

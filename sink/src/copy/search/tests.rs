@@ -2,6 +2,7 @@ use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use super::*;
+use crate::asking::Load;
 use crate::copy::healing::ROWS_MAX;
 use crate::copy::quiet::{Brought, Quiet};
 
@@ -25,8 +26,8 @@ struct Line {
     /// Requests that were replaced before their answer, and how long they had brought nothing.
     evicted: Vec<Duration>,
     moved: Instant,
-    /// Whether each request has a load too, of which no row has come.
-    loads: bool,
+    /// How far the load is that each request has too.
+    load: Load,
 }
 
 impl Line {
@@ -48,7 +49,7 @@ impl Line {
             stuck: all.into_iter().take(stuck).collect(),
             evicted: Vec::new(),
             moved: now,
-            loads: false,
+            load: Load::None,
         }
     }
 
@@ -65,7 +66,7 @@ impl Line {
         let brought = Brought {
             tables: self.answered.len(),
             applied_seq: 0,
-            loads: self.loads,
+            load: self.load.clone(),
         };
         let id = self.id.to_string();
         let brought = (self.id > 0).then_some(brought);
@@ -172,7 +173,10 @@ fn keys_that_nothing_answers_give_way_after_a_while_and_only_to_such_as_are_due(
 #[test]
 fn a_load_under_way_does_not_begin_anew_for_rows_that_become_due() {
     let mut line = Line::new(3, 0, 1, 9);
-    line.loads = true;
+    line.load = Load::Begins {
+        table: TableName::new("public", "loaded"),
+        began_us: 1,
+    };
     line.look();
     assert_eq!(line.id, 1);
     for second in 0..300 {
@@ -185,7 +189,7 @@ fn a_load_under_way_does_not_begin_anew_for_rows_that_become_due() {
     }
     assert_eq!(line.id, 1, "the load has begun anew");
     // With its first row it is no load under way any more.
-    line.loads = false;
+    line.load = Load::None;
     let line = heals(line, Duration::from_secs(60));
     assert!(line.id > 1);
 }
