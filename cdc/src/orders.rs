@@ -87,7 +87,7 @@ pub(crate) async fn order_backfill(
             witness: None,
         });
     }
-    if config.stream.kept_until_synced().is_none() {
+    if placed.is_empty() || config.stream.kept_until_synced().is_none() {
         return Ok(());
     }
     let witness = unsynced::witness(&stream.copies).await?;

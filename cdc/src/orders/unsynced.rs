@@ -5,7 +5,7 @@
 //! A list that is as old as the order or older has lost it. Whoever takes an order off writes the list anew, so a newer
 //! list without it says that it was carried out; unless the list was lost first, and somebody who did not know wrote it
 //! again. So capture writes a witness behind the lists, into the same bucket: a broker loses what it wrote last, and never
-//! the lists without their witness.
+//! the lists without their witness. An order's witness goes with its list: to one that is written again another one belongs.
 
 use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};
@@ -44,7 +44,7 @@ pub(super) struct Placed {
 }
 
 /// An order that was not on its list for long enough.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Young {
     placed: Placed,
     /// When this life first saw the list's revision: what an earlier life has waited counts for nothing.
@@ -95,6 +95,22 @@ fn fate(placed: &Placed, list: &List, witnesses: &[u64], held: Duration, age: Du
     }
 }
 
+impl Young {
+    /// Whether no witness stands behind the list that has the order: it was written again, or its witness was lost.
+    fn is_unwitnessed(&self, list: &List, witnesses: &[u64]) -> bool {
+        let lacks = |witness| !witnesses.contains(&witness);
+        self.placed.revision != list.revision || self.placed.witness.is_some_and(lacks)
+    }
+
+    /// Goes with the list's `revision`, which `witness` was written behind.
+    fn follow(&mut self, revision: u64, witness: u64, now: Instant) {
+        if revision != self.placed.revision {
+            (self.placed.revision, self.since) = (revision, now);
+        }
+        self.placed.witness = Some(witness);
+    }
+}
+
 impl Unsynced {
     /// Remembers orders that were just given.
     pub(super) async fn keep(&self, state: &kv::Store, placed: Vec<Placed>) -> Result<(), Error> {
@@ -139,38 +155,41 @@ pub(crate) async fn renew(config: &Config, stream: &Stream) -> Result<(), Error>
         true => Vec::new(),
         false => witnesses(&stream.copies).await?.0,
     };
-    let (mut left, mut news) = (Vec::with_capacity(young.len()), false);
-    for Young {
-        mut placed,
-        mut since,
-    } in std::mem::take(young)
-    {
+    let mut left = Vec::with_capacity(young.len());
+    // Those that a new witness is written for, and the revisions of their lists.
+    let mut anew = Vec::new();
+    for known in young.iter() {
+        let placed = &known.placed;
         let Placed {
             sink, table, id, ..
-        } = &placed;
+        } = placed;
         let list = &lists[sink];
-        let fate = fate(&placed, list, &witnesses, since.elapsed(), age);
-        news |= fate != Fate::Young;
-        let revision = match fate {
+        let held = known.since.elapsed();
+        match fate(placed, list, &witnesses, held, age) {
             Fate::Settled => continue,
-            Fate::Young => list.revision,
+            Fate::Young if known.is_unwitnessed(list, &witnesses) => {
+                anew.push((left.len(), list.revision));
+            }
+            Fate::Young => {}
             Fate::Lost => {
                 tracing::warn!(%sink, %table, order = id, "the broker lost a backfill order: it is given again");
                 let revision = order(&stream.copies, sink, table, id).await?;
-                placed.witness = Some(witness(&stream.copies).await?);
-                revision
+                anew.push((left.len(), revision));
             }
-        };
-        if revision != placed.revision {
-            (placed.revision, since) = (revision, Instant::now());
         }
-        left.push(Young { placed, since });
+        left.push(known.clone());
+    }
+    if anew.is_empty() && left.len() == young.len() {
+        return Ok(());
+    }
+    if !anew.is_empty() {
+        let witness = witness(&stream.copies).await?;
+        for (index, revision) in anew {
+            left[index].follow(revision, witness, Instant::now());
+        }
     }
     *young = left;
-    match news {
-        true => store(&stream.state, young).await,
-        false => Ok(()),
-    }
+    store(&stream.state, young).await
 }
 
 /// Bears witness to the lists that were written before. Whoever writes it again takes over what is there, so what the
@@ -321,6 +340,52 @@ mod tests {
             ..placed()
         };
         assert_eq!(fate(&older, &[], Vec::new()), Fate::Settled);
+    }
+
+    /// What is known of the order at a list's revision; `witness` is written where one is wanted.
+    fn followed(revision: u64, witnesses: &[u64], witness: u64) -> Option<Placed> {
+        let (placed, since) = (placed(), Instant::now());
+        let orders = vec![BackfillOrder::new(placed.id.clone(), placed.table.clone())];
+        let list = List {
+            revision,
+            orders: Some(orders),
+        };
+        let fate = fate(&placed, &list, witnesses, Duration::ZERO, AGE);
+        assert_eq!(fate, Fate::Young);
+        let mut young = Young { placed, since };
+        young.is_unwitnessed(&list, witnesses).then(|| {
+            young.follow(list.revision, witness, since + AGE);
+            assert_eq!(young.since > since, revision != 10);
+            young.placed
+        })
+    }
+
+    /// What a list without the order says.
+    fn struck_off(placed: &Placed, revision: u64, witnesses: &[u64]) -> Fate {
+        let list = List {
+            revision,
+            orders: Some(Vec::new()),
+        };
+        fate(placed, &list, witnesses, Duration::ZERO, AGE)
+    }
+
+    #[test]
+    fn a_list_that_is_written_again_has_another_witness() {
+        assert_eq!(followed(10, &[7], 8), None);
+        let placed = followed(12, &[7], 8).expect("a witness is wanted");
+        assert_eq!(struck_off(&placed, 14, &[7, 8]), Fate::Settled);
+        // The broker lost the list of 12 and what was written behind it, not the witness of the one before, and somebody
+        // who did not know wrote 14.
+        assert_eq!(struck_off(&placed, 14, &[7]), Fate::Lost);
+        assert_eq!(struck_off(&placed, 14, &[7, 9]), Fate::Lost);
+    }
+
+    #[test]
+    fn a_witness_that_was_lost_alone_is_written_again() {
+        let placed = followed(10, &[6], 8).expect("a witness is wanted");
+        // Else what was carried out is ordered twice.
+        assert_eq!(struck_off(&placed, 14, &[6, 8]), Fate::Settled);
+        assert_eq!(struck_off(&placed, 14, &[6]), Fate::Lost);
     }
 
     #[test]

@@ -9,12 +9,19 @@
 //! chunks, and what publishers that were overtaken sent late. So of the messages before the set the highest one below the
 //! row is its predecessor, or stands between the two. One that is merely the nearest may be late, and lower than what
 //! nobody writes again.
+//!
+//! What overtaken publishers sent late is bounded in messages and in bytes. Whoever has walked past more has met the
+//! predecessor, or what stands between.
 
 use async_nats::header::NATS_EXPECTED_LAST_SEQUENCE;
+use millrace_config::limits::PUBLISH_WINDOW_BYTES_MAX;
 use millrace_event::{Position, header};
 
 use super::StoredMessage;
 use super::tail::{STRAGGLERS_MAX, end, unfinished_row};
+
+/// Publishers that were overtaken, and may have a window under way each: as [`STRAGGLERS_MAX`] counts them.
+const OVERTAKEN_MAX: usize = 2;
 
 /// Whether an older message may tell more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +42,10 @@ pub(super) struct Whole {
     newer: Option<(u64, bool)>,
     /// Messages that were no chunks of the row.
     others: u64,
+    /// Their bytes.
+    others_bytes: usize,
+    /// The bytes of the largest one.
+    largest_bytes: usize,
 }
 
 impl Whole {
@@ -45,6 +56,8 @@ impl Whole {
             highest: None,
             newer: None,
             others: 0,
+            others_bytes: 0,
+            largest_bytes: 0,
         }
     }
 
@@ -76,10 +89,19 @@ impl Whole {
         let below = position.filter(|position| unfinished.is_none() && *position < row);
         self.highest = self.highest.max(below);
         self.others += 1;
-        match self.others < STRAGGLERS_MAX {
-            true => Search::Older,
-            false => self.end(),
+        self.others_bytes += message.payload.len();
+        self.largest_bytes = self.largest_bytes.max(message.payload.len());
+        match self.others >= STRAGGLERS_MAX || self.is_past_stragglers() {
+            true => self.end(),
+            false => Search::Older,
         }
+    }
+
+    /// Whether there is a position to name, and what was walked past is more than what overtaken publishers may have
+    /// had under way: their windows, which each may exceed by one message.
+    fn is_past_stragglers(&self) -> bool {
+        let window = PUBLISH_WINDOW_BYTES_MAX + self.largest_bytes;
+        self.highest.is_some() && self.others_bytes > OVERTAKEN_MAX * window
     }
 
     /// Where there is no older message that may tell.

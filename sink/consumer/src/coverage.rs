@@ -35,6 +35,12 @@ impl Coverage {
         }
     }
 
+    /// Whether the tables begin with whatever is the oldest, and nothing was handed on yet.
+    #[must_use]
+    pub(crate) fn begins(&self) -> bool {
+        self.begins
+    }
+
     /// Takes in a look that was begun after `newest` had arrived. Returns the first sequence that may be handed on: what
     /// arrived before it is no part of the stream any more that the tables begin with.
     ///

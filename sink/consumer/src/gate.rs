@@ -18,7 +18,7 @@ use tokio::time::Instant;
 
 use crate::ReadError;
 use crate::coverage::{Coverage, Look};
-use crate::hole;
+use crate::hole::{self, Way};
 use crate::holes::{Hole, Holes, LISTED_MAX};
 use crate::link::{Fault, answer, message_at};
 use crate::position::of_whole;
@@ -109,6 +109,7 @@ impl Gate {
         let (stream, consumer) = (self.stream.clone(), self.consumer.clone());
         let begins_at = self.looked_at + LOOKS_APART;
         let newest = self.waiting.back().map(|arrival| arrival.stream_seq);
+        let begins = self.coverage.begins();
         let look = async move {
             tokio::time::sleep_until(begins_at).await;
             // Before the stream: see `Coverage::on_look`.
@@ -127,8 +128,12 @@ impl Gate {
                 if !holes.are_all(look.first, lacks) {
                     list(&stream, &mut holes, lacks, newest).await?;
                 }
+                let way = Way {
+                    first: look.first,
+                    begins,
+                };
                 for hole in holes.before(newest) {
-                    judge(&stream, &holes, hole, own).await?;
+                    judge(&stream, &holes, hole, own, way).await?;
                 }
                 holes.judged(newest);
             }
@@ -176,8 +181,14 @@ async fn list(stream: &Stream, holes: &mut Holes, lacks: u64, newest: u64) -> Re
 /// that it has, whoever's change it is: what it lacks of the tables is above.
 ///
 /// # Errors
-/// [`ReadError::Gap`] where it may hide something.
-async fn judge(stream: &Stream, holes: &Holes, hole: Hole, mut own: Position) -> Result<(), Fault> {
+/// [`ReadError::Gap`] where it may hide something. A transient fault where the stream is purged meanwhile.
+async fn judge(
+    stream: &Stream,
+    holes: &Holes,
+    hole: Hole,
+    mut own: Position,
+    way: Way,
+) -> Result<(), Fault> {
     let found = hole.last + 1;
     let gone = || Fault::Transient("the stream is purged meanwhile".to_owned());
     let message = message_at(stream, found).await?.ok_or_else(gone)?;
@@ -205,7 +216,16 @@ async fn judge(stream: &Stream, holes: &Holes, hole: Hole, mut own: Position) ->
             0 => None,
             _ => message_at(stream, before).await?,
         };
-        let Some(message) = message else { break };
+        let Some(message) = message else {
+            let first = answer(stream.get_info()).await??.state.first_sequence;
+            if way.is_purged(before, first) {
+                return Err(gone());
+            }
+            if way.has_nothing_before(before, own) {
+                return Ok(());
+            }
+            break;
+        };
         own = own.max(of_whole(&message.headers, &message.payload).unwrap_or(own));
     }
     Err(gap())

@@ -59,6 +59,29 @@ pub(crate) fn is_harmless(own: Position, behind: Behind) -> bool {
     behind.opens_batch() && after.is_some_and(|after| after <= own)
 }
 
+/// The way back from a hole, of a reader of some tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Way {
+    /// Where the stream began when the holes were listed.
+    pub(crate) first: u64,
+    /// Whether the tables begin with whatever is the oldest, and nothing of them was handed on yet.
+    pub(crate) begins: bool,
+}
+
+impl Way {
+    /// Whether a purge took the message at `before`, of a stream that begins at `first` by now. The hole may be purged as
+    /// well, and is then no hole any more.
+    pub(crate) fn is_purged(self, before: u64, first: u64) -> bool {
+        before >= self.first && before < first
+    }
+
+    /// Whether a hole lies before everything that the tables begin with: between the stream's beginning, which the way
+    /// has met at `before`, and the hole was no whole message that `own` would be of.
+    pub(crate) fn has_nothing_before(self, before: u64, own: Position) -> bool {
+        self.begins && before < self.first && own == Position::ZERO
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -98,6 +121,21 @@ mod tests {
         assert!(!is_harmless(at(9), behind(10, Some(100))));
         assert!(!is_harmless(at(9), behind(9, Some(90))));
         assert!(!is_harmless(at(9), behind(9, None)));
+    }
+
+    #[test]
+    fn a_way_back_meets_the_beginning_or_a_purge() {
+        let way = |begins| Way { first: 11, begins };
+        assert!(way(false).is_purged(11, 12));
+        // It had met the beginning already, or the message is gone by itself.
+        assert!(!way(false).is_purged(10, 12));
+        assert!(!way(false).is_purged(11, 11));
+
+        let own = Position::new(1, Lsn(9), 1);
+        assert!(way(true).has_nothing_before(10, Position::ZERO));
+        assert!(!way(true).has_nothing_before(10, own));
+        assert!(!way(true).has_nothing_before(11, Position::ZERO));
+        assert!(!way(false).has_nothing_before(10, Position::ZERO));
     }
 
     #[test]

@@ -184,7 +184,11 @@ impl Reader {
         if gate.is_looking() {
             match gate.looked().await {
                 Ok(()) => {}
-                Err(Fault::Fatal(gap)) => return Err(gap),
+                Err(Fault::Fatal(gap)) => {
+                    // The look is spent, and the holes with it: whoever asks again has another link find the gap anew.
+                    self.link = None;
+                    return Err(gap);
+                }
                 Err(Fault::Transient(reason)) => self.fault(&reason),
             }
             return Ok(None);

@@ -156,3 +156,37 @@ fn the_search_ends() {
     }
     panic!("it does not end");
 }
+
+/// Megabytes are asked for one by one, so their number alone bounds nothing.
+#[test]
+fn the_search_ends_behind_what_overtaken_publishers_may_have_sent_late() {
+    const SIZE: usize = 1024 * 1024;
+    // Two windows of it, a message more of each, and the one that is none of theirs.
+    let late_max = 2 * (PUBLISH_WINDOW_BYTES_MAX / SIZE + 1);
+    let large = |stream_seq, n| {
+        let headers = [
+            (header::POSITION, at(n).to_string()),
+            (header::CHUNK, "2/2/l".to_owned()),
+        ];
+        stored(stream_seq, &headers, "x".repeat(SIZE))
+    };
+    let mut below = Whole::below(at(ROW));
+    let mut seen = 0;
+    for stream_seq in (1..100_u64).rev() {
+        seen += 1;
+        // The predecessor stands behind as many late ones as there may be.
+        let n = if seen <= late_max { 20 } else { 40 };
+        if let Search::Found(found) = below.on_message(&large(stream_seq, n)) {
+            assert_eq!((found, seen), (at(40), late_max + 1));
+            break;
+        }
+    }
+    assert_eq!(seen, late_max + 1);
+
+    // Nothing below the row yet: it goes on.
+    let mut below = Whole::below(at(ROW));
+    for stream_seq in (50..200_u64).rev() {
+        assert_eq!(below.on_message(&large(stream_seq, 60)), Search::Older);
+    }
+    assert_eq!(below.on_message(&large(49, 40)), Search::Found(at(40)));
+}

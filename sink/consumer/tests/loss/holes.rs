@@ -147,7 +147,9 @@ async fn a_reader_of_some_tables_judges_a_hole_that_it_does_not_see() {
     ] {
         let jetstream = stream_with_a_hole(&nats, source, says, again).await;
         let mut reader = of_a_table(jetstream, source, Start::Beginning);
-        assert_eq!(until_it_stops(&mut reader).await, Err(GAP), "{source}");
+        for _ in 0..2 {
+            assert_eq!(until_it_stops(&mut reader).await, Err(GAP), "{source}");
+        }
     }
     let jetstream = stream_with_a_hole(&nats, "again", Says::After(12), &again).await;
     let mut whole = of_a_table(jetstream.clone(), "again", Start::Beginning);
@@ -165,7 +167,10 @@ async fn a_reader_of_some_tables_judges_a_hole_that_it_does_not_see() {
         wanted: 41,
         found: 43,
     };
-    assert_eq!(whole.next().await.err(), Some(gap));
+    for _ in 0..2 {
+        let next = tokio::time::timeout(PATIENCE, whole.next()).await;
+        assert_eq!(next.expect("an answer").err(), Some(gap.clone()));
+    }
 }
 
 /// What other tables wrote before a hole shows as well that nothing is missing: the reader has no position as high.
@@ -203,7 +208,14 @@ async fn a_reader_of_some_tables_goes_by_what_others_wrote_before_a_hole() {
     store(&jetstream, source, "t", &again).await;
     lose(&jetstream, source, 8..=9).await;
 
-    let mut reader = of_a_table(jetstream, source, Start::After(token(3, 3)));
+    let mut reader = of_a_table(jetstream.clone(), source, Start::After(token(3, 3)));
     let expected: Vec<u64> = (9..30).filter(|n| n % 5 != 0).collect();
-    assert_eq!(until_it_stops(&mut reader).await, Ok(expected));
+    assert_eq!(until_it_stops(&mut reader).await, Ok(expected.clone()));
+
+    // Whoever begins with the oldest begins behind the hole, where no whole message stands before it.
+    let stream = jetstream.get_stream(subject::stream_name(source)).await;
+    let stream = stream.expect("a stream");
+    stream.purge().sequence(7).await.expect("purged");
+    let mut fresh = of_a_table(jetstream, source, Start::Beginning);
+    assert_eq!(until_it_stops(&mut fresh).await, Ok(expected));
 }
